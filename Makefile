@@ -1,0 +1,42 @@
+# make study: from a clone to ranked hyperparameters.   make test: lint, types and tests.   make help: the rest.
+PYTHON ?= python3
+PY := .venv/bin/python
+SETUP := .venv/.set-up
+
+# The quick study: bundled digits, chosen so that it ends within 5 minutes on 2 cores and still has something to say.
+QUICK := --data digits --task original --epochs 30 --trials 32
+
+.PHONY: help setup study test lint format bench clean
+
+help: ## Show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(SETUP) ## Make .venv with the pinned packages
+
+$(SETUP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python must be 3.11 or newer; $(PYTHON) is {v.major}.{v.minor}: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
+	@touch $(SETUP)
+
+study: $(SETUP) ## Run the quick study on bundled digits and report its sensitivity
+	$(PY) -m study.run $(QUICK)
+	$(PY) -m analysis.sensitivity
+
+test: lint ## Lint, check types and run the tests
+	$(PY) -m pytest
+
+lint: $(SETUP)
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m pyright
+
+format: $(SETUP) ## Format the code
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+bench: $(SETUP) ## Measure the trainer's speed
+	$(PY) -m benchmarks.training
+
+clean: ## Remove the environment (results stay)
+	rm -rf .venv

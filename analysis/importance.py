@@ -1,0 +1,780 @@
+"""Tables of a study -> indices, effects and comparisons, each with an interval. Computes only; draws and writes nothing."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import chi2, qmc
+
+from analysis.records import Records
+from analysis.space import Array, Dimension, Space
+from analysis.surrogate import (
+    Failures,
+    Observations,
+    Posterior,
+    Surface,
+    failure_design,
+    fit_failures,
+    logit,
+    observe,
+)
+
+DUMMY = "dummy (no effect)"
+INTERVAL = 0.90  # every interval holds this much posterior probability
+MIN_TRIALS = 8  # below this a surface over several dimensions is a guess
+MIN_R2 = 0.5  # grouped cross-validated R2 below which nothing is ranked: less than half of the variance is understood
+TIE = (0.05, 0.95)  # P(i matters more than j) inside: tied
+FOLDS = 5
+HYPERDRAWS, DRAWS_EACH = 100, 3
+DEFAULT_EVALUATION_SIZE = 10_000  # images behind an accuracy, where the study does not say
+CHANCE = 0.1  # accuracy of guessing one of ten digits: what a diverged run delivers
+CUBE_POINTS = 512  # quasi-random configurations that averages over the space are taken on
+
+Progress = Callable[[str], None]
+
+
+class ImportanceError(ValueError):
+    """The records cannot answer the question; the message says rule, fact and fix in one line."""
+
+
+class Interval(NamedTuple):
+    """A posterior median with the bounds of its INTERVAL."""
+
+    low: float
+    mid: float
+    high: float
+
+
+class Effect(NamedTuple):
+    """What one parameter does at the full budget."""
+
+    name: str
+    label: str
+    effect: Interval  # accuracy points between the best and the worst value, others averaged over
+    effect_in_sd: Interval  # the same in standard deviations between seeds
+    first: Interval  # first-order Sobol index of the logit
+    total: Interval  # total Sobol index of the logit
+    first_accuracy: Interval  # the same on the accuracy scale
+    total_accuracy: Interval
+    above_dummy: float  # P(total index greater than the dummy's)
+    rank: int  # 1 is first; parameters that are tied with the rank's first share it
+    failure: Interval | None  # change of the failure probability over the range, percentage points
+
+
+class Curve(NamedTuple):
+    """A parameter's marginal accuracy: grid values and bands, in accuracy points (0 to 100)."""
+
+    name: str
+    values: list[Any]
+    unit: Array
+    low: Array
+    mid: Array
+    high: Array
+    extrapolated: Array  # bool: fewer than two full-budget trials at or beyond this point
+
+
+class Fit(NamedTuple):
+    """How far the surface can be trusted."""
+
+    r2: float  # grouped cross-validated, final logit accuracy of trials the fold had not seen
+    coverage: float  # share of them inside their 90% prediction interval
+    held_out: int
+    ceiling: float  # R2 a perfect surface would get, given the seed noise of a trial's mean
+    r2_half: float  # the same with half of the trials, for judging what more trials would bring
+    trials_needed: int | None  # rough number of trials for R2 = MIN_R2; None: reached, or out of reach
+    observed: Array
+    predicted: Array
+    predicted_sd: Array
+
+
+class Step(NamedTuple):
+    """One step of the ablation path."""
+
+    name: str
+    before: Any
+    after: Any
+    gain: Interval  # accuracy points of this step
+    accuracy: Interval  # accuracy after it, points
+
+
+class Gain(NamedTuple):
+    """Tunability: what setting one parameter alone can gain over the default."""
+
+    name: str
+    default: Any
+    best: Any
+    gain: Interval  # accuracy points
+
+
+class Counts(NamedTuple):
+    """Where every trial went."""
+
+    total: int
+    complete: int
+    stopped: int
+    diverged: int
+    failed: int  # errors, not divergence
+    running: int
+    used: int  # trials that contribute to the surface
+    seeds: int
+
+
+class Analysis(NamedTuple):
+    """Everything computed from one study."""
+
+    name: str
+    space: Space
+    dimensions: tuple[Dimension, ...]
+    constant: tuple[str, ...]
+    counts: Counts
+    arms: dict[str, int]
+    budget: int
+    evaluation_size: int
+    fit: Fit
+    ranked: bool
+    effects: tuple[Effect, ...]  # in order of total index; the dummy among them
+    more_than: pd.DataFrame  # P(row matters more than column), by total index
+    interactions: pd.DataFrame  # median share of variance of each pair
+    pair_intervals: dict[tuple[str, str], Interval]
+    higher_order: Interval
+    curves: dict[str, Curve]
+    surface: PairSurface | None
+    over_epochs: pd.DataFrame  # epoch, name, low, mid, high: total index
+    seed_sd: Interval  # accuracy points at the full budget
+    seed_sd_known: bool
+    seed_sd_logit: float
+    tunability: tuple[Gain, ...]
+    ablation: tuple[Step, ...]
+    default: dict[str, Any]
+    default_inside: bool
+    best: dict[str, Any]
+    best_trial: int
+    best_accuracy: Interval
+    default_accuracy: Interval
+    claims: dict[str, Array]  # posterior draws behind the verdicts
+    infeasible_share: float
+    extrapolation_share: float
+    failures: Failures | None
+    biased: bool
+    warnings: tuple[str, ...]
+    mixing: float
+    evaluations: float
+    totals: dict[str, Array]  # draws of the total index
+
+
+class PairSurface(NamedTuple):
+    """Mean accuracy over two parameters, others averaged over; points."""
+
+    x: Dimension
+    y: Dimension
+    grid_x: Array
+    grid_y: Array
+    mean: Array  # (len(grid_y), len(grid_x))
+    sd: Array
+
+
+def interval(draws: Array) -> Interval:
+    """Median and central interval of posterior draws."""
+    low, mid, high = np.quantile(draws, [(1 - INTERVAL) / 2, 0.5, (1 + INTERVAL) / 2])
+    return Interval(float(low), float(mid), float(high))
+
+
+def analyse(records: Records, progress: Progress | None = None, *, seed: int = 0) -> Analysis:
+    """Fit the surface to a study and answer every question of it.
+
+    Results do not depend on the order of trials or of parameters. Raises ImportanceError if there is too little to fit.
+    """
+    tell = progress or _quiet
+    space = records.space
+    if space is None:
+        raise ImportanceError(f"sensitivity needs the search space; {records.space_problem}")
+    trials, epochs = records.trials.sort_index(), records.epochs
+    counts = count_trials(trials)
+    missing = [d.name for d in space.dimensions if d.name not in trials.columns]
+    x = pd.DataFrame(
+        {d.name: d.to_unit(trials[d.name]) for d in space.dimensions if d.name not in missing}, index=trials.index
+    )
+    x = x[x.notna().all(axis=1)]
+    searched = trials.index[trials["arm"].isin(["sobol", "tpe", "published"])]
+    x = x.loc[x.index.isin(list(searched))]
+    seen = epochs.loc[epochs["val_accuracy"].notna() & epochs["trial"].isin(list(x.index)), "trial"].unique()
+    constant = tuple(sorted([n for n in x.columns if x.loc[seen, n].nunique() < 2] + missing))
+    varied = sorted((d for d in space.dimensions if d.name not in constant), key=lambda d: d.name)
+    if len(seen) < MIN_TRIALS:
+        raise ImportanceError(
+            f"a ranking needs at least {MIN_TRIALS} trials of the search with results; {records.study.name} has {len(seen)} "
+            f"of {len(trials)} (state: {_states(trials)}). Run more: python -m study.run --study {records.study.name} "
+            f"--trials {max(3 * len(space.dimensions), 2 * MIN_TRIALS)}"
+        )
+    if not varied:
+        raise ImportanceError(
+            f"a ranking needs a parameter that varies; every trial of {records.study.name} has the same configuration"
+        )
+    budget, size = space.epochs, evaluation_size(records.settings)
+    last_seen = int(epochs.loc[epochs["trial"].isin(list(seen)), "epoch"].max())
+    warnings: list[str] = []
+    if last_seen < budget:
+        warnings.append(
+            f"No trial has reached the full budget of {budget} epochs yet; answers are for epoch {last_seen}."
+        )
+        budget = last_seen
+
+    x = x[[d.name for d in varied]].copy()
+    dummy = Dimension(name=DUMMY, kind="float")
+    x[DUMMY] = [_hash_unit(int(trial)) for trial in x.index]
+    dimensions = (*varied, dummy)
+    observations = observe(epochs, x, budget, size)
+    surface = Surface(dimensions)
+    rng = np.random.default_rng(seed)
+    marks = np.unique(np.round(np.geomspace(1, budget, 6)))
+    at = np.log(marks) / max(math.log(budget), 1e-9) if budget > 1 else np.zeros(1)
+    tell(f"fitting the surface to {len(observations.trials)} trials ({len(observations.y)} rows)")
+    posterior, warm = surface.sample(observations, at, hyperdraws=HYPERDRAWS, draws_each=DRAWS_EACH, rng=rng)
+    tell("cross-validating")
+    fit = cross_validate(surface, observations, warm, np.random.default_rng(seed + 1))
+    tell("computing indices and effects")
+
+    failed = trials.loc[x.index].apply(lambda row: outcome(row) in ("diverged", "failed"), axis=1)
+    diverged = trials.loc[x.index].apply(lambda row: outcome(row) == "diverged", axis=1)
+    draws = len(posterior.weights)
+    failures = _failures(surface, x, failed, draws, seed + 2)
+    divergence = _failures(surface, x, diverged, draws, seed + 2)
+    cube = _Cube(surface, posterior, divergence, seed)
+    indices = sobol_indices(surface, posterior)
+    accuracy_indices = cube.sobol_on_accuracy()
+    seed_sd, known, seed_logit = seed_noise(epochs, trials, budget, size, posterior, surface, observations)
+    curves = {d.name: cube.curve(i, _support(observations, i, budget)) for i, d in enumerate(dimensions)}
+    ranges = {d.name: cube.range_draws(i) for i, d in enumerate(dimensions)}
+    order = sorted(range(len(dimensions)), key=lambda i: -float(np.median(indices.total[i])))
+    more = _more_than([d.name for d in dimensions], indices.total, order)
+    ranks = _ranks([dimensions[i].name for i in order if dimensions[i].name != DUMMY], more)
+    dummy_total = indices.total[-1]
+    sd_draws = _sd_draws(seed_sd, draws, seed)
+    effects = tuple(
+        Effect(
+            dimensions[i].name,
+            dimensions[i].label,
+            interval(ranges[dimensions[i].name]),
+            interval(ranges[dimensions[i].name] / sd_draws),
+            interval(indices.first[i]),
+            interval(indices.total[i]),
+            interval(accuracy_indices.first[i]),
+            interval(accuracy_indices.total[i]),
+            1.0 if i == len(dimensions) - 1 else float(np.mean(indices.total[i] > dummy_total)),
+            ranks.get(dimensions[i].name, 0),
+            None if failures is None or i == len(dimensions) - 1 else interval(_failure_range(surface, failures, i)),
+        )
+        for i in order
+    )
+    point = _PointEstimates(surface, posterior, varied)
+    default = {d.name: space.default.get(d.name, d.from_unit(np.array([0.5]))[0]) for d in varied}
+    default_x = np.array([d.to_unit([default[d.name]])[0] for d in varied])
+    inside = bool(np.all((default_x >= -1e-9) & (default_x <= 1 + 1e-9))) and all(
+        d.name in space.default for d in varied
+    )
+    default_x = np.clip(np.nan_to_num(default_x, nan=0.5), 0.0, 1.0)
+    best_trial = _best_trial(point, observations, trials, space)
+    best_x = x.loc[best_trial, [d.name for d in varied]].to_numpy(dtype=float)
+    tunability = tuple(sorted((point.tune(i, default_x) for i in range(len(varied))), key=lambda g: -g.gain.mid))
+    pairs = [(d.name, e.name) for k, d in enumerate(varied) for e in varied[k + 1 :]]
+    pair_intervals = {pair: interval(indices.pair[pair]) for pair in pairs}
+    heat = pd.DataFrame(0.0, index=[d.name for d in varied], columns=[d.name for d in varied])
+    for (a, b), value in pair_intervals.items():
+        heat.loc[a, b] = heat.loc[b, a] = value.mid
+    arms = {str(k): int(v) for k, v in trials["arm"].value_counts().items()}
+    biased = arms.get("sobol", 0) < 0.25 * sum(arms.get(a, 0) for a in ("sobol", "tpe"))
+    mixing = float(np.nanmax(posterior.rhat)) if np.isfinite(posterior.rhat).any() else math.nan
+    ranked = fit.r2 >= MIN_R2
+    return Analysis(
+        name=records.study.name,
+        space=space,
+        dimensions=dimensions,
+        constant=constant,
+        counts=counts._replace(used=len(observations.trials)),
+        arms=arms,
+        budget=budget,
+        evaluation_size=size,
+        fit=fit,
+        ranked=ranked,
+        effects=effects,
+        more_than=more,
+        interactions=heat,
+        pair_intervals=pair_intervals,
+        higher_order=interval(indices.triple),
+        curves=curves,
+        surface=cube.pair_surface(varied),
+        over_epochs=_over_epochs(surface, posterior, marks),
+        seed_sd=seed_sd,
+        seed_sd_known=known,
+        seed_sd_logit=seed_logit,
+        tunability=tunability,
+        ablation=point.ablate(default_x, best_x, space),
+        default=default,
+        default_inside=inside,
+        best={d.name: d.from_unit(best_x[i : i + 1])[0] for i, d in enumerate(varied)},
+        best_trial=best_trial,
+        best_accuracy=interval(point.accuracy(best_x[None, :])[0]),
+        default_accuracy=interval(point.accuracy(default_x[None, :])[0]),
+        claims=_claims(cube, indices, [d.name for d in varied], varied),
+        infeasible_share=_infeasible(space, seed),
+        extrapolation_share=cube.extrapolation_share(),
+        failures=failures,
+        biased=biased,
+        warnings=tuple(warnings),
+        mixing=mixing,
+        evaluations=posterior.evaluations,
+        totals={d.name: indices.total[i] for i, d in enumerate(dimensions)},
+    )
+
+
+# ---- counting ------------------------------------------------------------------------------------------------
+
+
+def outcome(row: pd.Series) -> str:
+    """complete, stopped, diverged, failed or running."""
+    reason = str(row["stop_reason"])
+    if "diverged" in reason:
+        return "diverged"
+    state = str(row["state"])
+    if state == "failed":
+        return "failed"
+    return {"complete": "complete", "pruned": "stopped"}.get(state, "running")
+
+
+def count_trials(trials: pd.DataFrame) -> Counts:
+    """Where every trial went; `used` is filled in by `analyse`."""
+    outcomes = [outcome(row) for _, row in trials.iterrows()]
+    seeds = max((len(s) for s in trials["seeds"]), default=1) or 1
+    names = ("complete", "stopped", "diverged", "failed", "running")
+    return Counts(len(trials), *(outcomes.count(name) for name in names), used=0, seeds=seeds)
+
+
+def evaluation_size(settings: Mapping[str, Any]) -> int:
+    """Validation images behind an accuracy, as the study saved it, or MNIST's 10,000."""
+    for sizes in (settings.get("sizes"), settings.get("data_sizes"), settings):
+        if isinstance(sizes, Mapping) and isinstance(sizes.get("validation"), int | float) and sizes["validation"] > 1:
+            return int(sizes["validation"])
+    return DEFAULT_EVALUATION_SIZE
+
+
+def _states(trials: pd.DataFrame) -> str:
+    return ", ".join(f"{count} {state}" for state, count in trials["state"].value_counts().items())
+
+
+def _hash_unit(trial: int) -> float:
+    # The dummy's coordinate: looks uniform, depends on the trial's number alone, so re-reading gives the same answer.
+    return zlib.crc32(f"dummy-{trial}".encode()) / 2**32
+
+
+def _infeasible(space: Space, seed: int) -> float:
+    if not space.rules:
+        return 0.0
+    points = qmc.Sobol(len(space.dimensions), seed=seed).random(2048)
+    columns = [d.from_unit(d.quantile(points[:, i])) for i, d in enumerate(space.dimensions)]
+    good = [space.feasible(dict(zip(space.names, row, strict=True))) for row in zip(*columns, strict=True)]
+    return 1.0 - float(np.mean(good))
+
+
+# ---- indices from weights ------------------------------------------------------------------------------------
+
+
+class Indices(NamedTuple):
+    """Posterior draws of Sobol indices: (D, S) each; pairs by names."""
+
+    first: Array
+    total: Array
+    pair: dict[tuple[str, str], Array]
+    triple: Array
+    variance: Array
+
+
+def sobol_indices(surface: Surface, posterior: Posterior, epoch: int = -1) -> Indices:
+    """Indices of the logit at one of the posterior's epochs, exactly: squared weights over their sum."""
+    power = posterior.weights[:, :, epoch] ** 2
+    groups = surface.groups()
+    variance = power.sum(axis=1)
+    shares = power / variance[:, None]
+    member = np.array([[i in g for g in groups] for i in range(surface.size)], dtype=float)
+    order = np.array([len(g) for g in groups])
+    names = [base.dimension.name for base in surface.bases]
+    position = {g: k for k, g in enumerate(dict.fromkeys(g for g in groups if len(g) == 2))}
+    pair_of = np.array([position.get(g, -1) for g in groups])
+    pair = {
+        (names[i], names[j]): shares[:, pair_of == k].sum(axis=1) for (i, j), k in ((g, k) for g, k in position.items())
+    }
+    return Indices(
+        first=member[:, order == 1] @ shares[:, order == 1].T,
+        total=member @ shares.T,
+        pair=pair,
+        triple=shares[:, order == 3].sum(axis=1),
+        variance=variance,
+    )
+
+
+def _over_epochs(surface: Surface, posterior: Posterior, marks: Array) -> pd.DataFrame:
+    rows: list[dict[str, Any]] = []
+    for e, mark in enumerate(marks):
+        total = sobol_indices(surface, posterior, e).total
+        for i, base in enumerate(surface.bases):
+            rows.append({"epoch": int(mark), "name": base.dimension.name, **interval(total[i])._asdict()})
+    return pd.DataFrame(rows)
+
+
+def _more_than(names: Sequence[str], total: Array, order: Sequence[int]) -> pd.DataFrame:
+    matrix = pd.DataFrame(np.nan, index=[names[i] for i in order], columns=[names[i] for i in order])
+    for i in order:
+        for j in order:
+            if i != j:
+                matrix.loc[names[i], names[j]] = float(np.mean(total[i] > total[j]))
+    return matrix
+
+
+def _ranks(names: Sequence[str], more: pd.DataFrame) -> dict[str, int]:
+    """Ranks with ties: a parameter shares the rank of the first of its group unless it is surely behind it."""
+    ranks: dict[str, int] = {}
+    leader = ""
+    for position, name in enumerate(names, start=1):
+        if not leader or more.loc[leader, name] >= TIE[1]:
+            leader, ranks[name] = name, position
+        else:
+            ranks[name] = ranks[leader]
+    return ranks
+
+
+# ---- accuracy scale ------------------------------------------------------------------------------------------
+
+
+def _sigmoid(values: Array) -> Array:
+    return 1 / (1 + np.exp(-values))
+
+
+class _Cube:
+    """Expected accuracy over the whole space, per posterior draw; a diverged run counts as chance."""
+
+    def __init__(self, surface: Surface, posterior: Posterior, divergence: Failures | None, seed: int) -> None:
+        self.surface, self.divergence = surface, divergence
+        self.weights = np.ascontiguousarray(posterior.weights[:, :, -1].T)  # (P, S)
+        self.level = posterior.level[:, -1]
+        self.dimensions = [base.dimension for base in surface.bases]
+        uniform = qmc.Sobol(len(self.dimensions), seed=seed).random(CUBE_POINTS)
+        self.points = np.column_stack([d.quantile(uniform[:, i]) for i, d in enumerate(self.dimensions)])
+        again = qmc.Sobol(len(self.dimensions), seed=seed + 1).random(CUBE_POINTS)
+        self.others = np.column_stack([d.quantile(again[:, i]) for i, d in enumerate(self.dimensions)])
+        self.base = self.accuracy(self.points)  # (N, S)
+        self._curves: dict[int, tuple[Array, Array]] = {}
+
+    def logits(self, x: Array) -> Array:
+        return self.surface.features(x) @ self.weights + self.level[None, :]
+
+    def accuracy(self, x: Array) -> Array:
+        """Expected accuracy at coordinates (N, D) -> (N, S), fractions."""
+        value = _sigmoid(self.logits(x))
+        if self.divergence is None:
+            return value
+        lost = _sigmoid(failure_design(self.surface.bases[:-1], x) @ self.divergence.weights.T)
+        return (1 - lost) * value + lost * CHANCE
+
+    def curve_draws(self, i: int) -> tuple[Array, Array]:
+        """Marginal of dimension i, others averaged over: grid (G,), accuracy points (G, S)."""
+        if i not in self._curves:
+            grid = self.dimensions[i].grid(17)
+            rows = []
+            base = self.points[: CUBE_POINTS // 4]
+            for value in grid:
+                x = base.copy()
+                x[:, i] = value
+                rows.append(100 * self.accuracy(x).mean(axis=0))
+            self._curves[i] = grid, np.stack(rows)
+        return self._curves[i]
+
+    def range_draws(self, i: int) -> Array:
+        _, rows = self.curve_draws(i)
+        return rows.max(axis=0) - rows.min(axis=0)
+
+    def curve(self, i: int, extrapolated: Callable[[Array], Array]) -> Curve:
+        grid, rows = self.curve_draws(i)
+        low, mid, high = np.quantile(rows, [(1 - INTERVAL) / 2, 0.5, (1 + INTERVAL) / 2], axis=1)
+        dimension = self.dimensions[i]
+        return Curve(dimension.name, dimension.from_unit(grid), grid, low, mid, high, extrapolated(grid))
+
+    def sobol_on_accuracy(self) -> Indices:
+        """First-order (from the marginals' spread) and total (Jansen 1999) indices of the accuracy itself."""
+        variance = self.base.var(axis=0) + 1e-15
+        first, total = [], []
+        for i in range(len(self.dimensions)):
+            grid, rows = self.curve_draws(i)
+            weights = np.ones(len(grid))
+            if not self.dimensions[i].levels:
+                weights[[0, -1]] = 0.5
+            weights = weights / weights.sum()
+            mean = weights @ rows
+            first.append(np.minimum((weights @ (rows - mean) ** 2) / 1e4 / variance, 1.0))
+            moved = self.points.copy()
+            moved[:, i] = self.others[:, i]
+            total.append(0.5 * ((self.base - self.accuracy(moved)) ** 2).mean(axis=0) / variance)
+        return Indices(np.stack(first), np.stack(total), {}, np.zeros(0), variance)
+
+    def extrapolation_share(self) -> float:
+        """Share of the space where the surface is known little better than not at all."""
+        logits = self.logits(self.points)
+        spread = logits.std(axis=1)
+        overall = float(np.median(logits.std(axis=0)))
+        return float(np.mean(spread > 0.5 * overall)) if overall > 0 else 1.0
+
+    def pair_surface(self, varied: Sequence[Dimension]) -> PairSurface | None:
+        names = [d.name for d in varied]
+        if len(varied) < 2:
+            return None
+        if "patch_size" in names and "num_glimpses" in names:
+            i, j = names.index("patch_size"), names.index("num_glimpses")
+        else:
+            spans = [float(np.median(self.range_draws(k))) for k in range(len(varied))]
+            i, j = (int(k) for k in np.argsort(spans)[::-1][:2])
+        grid_x, grid_y = varied[i].grid(11), varied[j].grid(11)
+        base = self.points[: CUBE_POINTS // 8]
+        mean, sd = np.zeros((len(grid_y), len(grid_x))), np.zeros((len(grid_y), len(grid_x)))
+        for a, value_y in enumerate(grid_y):
+            for b, value_x in enumerate(grid_x):
+                x = base.copy()
+                x[:, i], x[:, j] = value_x, value_y
+                cell = 100 * self.accuracy(x).mean(axis=0)
+                mean[a, b], sd[a, b] = cell.mean(), cell.std()
+        return PairSurface(varied[i], varied[j], grid_x, grid_y, mean, sd)
+
+
+def _support(observations: Observations, i: int, budget: int) -> Callable[[Array], Array]:
+    """Whether a coordinate lies beyond all but one of the trials seen near the full budget."""
+    late = observations.u > math.log(max(0.9 * budget, 1)) / max(math.log(budget), 1e-9) - 1e-9
+    at = np.sort(observations.x[np.unique(observations.trial_of[late]), i])
+
+    def extrapolated(grid: Array) -> Array:
+        if len(at) < 4:
+            return np.ones(len(grid), dtype=bool)
+        return (grid < at[1] - 1e-9) | (grid > at[-2] + 1e-9)
+
+    return extrapolated
+
+
+# ---- configurations ------------------------------------------------------------------------------------------
+
+
+class _PointEstimates:
+    """Accuracy of single configurations (the dummy held at its middle)."""
+
+    def __init__(self, surface: Surface, posterior: Posterior, varied: Sequence[Dimension]) -> None:
+        self.surface, self.varied = surface, varied
+        self.weights, self.level = posterior.weights[:, :, -1].T, posterior.level[:, -1]
+
+    def accuracy(self, x: Array) -> Array:
+        """Accuracy points at coordinates (N, D without the dummy) -> (N, S)."""
+        full = np.column_stack([x, np.full(len(x), 0.5)])
+        return 100 * _sigmoid(self.surface.features(full) @ self.weights + self.level[None, :])
+
+    def tune(self, i: int, default: Array) -> Gain:
+        """Best single change, chosen by its expected gain; a lone maximum over draws would flatter itself."""
+        dimension = self.varied[i]
+        grid = np.append(dimension.grid(25), default[i])
+        x = np.repeat(default[None, :], len(grid), axis=0)
+        x[:, i] = grid
+        draws = self.accuracy(x)
+        best = int(np.argmax(draws.mean(axis=1)))
+        gain = interval(draws[best] - draws[-1])
+        values = dimension.from_unit(grid[[best, -1]])
+        return Gain(dimension.name, values[1], values[0], gain)
+
+    def ablate(self, default: Array, best: Array, space: Space) -> tuple[Step, ...]:
+        """Greedy path from default to best (Fawcett and Hoos 2016): at each step the change that gains most."""
+        here, left, steps = default.copy(), [i for i in range(len(default)) if abs(default[i] - best[i]) > 1e-9], []
+        before = self.accuracy(here[None, :])[0]
+        while left:
+            candidates = np.repeat(here[None, :], len(left), axis=0)
+            for row, i in enumerate(left):
+                candidates[row, i] = best[i]
+            draws = self.accuracy(candidates)
+            pick = int(np.argmax(draws.mean(axis=1)))
+            i = left.pop(pick)
+            values = self.varied[i].from_unit(np.array([here[i], best[i]]))
+            here[i] = best[i]
+            steps.append(
+                Step(self.varied[i].name, values[0], values[1], interval(draws[pick] - before), interval(draws[pick]))
+            )
+            before = draws[pick]
+        return tuple(steps)
+
+
+def _best_trial(point: _PointEstimates, observations: Observations, trials: pd.DataFrame, space: Space) -> int:
+    """The tried configuration the surface expects most of; a complete one if there is any."""
+    expected = point.accuracy(observations.x[:, :-1]).mean(axis=1)
+    numbers = observations.trials.astype(int)
+    complete = np.array([trials.at[n, "state"] == "complete" for n in numbers])
+    if complete.any():
+        expected = np.where(complete, expected, -1.0)
+    return int(numbers[int(np.argmax(expected))])
+
+
+# ---- noise and failures --------------------------------------------------------------------------------------
+
+
+def seed_noise(
+    epochs: pd.DataFrame,
+    trials: pd.DataFrame,
+    budget: int,
+    size: int,
+    posterior: Posterior,
+    surface: Surface,
+    observations: Observations,
+) -> tuple[Interval, bool, float]:
+    """Standard deviation between seeds at the full budget: accuracy points with interval, whether it was measured, logits.
+
+    Pooled over configurations where trials have two seeds or more; otherwise the surface's own estimate.
+    """
+    last = epochs[(epochs["epoch"] > 0.9 * budget) & epochs["val_accuracy"].notna()]
+    per_seed = last.groupby(["trial", "seed"])["val_accuracy"].mean().reset_index()
+    per_seed["logit"] = logit(per_seed["val_accuracy"].to_numpy(dtype=float), size)
+    groups = per_seed.groupby("trial")
+    df = int((groups.size() - 1).clip(lower=0).sum())
+    if df >= 3:
+        points = math.sqrt(float((groups["val_accuracy"].var(ddof=1) * (groups.size() - 1)).sum()) / df) * 100
+        logits = math.sqrt(float((groups["logit"].var(ddof=1) * (groups.size() - 1)).sum()) / df)
+        low, high = (points * math.sqrt(df / chi2.ppf(q, df)) for q in ((1 + INTERVAL) / 2, (1 - INTERVAL) / 2))
+        return Interval(low, max(points, 1e-6), high), True, logits
+    scale = float(observations.y.std()) or 1.0
+    logits = surface.predictive_sd(posterior.theta, scale, 1.0)
+    centre = float(np.mean(last["val_accuracy"])) if len(last) else 0.5
+    points = 100 * logits * max(centre * (1 - centre), 1e-4)
+    return interval(points), False, float(np.median(logits))
+
+
+def _sd_draws(sd: Interval, draws: int, seed: int) -> Array:
+    # A log-normal with the interval's ends: close to the scaled inverse chi the interval came from.
+    width = (math.log(max(sd.high, 1e-9)) - math.log(max(sd.low, 1e-9))) / (2 * 1.645)
+    return sd.mid * np.exp(width * np.random.default_rng(seed + 3).standard_normal(draws))
+
+
+def _failures(surface: Surface, x: pd.DataFrame, failed: pd.Series, draws: int, seed: int) -> Failures | None:
+    if not failed.any():
+        return None
+    bases = surface.bases[:-1]
+    rng = np.random.default_rng(seed)
+    return fit_failures(bases, x.iloc[:, :-1].to_numpy(dtype=float), failed.to_numpy(dtype=float), draws, rng)
+
+
+def _failure_range(surface: Surface, failures: Failures, i: int) -> Array:
+    """Largest minus smallest failure probability over a dimension, others at their middle; points (S,)."""
+    bases = surface.bases[:-1]
+    grid = bases[i].dimension.grid(15)
+    x = np.tile([b.dimension.grid(3)[len(b.dimension.grid(3)) // 2] for b in bases], (len(grid), 1))
+    x[:, i] = grid
+    chance = 100 * _sigmoid(failure_design(bases, x) @ failures.weights.T)
+    return chance.max(axis=0) - chance.min(axis=0)
+
+
+# ---- trust ---------------------------------------------------------------------------------------------------
+
+
+def cross_validate(
+    surface: Surface, observations: Observations, warm: tuple[torch.Tensor, torch.Tensor], rng: np.random.Generator
+) -> Fit:
+    """Predict the final accuracy of whole trials that the fold had not seen, hyperparameters refitted in each fold."""
+    last = np.zeros(len(observations.trials), dtype=int)
+    for row, trial in enumerate(observations.trial_of):
+        last[trial] = row  # rows are sorted by bin, so the trial's last stays
+    final = observations.u[last] > observations.u.max() - 0.1
+    targets = np.flatnonzero(final) if final.sum() >= MIN_TRIALS else np.arange(len(last))
+    r2, coverage, observed, predicted, sd, ceiling = _folds(surface, observations, warm, targets, last, rng, keep=1.0)
+    half = _folds(surface, observations, warm, targets, last, rng, keep=0.5)[0] if r2 < MIN_R2 + 0.2 else math.nan
+    needed = trials_needed(r2, half, len(observations.trials), ceiling)
+    return Fit(r2, coverage, len(targets), ceiling, half, needed, observed, predicted, sd)
+
+
+def _folds(
+    surface: Surface,
+    observations: Observations,
+    warm: tuple[torch.Tensor, torch.Tensor],
+    targets: np.ndarray,
+    last: np.ndarray,
+    rng: np.random.Generator,
+    keep: float,
+) -> tuple[float, float, Array, Array, Array, float]:
+    folds = np.resize(np.arange(FOLDS), len(targets))
+    rng.shuffle(folds)
+    predicted, sd, noise = np.zeros(len(targets)), np.zeros(len(targets)), np.zeros(len(targets))
+    for fold in range(FOLDS):
+        held = targets[folds == fold]
+        if not len(held):
+            continue
+        rest = np.setdiff1d(np.arange(len(observations.trials)), held)
+        if keep < 1:
+            rest = np.sort(rng.choice(rest, max(int(keep * len(rest)), 3), replace=False))
+        part = subset(observations, rest)
+        at, where = np.unique(observations.u[last[held]], return_inverse=True)
+        posterior, _ = surface.sample(part, at, hyperdraws=12, draws_each=8, rng=rng, warm=warm)
+        values = surface.features(observations.x[held]) @ posterior.weights.transpose(1, 0, 2).reshape(
+            -1, len(posterior.weights) * len(at)
+        )
+        values = values.reshape(len(held), len(posterior.weights), len(at))
+        rows = values[np.arange(len(held)), :, where] + posterior.level[:, where].T
+        scale = float(part.y.std()) or 1.0
+        own = surface.predictive_sd(posterior.theta, scale, float(observations.seeds[last[held]].mean()))
+        predicted[folds == fold] = rows.mean(axis=1)
+        noise[folds == fold] = float(np.mean(own**2))
+        sd[folds == fold] = np.sqrt(rows.var(axis=1) + np.mean(own**2))
+    observed = observations.y[last[targets]]
+    spread = float(np.mean((observed - observed.mean()) ** 2)) or 1.0
+    r2 = 1 - float(np.mean((observed - predicted) ** 2)) / spread
+    coverage = float(np.mean(np.abs(observed - predicted) <= 1.645 * sd))
+    ceiling = max(0.0, 1 - float(noise.mean()) / spread)
+    return r2, coverage, observed, predicted, sd, ceiling
+
+
+def subset(observations: Observations, trials: np.ndarray) -> Observations:
+    """The observations of some trials (positions), seeds' departures kept whole: they say nothing of a configuration."""
+    keep = np.isin(observations.trial_of, trials)
+    position = {int(t): i for i, t in enumerate(trials)}
+    return observations._replace(
+        trials=observations.trials[trials],
+        x=observations.x[trials],
+        trial_of=np.array([position[int(t)] for t in observations.trial_of[keep]], dtype=int),
+        u=observations.u[keep],
+        y=observations.y[keep],
+        seeds=observations.seeds[keep],
+        epochs=observations.epochs[keep],
+    )
+
+
+def trials_needed(r2: float, half: float, trials: int, ceiling: float) -> int | None:
+    """A rough number of trials for R2 = MIN_R2, from how R2 grew between half and all of them; None if not to be had.
+
+    The unexplained share is taken to fall as a power of the number of trials, no faster than 1 / trials.
+    """
+    if r2 >= MIN_R2 or ceiling < MIN_R2:
+        return None
+    if not math.isfinite(half):
+        return 2 * trials
+    now, before = max(1 - r2, 1e-3), max(1 - half, 1e-3)
+    power = float(np.clip(math.log(before / now) / math.log(2), 0.3, 1.0))
+    return math.ceil(trials * min((now / (1 - MIN_R2)) ** (1 / power), 10.0))
+
+
+# ---- the case study's claims ---------------------------------------------------------------------------------
+
+
+def _claims(cube: _Cube, indices: Indices, names: Sequence[str], varied: Sequence[Dimension]) -> dict[str, Array]:
+    """Draws the verdicts are judged on, for the parameters the case study speaks of."""
+    out: dict[str, Array] = {}
+    for name in ("patch_size", "num_scales", "num_glimpses"):
+        if name in names:
+            i = names.index(name)
+            out[f"total {name}"] = indices.total[i]
+            out[f"range {name}"] = cube.range_draws(i)
+            grid, rows = cube.curve_draws(i)
+            values = varied[i].from_unit(grid)
+            for value, row in zip(values, rows, strict=True):
+                out[f"marginal {name} {value}"] = row
+    return out

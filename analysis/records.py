@@ -1,0 +1,342 @@
+"""The only reader: what MLflow holds of a study, as tidy DataFrames.
+
+`read_study` gives one row a trial (`trials`) and one row a trial, seed and epoch (`epochs`). Nothing is dropped here:
+failed, stopped and diverged trials stay in, with their state and the reason the study wrote down.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import requests
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from mlflow.utils.rest_utils import http_request
+from sqlalchemy.exc import SQLAlchemyError
+
+from analysis.space import Space, SpaceError, parse_space
+
+EXPERIMENT = "ram-study"
+DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
+SEED_METRIC = "val_accuracy.seed_"
+EPOCH_METRICS = (
+    "val_loss",
+    "train_loss",
+    "train_accuracy",
+    "reward",
+    "baseline_error",
+    "gradient_norm",
+    "epoch_seconds",
+)
+RUNS_PER_REQUEST = 100  # MLflow's limit for one bulk request
+ROWS_PER_REQUEST = 25_000  # MLflow's limit for one bulk answer
+READERS = 8  # threads; reading waits for the server, not for this machine
+
+Progress = Callable[[int, int], None]  # called with what is done and how much there is
+
+
+class RecordsError(ValueError):
+    """The records asked for cannot be had; the message says rule, fact and fix in one line."""
+
+
+class StudyRun(NamedTuple):
+    """A study's parent run."""
+
+    run_id: str
+    name: str
+    status: str  # running, finished, stopped or failed
+    started: float  # seconds since 1970
+    tags: dict[str, str]
+    params: dict[str, str]
+
+
+class Records(NamedTuple):
+    """A study as tables.
+
+    trials: index trial number; columns arm, row, state, stop_reason, seeds (tuple), macs, parameters, epochs_seen,
+        test_accuracy (fraction or NaN), started (seconds), and every configuration field by its name.
+    epochs: one row a trial, seed and epoch (from 1): trial, seed, epoch, val_accuracy (fraction, of that seed), then the
+        trial's mean metrics of that epoch, arm, state, stop_reason and the configuration.
+    """
+
+    study: StudyRun
+    trials: pd.DataFrame
+    epochs: pd.DataFrame
+    space: Space | None
+    space_problem: str | None
+    settings: dict[str, Any]  # study.json, empty where it is missing
+
+
+def tracking_uri(given: str | None) -> str:
+    """The tracking server to read: as given, else MLFLOW_TRACKING_URI, else MLflow's own local file."""
+    return given or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client for a tracking server that exists. Raises RecordsError otherwise (MLflow would create an empty file)."""
+    if uri.startswith("sqlite:///"):
+        path = Path(uri.removeprefix("sqlite:///").split("?")[0])
+        if not path.is_file():
+            raise RecordsError(
+                f"the tracking database must exist; there is no {path}. Run a study first (python -m study.run), or name "
+                "the right one with --tracking-uri"
+            )
+    try:
+        client = MlflowClient(uri)
+        client.search_experiments(max_results=1)
+    except (MlflowException, SQLAlchemyError, requests.RequestException, OSError) as error:
+        raise RecordsError(
+            f"the tracking server must answer; {uri} does not ({_first_line(error)}). Check --tracking-uri"
+        ) from error
+    return client
+
+
+def list_studies(client: MlflowClient) -> list[StudyRun]:
+    """Every study in the experiment, newest first. Raises RecordsError if there is none."""
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    runs = _search(client, experiment.experiment_id, "tags.`ram.kind` = 'study'") if experiment else []
+    if not runs:
+        raise RecordsError(f"a study must have been run; experiment {EXPERIMENT!r} holds none. Run python -m study.run")
+    studies = [
+        StudyRun(
+            run_id=run.info.run_id,
+            name=run.data.tags.get("ram.study") or str(run.info.run_name),
+            status=run.data.tags.get("ram.status", "running"),
+            started=(run.info.start_time or 0) / 1000,
+            tags=dict(run.data.tags),
+            params=dict(run.data.params),
+        )
+        for run in runs
+    ]
+    return sorted(studies, key=lambda study: study.started, reverse=True)
+
+
+def find_study(studies: Sequence[StudyRun], name: str | None) -> StudyRun:
+    """The study of that name, or the newest. Raises RecordsError with what exists if there is no such name."""
+    if name is None:
+        return studies[0]
+    for study in studies:
+        if study.name == name:
+            return study
+    known = ", ".join(study.name for study in studies[:8]) + (", ..." if len(studies) > 8 else "")
+    raise RecordsError(f"--study must name a study that exists; got {name!r}. There is: {known}")
+
+
+def read_study(client: MlflowClient, study: StudyRun, progress: Progress | None = None) -> Records:
+    """Read a study whole: its trials, every epoch of every seed, its space and settings.
+
+    Raises RecordsError if the study has no trial yet or the server fails on the way.
+    """
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is None:
+        raise RecordsError(f"experiment {EXPERIMENT!r} must exist; it does not. Run python -m study.run")
+    try:
+        runs = _search(client, experiment.experiment_id, f"tags.`mlflow.parentRunId` = '{study.run_id}'")
+        runs = [run for run in runs if run.data.tags.get("ram.kind", "trial") == "trial"]
+        history = _read_history(client, runs, progress or _silent)
+        raw_space, settings = _read_json(client, study, "space.json"), _read_json(client, study, "study.json")
+    except (MlflowException, SQLAlchemyError, requests.RequestException, OSError) as error:
+        raise RecordsError(f"the records of {study.name} must be readable; {_first_line(error)}") from error
+    if not runs:
+        raise RecordsError(
+            f"a study needs trials to be analysed; {study.name} ({study.status}) has none yet. Wait for it, or choose "
+            "another with --study"
+        )
+    space, problem = _space_of(raw_space)
+    trials = _trial_table(runs)
+    epochs = _epoch_table(trials, history)
+    trials["epochs_seen"] = epochs.groupby("trial")["epoch"].max().reindex(trials.index).fillna(0).astype(int)
+    return Records(study, trials.drop(columns="run_id"), epochs, space, problem, settings or {})
+
+
+def progress_line(label: str) -> Progress:
+    """A progress callback that counts on stderr: one living line on a terminal, a few plain lines otherwise."""
+    shown = -1.0
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        share = done / max(total, 1)
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r{label} {done}/{total}" + ("\n" if done == total else ""))
+            sys.stderr.flush()
+        elif share >= 1 or share - shown >= 0.25:
+            print(f"{label} {done}/{total}", file=sys.stderr)
+            shown = share
+
+    return show
+
+
+def _silent(done: int, total: int) -> None:
+    del done, total
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+def _search(client: MlflowClient, experiment_id: str, query: str) -> list[Run]:
+    runs: list[Run] = []
+    token: str | None = None
+    while True:
+        page = client.search_runs([experiment_id], filter_string=query, max_results=1000, page_token=token)
+        runs.extend(page)
+        token = page.token
+        if not token:
+            return runs
+
+
+def _read_json(client: MlflowClient, study: StudyRun, name: str) -> dict[str, Any] | None:
+    if name not in {entry.path for entry in client.list_artifacts(study.run_id)}:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = client.download_artifacts(study.run_id, name, folder)
+        try:
+            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            return None
+    return raw if isinstance(raw, dict) else None
+
+
+def _space_of(raw: dict[str, Any] | None) -> tuple[Space | None, str | None]:
+    if raw is None:
+        return None, "the study's space.json is missing or unreadable, so bounds and scales are unknown"
+    try:
+        return parse_space(raw), None
+    except SpaceError as error:
+        return None, str(error)
+
+
+def _number(text: str | None, default: float = math.nan) -> float:
+    try:
+        return float(text) if text is not None else default
+    except ValueError:
+        return default
+
+
+def _value(text: str) -> Any:
+    # Parameters are stored as text. Numbers and truth values come back as such, everything else stays text.
+    if text in ("True", "False"):
+        return text == "True"
+    number = _number(text)
+    if math.isnan(number) and text.lower() != "nan":
+        return text
+    return int(text) if text.lstrip("+-").isdigit() else number
+
+
+def _trial_table(runs: Iterable[Run]) -> pd.DataFrame:
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        tags, metrics = run.data.tags, run.data.metrics
+        seeds = tuple(int(s) for s in tags.get("ram.seeds", "").split(",") if s.strip().lstrip("-").isdigit())
+        row: dict[str, Any] = {
+            "trial": int(_number(tags.get("ram.trial"), -1)),
+            "run_id": run.info.run_id,
+            "arm": tags.get("ram.arm", "unknown"),
+            "row": tags.get("ram.row", ""),
+            "state": tags.get("ram.state", "running"),
+            "stop_reason": tags.get("ram.stop_reason", ""),
+            "seeds": seeds,
+            "macs": metrics.get("macs", math.nan),
+            "parameters": metrics.get("parameters", math.nan),
+            "test_accuracy": metrics.get("test_accuracy", math.nan),
+            "test_accuracies": tuple(
+                metrics[f"test_accuracy.seed_{s}"] for s in seeds if f"test_accuracy.seed_{s}" in metrics
+            ),
+            "started": (run.info.start_time or 0) / 1000,
+        }
+        row.update({key: _value(text) for key, text in run.data.params.items() if key not in row})
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    if table.empty:
+        return table
+    # A trial that was re-run after a fault keeps its number: the newest record counts.
+    table = table.sort_values(["trial", "started", "run_id"]).drop_duplicates("trial", keep="last")
+    return table.set_index("trial")
+
+
+def _epoch_table(trials: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
+    numbers = {run_id: trial for trial, run_id in trials["run_id"].items()}
+    history = history[history["run_id"].isin(list(numbers)) & (history["step"] > 0)].copy()
+    history["trial"] = history["run_id"].map(numbers)
+    wide = history.pivot_table(index=["trial", "step"], columns="key", values="value", aggfunc="last", dropna=False)
+    wide = wide.dropna(how="all").reset_index().rename(columns={"step": "epoch"})
+    seeded = [c for c in wide.columns if str(c).startswith(SEED_METRIC)]
+    means = [c for c in EPOCH_METRICS if c in wide.columns]
+    parts = [
+        wide[["trial", "epoch", *means]].assign(seed=int(str(c).removeprefix(SEED_METRIC)), val_accuracy=wide[c])
+        for c in seeded
+    ]
+    if not parts and "val_accuracy" in wide.columns:
+        parts = [wide[["trial", "epoch", "val_accuracy", *means]].assign(seed=0)]
+    if not parts:
+        parts = [pd.DataFrame({"trial": [], "epoch": [], "seed": [], "val_accuracy": []}, dtype=float)]
+    table = pd.concat(parts, ignore_index=True)
+    # A pivot makes a cell for every seed any trial had; keep those the trial itself ran.
+    own = [
+        seed in trials.at[trial, "seeds"] or not trials.at[trial, "seeds"]
+        for trial, seed in zip(table["trial"], table["seed"], strict=True)
+    ]
+    table = table[own] if len(table) else table
+    table = table.astype({"trial": int, "epoch": int, "seed": int})
+    context = trials.drop(columns=["run_id", "seeds", "test_accuracies", "started"])
+    context = context.drop(columns=[c for c in context.columns if c in table.columns])
+    table = table.join(context, on="trial")
+    return table.sort_values(["trial", "seed", "epoch"]).reset_index(drop=True)
+
+
+def _read_history(client: MlflowClient, runs: Sequence[Run], progress: Progress) -> pd.DataFrame:
+    """All metric histories as run_id, key, step, value; in bulk where the server can, else one request a curve."""
+    keys = sorted(
+        {key for run in runs for key in run.data.metrics if key in EPOCH_METRICS or key.startswith("val_accuracy")}
+    )
+    ids = [run.info.run_id for run in runs]
+    if not ids or not keys:
+        return pd.DataFrame({"run_id": [], "key": [], "step": [], "value": []})
+    jobs = [(ids[i : i + RUNS_PER_REQUEST], key) for i in range(0, len(ids), RUNS_PER_REQUEST) for key in keys]
+    rows: list[tuple[str, str, int, float]] = []
+    with ThreadPoolExecutor(READERS) as pool:
+        for done, part in enumerate(pool.map(lambda job: _history(client, *job), jobs), start=1):
+            rows.extend(part)
+            progress(done, len(jobs))
+    return pd.DataFrame(rows, columns=["run_id", "key", "step", "value"])
+
+
+def _history(client: MlflowClient, run_ids: list[str], key: str) -> list[tuple[str, str, int, float]]:
+    bulk = _bulk_history(client, run_ids, key)
+    if bulk is not None and len(bulk) < ROWS_PER_REQUEST:
+        return bulk
+    rows: list[tuple[str, str, int, float]] = []
+    for run_id in run_ids:
+        rows.extend((run_id, key, m.step, m.value) for m in client.get_metric_history(run_id, key))
+    return rows
+
+
+def _bulk_history(client: MlflowClient, run_ids: list[str], key: str) -> list[tuple[str, str, int, float]] | None:
+    # MLflow's client has no public call for many runs at once; its web page uses this endpoint. Any server without it
+    # (or a version that moved it) falls back to one request a curve.
+    store = client._tracking_client.store  # pyright: ignore[reportPrivateUsage]
+    direct = getattr(store, "get_metric_history_bulk", None)
+    if direct is not None:
+        return [(m.run_id, m.key, m.step, m.value) for m in direct(run_ids, key, ROWS_PER_REQUEST)]
+    credentials = getattr(store, "get_host_creds", None)
+    if credentials is None:
+        return None
+    response = http_request(
+        host_creds=credentials(),
+        endpoint="/ajax-api/2.0/mlflow/metrics/get-history-bulk",
+        method="GET",
+        params={"run_id": run_ids, "metric_key": key, "max_results": ROWS_PER_REQUEST},
+    )
+    if response.status_code != 200:
+        return None
+    return [(m["run_id"], m["key"], int(m["step"]), float(m["value"])) for m in response.json()["metrics"]]

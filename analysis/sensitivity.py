@@ -1,0 +1,119 @@
+"""python -m analysis.sensitivity: which hyperparameters of a tracked study matter, by how much, and how sure that is."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from analysis.importance import DUMMY, Analysis, ImportanceError, analyse
+from analysis.records import (
+    Records,
+    RecordsError,
+    connect,
+    find_study,
+    list_studies,
+    progress_line,
+    read_study,
+    tracking_uri,
+)
+from analysis.report import answer, span, write_report
+from analysis.verdicts import judge
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Read a study back from MLflow and write its sensitivity report."""
+
+    study: str | None = None
+    """Name of the study; the newest one if left out."""
+    tracking_uri: str | None = None
+    """MLflow tracking server; $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db, if left out."""
+    out: Path | None = None
+    """Folder for the report; ./reports/<study> if left out."""
+    attach: bool = True
+    """Attach the report to the study's MLflow run as well."""
+
+
+def main(args: Args) -> int:
+    """Read, analyse, write. Gives 0, or 2 after a one-line message if the records cannot answer."""
+    try:
+        uri = tracking_uri(args.tracking_uri)
+        client = connect(uri)
+        study = find_study(list_studies(client), args.study)
+        _say(f"study {study.name} ({study.status}) from {uri}")
+        records = read_study(client, study, progress_line("reading metrics"))
+        analysis = analyse(records, _say)
+        verdicts = judge(analysis)
+        out = args.out or Path("reports") / folder_name(study.name)
+        _say("drawing")
+        paths = write_report(out, records, analysis, verdicts)
+    except (RecordsError, ImportanceError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: the report must be writable; {error}. Choose another folder with --out", file=sys.stderr)
+        return 2
+    if args.attach:
+        attach(client, records, out, paths)
+    print_answer(analysis, answer(analysis, verdicts), out)
+    return 0
+
+
+def attach(client: MlflowClient, records: Records, out: Path, paths: list[Path]) -> None:
+    """Put the files under sensitivity/ of the study's run; says so and goes on if the server will not have them."""
+    try:
+        for path in paths:
+            folder = path.parent.relative_to(out).as_posix()
+            client.log_artifact(
+                records.study.run_id, str(path), "sensitivity" if folder == "." else f"sensitivity/{folder}"
+            )
+    except (MlflowException, OSError) as error:
+        _say(f"the report could not be attached to the study's MLflow run ({error}); it lies in {out} all the same")
+
+
+def print_answer(analysis: Analysis, sentences: list[str], out: Path) -> None:
+    """The answer and the ranking on stdout, and where the report lies."""
+    print(f"\nSensitivity of {analysis.name}\n")
+    for sentence in sentences:
+        print(f"  {sentence}")
+    print(f"\n  {'rank':<10}{'parameter':<22}{'effect (accuracy points)':<28}total Sobol index")
+    for effect in analysis.effects:
+        tied = sum(e.rank == effect.rank for e in analysis.effects) > 1
+        rank = "-" if effect.name == DUMMY or not analysis.ranked else f"{effect.rank}{' tied' if tied else ''}"
+        print(f"  {rank:<10}{effect.name:<22}{span(effect.effect):<28}{span(effect.total, 2)}")
+    print(f"\n  report: {out / 'report.html'}")
+
+
+def folder_name(name: str) -> str:
+    """A study's name as a folder that every file system takes."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "study"
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def cli() -> int:
+    """Entry point: parse the flags, quieten the libraries, run."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="mlflow")
+    return main(tyro.cli(Args, description=__doc__))
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

@@ -1,0 +1,92 @@
+"""The case study's claims, judged against thresholds fixed before any data were seen."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from analysis.importance import MIN_R2, Analysis, Interval, interval
+
+SURE = 0.95  # posterior probability needed to confirm, and its complement to refute: the usual one-in-twenty
+HARDLY = (
+    2.0  # accuracy points; the case study calls changes of 0.5, 1.2 and 1.8 points "hardly", so 2 is its own measure
+)
+GLIMPSES = (6, 8)  # the two numbers of glimpses its surprise is about
+
+THRESHOLDS = {
+    "SURE": (SURE, "posterior probability needed to call a claim confirmed; 1 - SURE or less refutes it"),
+    "HARDLY": (HARDLY, "accuracy points over the whole searched range; more than that is not 'hardly'"),
+    "MIN_R2": (MIN_R2, "grouped cross-validated R2 below which every claim stays undecided"),
+}
+
+
+class Verdict(NamedTuple):
+    """One claim, what the data say of it and the numbers behind."""
+
+    claim: str
+    verdict: str  # confirmed, refuted, undecided or not tested
+    probability: float | None  # posterior probability of the claim
+    evidence: str
+    estimate: Interval | None
+
+
+def judge(analysis: Analysis) -> tuple[Verdict, ...]:
+    """All four claims, in the case study's order."""
+    return (
+        _patch_first(analysis),
+        _hardly(analysis, "num_scales", "The number of scales hardly matters"),
+        _hardly(analysis, "num_glimpses", "The number of glimpses hardly matters"),
+        _more_glimpses(analysis),
+    )
+
+
+def _decide(analysis: Analysis, claim: str, probability: float, evidence: str, estimate: Interval | None) -> Verdict:
+    if not analysis.ranked:
+        why = f"the surface explains too little to judge (cross-validated R2 {analysis.fit.r2:.2f}, needed {MIN_R2})"
+        return Verdict(claim, "undecided", None, why, None)
+    verdict = "confirmed" if probability >= SURE else "refuted" if probability <= 1 - SURE else "undecided"
+    return Verdict(claim, verdict, probability, evidence, estimate)
+
+
+def _untested(claim: str, names: list[str]) -> Verdict:
+    return Verdict(claim, "not tested", None, f"this study did not vary {' or '.join(names)}", None)
+
+
+def _patch_first(analysis: Analysis) -> Verdict:
+    claim = "Patch (retina) size matters most of patch size, number of scales and number of glimpses"
+    names = ["patch_size", "num_scales", "num_glimpses"]
+    missing = [n for n in names if f"total {n}" not in analysis.claims]
+    if missing:
+        return _untested(claim, missing)
+    patch, scales, glimpses = (analysis.claims[f"total {n}"] for n in names)
+    probability = float(np.mean(patch > np.maximum(scales, glimpses)))
+    first = analysis.effects[0].name
+    also = "" if first == "patch_size" else f"; of everything searched, {first} has the largest index"
+    evidence = f"total Sobol index {interval(patch).mid:.2f} against {interval(scales).mid:.2f} (scales) and {interval(glimpses).mid:.2f} (glimpses){also}"
+    return _decide(analysis, claim, probability, evidence, interval(patch))
+
+
+def _hardly(analysis: Analysis, name: str, claim: str) -> Verdict:
+    key = f"range {name}"
+    if key not in analysis.claims:
+        return _untested(claim, [name])
+    draws = analysis.claims[key]
+    span = interval(draws)
+    dimension = next(d for d in analysis.dimensions if d.name == name)
+    evidence = (
+        f"mean accuracy changes by {span.mid:.1f} points ({span.low:.1f} to {span.high:.1f}) over {dimension.low:g} to "
+        f"{dimension.high:g}; 'hardly' means at most {HARDLY:g}"
+    )
+    return _decide(analysis, claim, float(np.mean(draws <= HARDLY)), evidence, span)
+
+
+def _more_glimpses(analysis: Analysis) -> Verdict:
+    few, many = GLIMPSES
+    claim = f"{many} glimpses are worse than {few}"
+    if f"marginal num_glimpses {few}" not in analysis.claims or f"marginal num_glimpses {many}" not in analysis.claims:
+        return _untested(claim, [f"num_glimpses over {few} and {many}"])
+    change = analysis.claims[f"marginal num_glimpses {many}"] - analysis.claims[f"marginal num_glimpses {few}"]
+    span = interval(change)
+    evidence = f"going from {few} to {many} changes mean accuracy by {span.mid:+.1f} points ({span.low:+.1f} to {span.high:+.1f})"
+    return _decide(analysis, claim, float(np.mean(change < 0)), evidence, span)

@@ -1,0 +1,75 @@
+"""The networks of the tables that see the whole canvas at once. R replicates, B images, S canvas side, C classes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ramcore.config import NUM_CLASSES, Config
+from ramcore.layers import Conv, Linear, Weights
+
+
+class CNN(nn.Module):
+    """The case study's CNN: two convolutions and two fully connected layers, ReLU, dropout after the second convolution.
+
+    The case study gives no sizes; these are those of the small MNIST network that its description matches: 10 and 20
+    filters of 5x5, each followed by 2x2 max pooling, and 50 hidden units.
+    """
+
+    def __init__(self, config: Config, seeds: Tensor) -> None:
+        super().__init__()
+        weights = Weights(seeds)
+        self.config = config
+        self.conv1 = Conv(weights, 1, 10, 5)
+        self.conv2 = Conv(weights, 10, 20, 5)
+        side = ((config.canvas_size - 4) // 2 - 4) // 2
+        self.hidden = Linear(weights, 20 * side**2, 50)
+        self.out = Linear(weights, 50, NUM_CLASSES)
+
+    def forward(self, images: Tensor, dropout: Tensor | None = None) -> Tensor:
+        """images: (R, B, S, S) float in [0, 1]; dropout: (R, B, 20) uniform, drops whole maps; returns (R, B, C)."""
+        maps = functional.max_pool2d(self.conv1(images.transpose(0, 1)), 2).relu()
+        maps = self.conv2(maps)
+        if dropout is not None:
+            keep = (dropout >= self.config.dropout).float() / (1 - self.config.dropout)
+            maps = maps * keep.transpose(0, 1).flatten(1)[:, :, None, None]
+        maps = functional.max_pool2d(maps, 2).relu()
+        features = maps.unflatten(1, (len(images), -1)).transpose(0, 1).flatten(2)
+        return self.out(self.hidden(features).relu())
+
+
+class ConvNet(nn.Module):
+    """Mnih et al.'s convolutional network: 8 filters of 10x10 at stride 5, then 256 hidden units, ReLU (section 4.1)."""
+
+    def __init__(self, config: Config, seeds: Tensor) -> None:
+        super().__init__()
+        weights = Weights(seeds)
+        self.config = config
+        self.conv = Conv(weights, 1, 8, 10, stride=5)
+        side = (config.canvas_size - 10) // 5 + 1
+        self.hidden = Linear(weights, 8 * side**2, config.hidden_size)
+        self.out = Linear(weights, config.hidden_size, NUM_CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: (R, B, S, S) float in [0, 1]; returns (R, B, C)."""
+        maps = self.conv(images.transpose(0, 1)).relu()
+        features = maps.unflatten(1, (len(images), -1)).transpose(0, 1).flatten(2)
+        return self.out(self.hidden(features).relu())
+
+
+class FullyConnected(nn.Module):
+    """Mnih et al.'s fully connected networks: two hidden layers of config.hidden_size units (64 or 256), ReLU."""
+
+    def __init__(self, config: Config, seeds: Tensor) -> None:
+        super().__init__()
+        weights = Weights(seeds)
+        self.config = config
+        self.hidden1 = Linear(weights, config.canvas_size**2, config.hidden_size)
+        self.hidden2 = Linear(weights, config.hidden_size, config.hidden_size)
+        self.out = Linear(weights, config.hidden_size, NUM_CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: (R, B, S, S) float in [0, 1]; returns (R, B, C)."""
+        h = self.hidden1(images.flatten(2)).relu()
+        return self.out(torch.relu(self.hidden2(h)))

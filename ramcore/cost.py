@@ -1,0 +1,68 @@
+"""What a configuration costs: parameters, and multiply-accumulates per image of one evaluation rollout.
+
+A multiply-accumulate (MAC) is one term of a matrix product or convolution; additions, activations and the retina's reading
+are not counted (the retina multiplies nothing but num_scales * patch_size**2 weights a glimpse). RAM's MACs do not contain
+the canvas, which is the papers' claim; a convolutional network's do.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ramcore.config import NUM_CLASSES, Config
+
+
+class Cost(NamedTuple):
+    """parameters: of one replicate, the baseline network's included. macs: per image."""
+
+    parameters: int
+    macs: int
+
+
+def cost(config: Config) -> Cost:
+    """The cost of a configuration."""
+    if config.model == "cnn":
+        first = config.canvas_size - 4
+        second = first // 2 - 4
+        features = 20 * (second // 2) ** 2
+        dense = [(features, 50), (50, NUM_CLASSES)]
+        convolutions = [(25, 10, first**2), (250, 20, second**2)]
+    elif config.model == "conv":
+        side = (config.canvas_size - 10) // 5 + 1
+        dense = [(8 * side**2, config.hidden_size), (config.hidden_size, NUM_CLASSES)]
+        convolutions = [(100, 8, side**2)]
+    elif config.model == "fc":
+        hidden = config.hidden_size
+        dense = [(config.canvas_size**2, hidden), (hidden, hidden), (hidden, NUM_CLASSES)]
+        convolutions = []
+    else:
+        return _ram_cost(config)
+    return Cost(
+        parameters=sum((i + 1) * o for i, o in dense) + sum((i + 1) * o for i, o, _ in convolutions),
+        macs=sum(i * o for i, o in dense) + sum(i * o * places for i, o, places in convolutions),
+    )
+
+
+def _ram_cost(config: Config) -> Cost:
+    hidden, path = config.hidden_size, config.glimpse_size
+    gates = {"rnn": 1, "gru": 3, "lstm": 4}[config.core]
+    glimpse = [
+        (config.glimpse_pixels, path),
+        (2, path),
+        (2 * path, hidden),
+        (hidden, gates * hidden),
+        (hidden, gates * hidden),
+    ]
+    width = config.location_hidden
+    location = [(hidden, width), (width, 2)] if width else [(hidden, 2)]
+    action, baseline = (hidden, NUM_CLASSES), (hidden, 1)
+    norms = 0
+    if config.layer_norm:
+        norms = 1 + (2 * gates if config.core == "gru" else gates)
+    decisions = config.num_glimpses - 1 if config.model == "ram" else 0
+    return Cost(
+        parameters=sum((i + 1) * o for i, o in [*glimpse, *location, action, baseline]) + norms * 2 * hidden,
+        macs=config.num_glimpses * sum(i * o for i, o in glimpse)
+        + decisions * sum(i * o for i, o in location)
+        + action[0] * action[1],
+    )

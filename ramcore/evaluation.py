@@ -1,0 +1,141 @@
+"""Evaluation: class scores of R networks on canvases, following the policy's mean or averaging sampled rollouts.
+
+R replicates, B images, T glimpses, C classes, S canvas side.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ramcore.baselines import CNN, ConvNet, FullyConnected
+from ramcore.config import Config
+from ramcore.data import SplitName, TaskData
+from ramcore.model import RAM, Rollout
+from ramcore.rng import Stream, key, normal, uniform, unit
+
+BATCH_SIZE = 500  # images; small enough for a laptop's cache, large enough for a GPU
+_FIXED_SEED = -1  # first glimpses at evaluation are the same for every run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Accuracy (a fraction) and mean cross-entropy (nats) of each seed on one split."""
+
+    split: str
+    seeds: tuple[int, ...]
+    accuracy: tuple[float, ...]
+    loss: tuple[float, ...]
+    accuracy_per_glimpse: tuple[tuple[float, ...], ...]  # of each seed, stopping after 1..T glimpses
+
+
+def build_model(config: Config, seeds: Tensor) -> nn.Module:
+    """R untrained networks of a configuration; seeds: (R,) int64 on the device where the weights are to be."""
+    if config.model == "cnn":
+        return CNN(config, seeds)
+    if config.model == "conv":
+        return ConvNet(config, seeds)
+    if config.model == "fc":
+        return FullyConnected(config, seeds)
+    return RAM(config, seeds)
+
+
+def whole_image_rollout(logits: Tensor) -> Rollout:
+    """A network without glimpses, (R, B, C) scores, as a rollout of one look and no decision about where."""
+    none = logits.new_empty(len(logits), 0, logits.shape[1])
+    return Rollout(logits[:, None], none, none)
+
+
+@torch.no_grad()
+def class_log_probs(
+    model: nn.Module, config: Config, seeds: Tensor, images: Tensor, index: Tensor, *, every_step: bool = False
+) -> Tensor:
+    """What R networks think of canvases.
+
+    Args:
+        model: of `build_model`.
+        seeds: (R,) int64; draw the rollouts when config.eval_samples > 0.
+        images: (1, B, S, S) uint8, seen by all replicates.
+        index: (B,) int64 numbers of the images; they decide where each first glimpse looks.
+        every_step: after each glimpse, not only the last.
+
+    Returns:
+        (R, t, B, C) log probabilities.
+    """
+    if not isinstance(model, RAM):
+        logits = model(images.expand(len(seeds), -1, -1, -1).float() / 255)
+        return functional.log_softmax(logits, -1)[:, None]
+    pyramid = model.retina.pyramid(images)
+    first = first_locations(config, index).expand(len(seeds), -1, -1)
+
+    def scores(noise: Tensor | None) -> Tensor:
+        hiddens = model.look(pyramid, first, noise).hiddens
+        return model.scores(hiddens if every_step else hiddens[:, -1:])
+
+    if config.eval_samples == 0 and config.model == "ram":
+        return functional.log_softmax(scores(None), -1)
+    total = None
+    samples = max(config.eval_samples, 1)
+    for sample in range(samples):
+        keys = key(seeds, Stream.LOCATION_NOISE, -1 - sample, index[0])
+        noise = policy_noise(config, keys, len(index))
+        probs = functional.softmax(scores(noise), -1)
+        total = probs if total is None else total + probs
+    assert total is not None
+    return (total / samples).clamp_min(1e-12).log()
+
+
+def first_locations(config: Config, index: Tensor) -> Tensor:
+    """Where the first glimpse of each evaluation image looks: (1, B, 2), a function of its number alone."""
+    if config.first_glimpse == "center":
+        return torch.zeros(1, len(index), 2, device=index.device)
+    keys = key(torch.full((1,), _FIXED_SEED, device=index.device), Stream.FIRST_LOCATION)
+    return unit(keys[:, None], 2 * index[:, None] + torch.arange(2, device=index.device))[None] * 2 - 1
+
+
+def policy_noise(config: Config, keys: Tensor, batch: int) -> Tensor:
+    """The rollout's noise, (R, T - 1, B, 2): standard normal, or for ram-random the locations, uniform in [-1, 1)."""
+    shape = (len(keys), config.num_glimpses - 1, batch, 2)
+    if config.model == "ram-random":
+        return uniform(keys, math.prod(shape[1:])).view(shape) * 2 - 1
+    return normal(keys, math.prod(shape[1:])).view(shape)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    config: Config,
+    seeds: tuple[int, ...],
+    data: TaskData,
+    split: SplitName,
+    *,
+    every_step: bool = True,
+) -> Evaluation:
+    """Accuracy and loss of R networks on a split; every_step=False spares the accuracy after each glimpse."""
+    labels = data.split(split).labels
+    device = labels.device
+    seed_tensor = torch.tensor(seeds, device=device)
+    keys = data.placement_keys(split, seed_tensor, 0)
+    correct = loss = None
+    for start in range(0, len(labels), BATCH_SIZE):
+        index = torch.arange(start, min(start + BATCH_SIZE, len(labels)), device=device)
+        images = data.render(split, index[None], keys)
+        log_probs = class_log_probs(model, config, seed_tensor, images, index, every_step=every_step)
+        hits = (log_probs.argmax(-1) == labels[index]).sum(-1)  # (R, t)
+        target = labels[index].expand(len(seeds), -1)[..., None]
+        nats = -log_probs[:, -1].gather(-1, target).sum((1, 2))
+        correct = hits if correct is None else correct + hits
+        loss = nats if loss is None else loss + nats
+    assert correct is not None and loss is not None
+    accuracy = (correct.double() / len(labels)).tolist()
+    return Evaluation(
+        split=split,
+        seeds=seeds,
+        accuracy=tuple(a[-1] for a in accuracy),
+        loss=tuple((loss.double() / len(labels)).tolist()),
+        accuracy_per_glimpse=tuple(tuple(a) for a in accuracy),
+    )

@@ -1,0 +1,101 @@
+"""Layers with a leading replicate dimension: R networks side by side, each with its own weights.
+
+Products are batched over replicates (torch.baddbmm), which for R = 1 costs what a plain product costs. Weights are drawn by
+`ramcore.rng` from each replicate's seed and the order of the layers, so a replicate is the same alone or among others.
+
+R: replicates, N: rows, I/O: input and output units.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ramcore.rng import Stream, key, uniform
+
+
+class Weights:
+    """Draws the initial weights of R replicates, layer after layer."""
+
+    def __init__(self, seeds: Tensor) -> None:
+        self.seeds = seeds
+        self.drawn = 0
+
+    def uniform(self, shape: tuple[int, ...], bound: float) -> nn.Parameter:
+        """(R, *shape) uniform in [-bound, bound)."""
+        keys = key(self.seeds, Stream.WEIGHTS, self.drawn)
+        self.drawn += 1
+        values = uniform(keys, math.prod(shape)) * (2 * bound) - bound
+        return nn.Parameter(values.view(len(self.seeds), *shape))
+
+    def constant(self, shape: tuple[int, ...], value: float) -> nn.Parameter:
+        """(R, *shape) of one value."""
+        return nn.Parameter(torch.full((len(self.seeds), *shape), value, device=self.seeds.device))
+
+
+class _KnownProduct(torch.autograd.Function):
+    """y = x W + b where y has been computed before: only the gradient is left to do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+        (gradient,) = gradients
+        x, weight = ctx.saved_tensors
+        to_x = gradient.bmm(weight.mT) if ctx.needs_input_grad[0] else None
+        return to_x, x.mT.bmm(gradient), gradient.sum(1, keepdim=True), None
+
+
+class Linear(nn.Module):
+    """y = x W + b per replicate; initialised uniformly in +-1/sqrt(I), as torch.nn.Linear."""
+
+    def __init__(self, weights: Weights, inputs: int, outputs: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(inputs)
+        self.weight = weights.uniform((inputs, outputs), bound)
+        self.bias = weights.uniform((1, outputs), bound)
+
+    def forward(self, x: Tensor, known: Tensor | None = None) -> Tensor:
+        """x: (R, N, I); returns (R, N, O). known: the result, where it was computed before without its gradient."""
+        if known is None:
+            return torch.baddbmm(self.bias, x, self.weight)
+        return _KnownProduct.apply(x, self.weight, self.bias, known)
+
+
+class LayerNorm(nn.Module):
+    """Normalise the last dimension (Ba, Kiros, Hinton 2016); gain and bias per replicate."""
+
+    def __init__(self, weights: Weights, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.gain = weights.constant((1, size), 1.0)
+        self.bias = weights.constant((1, size), 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (R, N, size)."""
+        return torch.addcmul(self.bias, functional.layer_norm(x, (self.size,)), self.gain)
+
+
+class Conv(nn.Module):
+    """A convolution per replicate, as one grouped convolution."""
+
+    def __init__(self, weights: Weights, inputs: int, outputs: int, kernel: int, stride: int = 1) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(inputs * kernel**2)
+        self.stride = stride
+        self.weight = weights.uniform((outputs, inputs, kernel, kernel), bound)
+        self.bias = weights.uniform((outputs,), bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, R * I, height, width); returns (N, R * O, ...)."""
+        replicates = len(self.weight)
+        return functional.conv2d(
+            x, self.weight.flatten(0, 1), self.bias.flatten(), stride=self.stride, groups=replicates
+        )

@@ -1,0 +1,305 @@
+"""The trainer: R replicates of one configuration, one a seed, trained in one step.
+
+`Trainer.epoch()` trains one epoch and returns its metrics; what to do with them is the caller's affair. Everything random
+is a function of (seed, epoch, step) (see `ramcore.rng`), so the trainer's state is its weights, Adam's moments and the
+number of epochs done, and a replicate does not depend on those beside it.
+
+R replicates, B images of a batch, N training images.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ramcore.config import Config, ConfigError
+from ramcore.data import SplitName, TaskData
+from ramcore.evaluation import Evaluation, build_model, evaluate, policy_noise, whole_image_rollout
+from ramcore.loss import Losses, hybrid_loss, needs_every_step
+from ramcore.model import RAM
+from ramcore.rng import Stream, key, permutation, uniform
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochMetrics:
+    """One epoch, a value per seed. A seed that diverged has NaN from then on."""
+
+    epoch: int  # 1 is the first
+    seconds: float  # training and validation
+    seeds: tuple[int, ...]
+    train_loss: tuple[float, ...]  # mean classification loss, nats
+    train_accuracy: tuple[float, ...]  # of sampled rollouts while training, fraction
+    reward: tuple[float, ...]  # mean, at the last glimpse
+    baseline_error: tuple[float, ...]  # mean squared
+    gradient_norm: tuple[float, ...]  # mean, before clipping
+    val_loss: tuple[float, ...]  # mean cross-entropy, nats
+    val_accuracy: tuple[float, ...]  # fraction
+    diverged: tuple[bool, ...]  # a loss or gradient was not finite, in this epoch or before
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EpochMetrics:
+        """The inverse of `to_dict`, also after a round trip through JSON."""
+        return cls(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values.items()})
+
+
+_METERS = ("train_loss", "train_accuracy", "reward", "baseline_error", "gradient_norm")
+
+
+class Trainer:
+    """Trains R replicates of one configuration."""
+
+    def __init__(
+        self, config: Config, data: TaskData, seeds: Sequence[int] = (0,), device: torch.device | str = "cpu"
+    ) -> None:
+        """Build untrained replicates.
+
+        Args:
+            config: what to train.
+            data: the task; moved to the device if it is elsewhere.
+            seeds: one replicate each; at least one, all different, none negative.
+            device: where to train.
+
+        Raises:
+            ConfigError: unusable seeds, another task's data, a batch larger than the training split.
+        """
+        if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+            raise ConfigError(f"seeds must be different whole numbers of at least 0; got {list(seeds)}")
+        if (data.data, data.task) != (config.data, config.task):
+            raise ConfigError(
+                f"data must be {config.data} {config.task}; got {data.data} {data.task}: load_task(config)"
+            )
+        if config.batch_size > data.sizes["train"]:
+            raise ConfigError(
+                f"batch_size must be at most {data.sizes['train']}, the training images; got {config.batch_size}"
+            )
+        self.config = config
+        self.device = torch.device(device)
+        self.data = data if data.device == self.device else data.to(self.device)
+        self.seeds = tuple(seeds)
+        self.epochs_done = 0
+        self._seeds = torch.tensor(self.seeds, device=self.device)
+        self.model = build_model(config, self._seeds)
+        self._parameters = list(self.model.parameters())
+        captured = self.device.type == "cuda"
+        rate = torch.tensor(config.learning_rate, device=self.device) if captured else config.learning_rate
+        self._adam = torch.optim.Adam(self._parameters, lr=rate, fused=True, capturable=captured)
+        self._alive = torch.ones(len(seeds), dtype=torch.bool, device=self.device)
+        self._meters = torch.zeros(len(_METERS), len(seeds), device=self.device)
+        self._best_accuracy = torch.full((len(seeds),), -1.0)
+        self._best_epoch = torch.zeros(len(seeds), dtype=torch.int64)
+        self._best_weights = self._copy_weights()
+        self._run_step: Callable[[Tensor, Tensor, Tensor], None] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches of the training split; each epoch leaves a different remainder out."""
+        return self.data.sizes["train"] // self.config.batch_size
+
+    def epoch(self) -> EpochMetrics:
+        """Train one epoch, then evaluate on the validation split and keep each seed's best weights."""
+        started = time.perf_counter()
+        config, steps = self.config, self.steps_per_epoch
+        if self._run_step is None:
+            self._run_step = self._capture() if self.device.type == "cuda" else self._step
+        self._meters.zero_()
+        epoch = torch.tensor(self.epochs_done, device=self.device)
+        counters = torch.arange(steps, device=self.device)
+        order = permutation(key(self._seeds, Stream.BATCH_ORDER, epoch), self.data.sizes["train"])
+        for step in range(steps):
+            self._set_learning_rate(self.epochs_done * steps + step)
+            batch = order[:, step * config.batch_size : (step + 1) * config.batch_size]
+            self._run_step(batch, epoch, counters[step])
+        self.epochs_done += 1
+        evaluation = evaluate(self.model, config, self.seeds, self.data, "validation", every_step=False)
+        diverged = (~self._alive).tolist()
+        self._keep_best(evaluation, diverged)
+        meters = (self._meters / steps).tolist()
+
+        def alive_only(values: Sequence[float]) -> tuple[float, ...]:
+            return tuple(math.nan if dead else value for value, dead in zip(values, diverged, strict=True))
+
+        return EpochMetrics(
+            epoch=self.epochs_done,
+            seconds=time.perf_counter() - started,
+            seeds=self.seeds,
+            **{name: alive_only(values) for name, values in zip(_METERS, meters, strict=True)},
+            val_loss=alive_only(evaluation.loss),
+            val_accuracy=alive_only(evaluation.accuracy),
+            diverged=tuple(diverged),
+        )
+
+    def evaluate(self, split: SplitName, weights: Literal["best", "last"] = "best") -> Evaluation:
+        """Evaluate each seed with its weights of best validation accuracy, or the last ones."""
+        if weights == "last" or self.epochs_done == 0:
+            return evaluate(self.model, self.config, self.seeds, self.data, split)
+        model = build_model(self.config, self._seeds)
+        model.load_state_dict(self._best_weights)
+        return evaluate(model, self.config, self.seeds, self.data, split)
+
+    @property
+    def best_epoch(self) -> tuple[int, ...]:
+        """Epoch of each seed's best validation accuracy; 0 before the first."""
+        return tuple(self._best_epoch.tolist())
+
+    def best_weights(self, replicate: int | None = None) -> dict[str, Tensor]:
+        """Weights of best validation accuracy, on the CPU, leading dimension R (1 if one replicate is asked for)."""
+        chosen = slice(None) if replicate is None else slice(replicate, replicate + 1)
+        return {name: value[chosen].cpu().clone() for name, value in self._best_weights.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to continue as if never stopped; loads with torch.load(..., weights_only=True)."""
+        return {
+            "config": asdict(self.config),
+            "seeds": list(self.seeds),
+            "epochs_done": self.epochs_done,
+            "weights": self._copy_weights(),
+            "adam": self._adam.state_dict(),
+            "alive": self._alive.clone(),
+            "best_accuracy": self._best_accuracy.clone(),
+            "best_epoch": self._best_epoch.clone(),
+            "best_weights": {name: value.clone() for name, value in self._best_weights.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`.
+
+        Raises:
+            ConfigError: the state is of another configuration or other seeds.
+        """
+        for name, found, mine in (
+            ("configuration", state["config"], asdict(self.config)),
+            ("seeds", state["seeds"], list(self.seeds)),
+        ):
+            if found != mine:
+                raise ConfigError(f"a checkpoint continues the {name} it was made with, {found}; got {mine}")
+        self.model.load_state_dict(state["weights"])
+        self._adam.load_state_dict(state["adam"])
+        self._alive = state["alive"].to(self.device)
+        self._best_accuracy = state["best_accuracy"].clone()
+        self._best_epoch = state["best_epoch"].clone()
+        self._best_weights = {name: value.to(self.device) for name, value in state["best_weights"].items()}
+        self.epochs_done = state["epochs_done"]
+        self._run_step = None
+
+    def _step(self, index: Tensor, epoch: Tensor, step: Tensor) -> None:
+        """One optimisation step on the images index (R, B). Nothing in it waits for the device."""
+        losses = self._losses(index, epoch, step)
+        self._adam.zero_grad(set_to_none=True)
+        losses.total.sum().backward()
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])
+        norm = torch.linalg.vector_norm(norms, dim=0)
+        self._alive &= torch.isfinite(norm) & torch.isfinite(losses.total)
+        clip = self.config.gradient_clip
+        scale = (clip / norm).clamp(max=1) if clip > 0 else None
+        for gradient in gradients:
+            shape = (-1,) + (1,) * (gradient.dim() - 1)
+            if scale is not None:
+                gradient *= scale.view(shape)
+            gradient.masked_fill_(~self._alive.view(shape), 0)  # a diverged seed is not trained on
+        self._adam.step()
+        self._meters += torch.stack([losses.classification, losses.accuracy, losses.reward, losses.baseline, norm])
+
+    def _losses(self, index: Tensor, epoch: Tensor, step: Tensor) -> Losses:
+        config, data = self.config, self.data
+        batch = index.shape[1]
+
+        def draw(stream: Stream) -> Tensor:
+            return key(self._seeds, stream, epoch, step)
+
+        placement_epoch = 0 if config.placements == "once" else epoch
+        images = data.render("train", index, data.placement_keys("train", self._seeds, placement_epoch))
+        labels = data.train.labels[index]
+        classes = uniform(draw(Stream.CLASS_SAMPLE), batch) if config.loss_mixing < 1 else None
+        if isinstance(self.model, RAM):
+            if config.first_glimpse == "random":
+                first = uniform(draw(Stream.FIRST_LOCATION), 2 * batch).view(-1, batch, 2) * 2 - 1
+            else:
+                first = torch.zeros(len(self.seeds), batch, 2, device=self.device)
+            noise = policy_noise(config, draw(Stream.LOCATION_NOISE), batch)
+            looks = self.model.look(self.model.retina.pyramid(images), first, noise)
+            rollout = self.model.learn(looks, every_step=needs_every_step(config))
+        elif config.model == "cnn":
+            dropout = uniform(draw(Stream.DROPOUT), batch * 20).view(-1, batch, 20)
+            rollout = whole_image_rollout(self.model(images.float() / 255, dropout))
+        else:
+            rollout = whole_image_rollout(self.model(images.float() / 255))
+        return hybrid_loss(config, rollout, labels, classes)
+
+    def _set_learning_rate(self, steps_done: int) -> None:
+        if self.config.schedule == "constant":
+            return
+        progress = steps_done / (self.config.epochs * self.steps_per_epoch)
+        rate = self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        for group in self._adam.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def _capture(self) -> Callable[[Tensor, Tensor, Tensor], None]:
+        """The step as a CUDA graph: one launch instead of hundreds, and the same numbers."""
+        index = torch.zeros(len(self.seeds), self.config.batch_size, dtype=torch.int64, device=self.device)
+        epoch, step = (torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(2))
+        before = self.state_dict()
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):  # capture needs warm kernels and allocated Adam moments
+            for _ in range(3):
+                self._step(index, epoch, step)
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        self._adam.zero_grad(set_to_none=True)
+        with torch.cuda.graph(graph):
+            self._step(index, epoch, step)
+        self._restore_in_place(before)
+
+        def replay(new_index: Tensor, new_epoch: Tensor, new_step: Tensor) -> None:
+            index.copy_(new_index)
+            epoch.copy_(new_epoch)
+            step.copy_(new_step)
+            graph.replay()
+
+        return replay
+
+    @torch.no_grad()
+    def _restore_in_place(self, state: dict[str, Any]) -> None:
+        """Undo the warm-up steps without moving a tensor that the graph refers to."""
+        for name, value in self.model.state_dict().items():
+            value.copy_(state["weights"][name])
+        saved = state["adam"]["state"]
+        for i, parameter in enumerate(self._parameters):
+            for name, value in self._adam.state[parameter].items():
+                value.copy_(saved[i][name]) if i in saved else value.zero_()
+        self._alive.copy_(state["alive"])
+        self._meters.zero_()
+
+    def _copy_weights(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+
+    def _keep_best(self, evaluation: Evaluation, diverged: list[bool]) -> None:
+        weights = self.model.state_dict()
+        for r, accuracy in enumerate(evaluation.accuracy):
+            if accuracy > self._best_accuracy[r] and not diverged[r]:
+                self._best_accuracy[r] = accuracy
+                self._best_epoch[r] = self.epochs_done
+                for name, value in self._best_weights.items():
+                    value[r].copy_(weights[name][r])
+
+
+if __name__ == "__main__":
+    import sys
+
+    from ramcore.cli import main
+
+    sys.exit(main())

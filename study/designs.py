@@ -1,0 +1,170 @@
+"""Which configurations a study tries, in which order, and which of them may be stopped early.
+
+search      the default and the published configurations, then scrambled Sobol points, both never stopped, then TPE with early stopping
+paper       the rows of the case study's Table 1, never stopped
+ofat        one factor at a time around two baselines, never stopped
+replicate   the best configuration, the default and a few spread points again, on seeds that no search has seen
+
+A trial's arm depends on its number alone, never on how many trials happen to be running, so that parallel starts cannot
+overshoot an arm (ray#52535) and a continued study goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from ramcore.config import Config, Data, Task
+from ramcore.recipes import PAPER
+from study.space import Space, Values
+
+Design = Literal["search", "paper", "ofat", "replicate"]
+Arm = Literal["published", "sobol", "tpe", "paper", "ofat", "replicate"]
+
+STOPPABLE: frozenset[str] = frozenset({"tpe"})  # the arms that early stopping may cut short
+HELD_OUT_SEED = 1000  # replicate's first seed; the other designs count from 0
+SPREAD_POINTS = 4
+SPREAD_SEED = 1  # of the Sobol sequence that spread points come from; a search's is 0 unless said otherwise
+SMALL_PATCH = 8  # pixels: the smallest patch of the case study's table
+OFAT_LEVELS = (0.0, 1 / 3, 2 / 3, 0.999999)  # unit-cube coordinates
+
+DEFAULT_EPOCHS: dict[Design, int] = {"search": 30, "paper": 100, "ofat": 30, "replicate": 30}
+DEFAULT_SEEDS: dict[Design, int] = {"search": 2, "paper": 3, "ofat": 3, "replicate": 5}
+DEFAULT_TRIALS = 40  # of a search; the other designs have as many as rows
+
+# (model, num_glimpses, patch_size, num_scales) of Table 1, Fang, Tian and Yang, "Recurrent Models of Visual Attention: A
+# Case Study on MNIST Dataset"; Adam 3e-4, batches of 100 and policy std 0.17 are `ramcore.recipes.PAPER`'s.
+_TABLE_1: dict[str, tuple[tuple[str, int, int, int], ...]] = {
+    "translated": (
+        ("cnn", 0, 0, 0),
+        ("ram", 6, 8, 2),
+        ("ram", 6, 8, 3),
+        ("ram", 6, 12, 3),
+        ("ram", 8, 12, 3),
+        ("ram", 6, 16, 3),
+    ),
+    "cluttered": (
+        ("cnn", 0, 0, 0),
+        ("ram", 6, 12, 3),
+        ("ram", 6, 12, 4),
+        ("ram", 8, 12, 3),
+        ("ram", 6, 16, 3),
+        ("ram", 6, 20, 3),
+    ),
+}
+# What a search tries first: for tasks outside the table, what Mnih et al. 2014 published for them.
+_PUBLISHED: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "original": ((6, 8, 1), (4, 8, 1), (2, 8, 1)),
+    "translated": ((6, 12, 3), (6, 16, 3), (8, 12, 3), (6, 8, 3), (6, 8, 2)),
+    "cluttered": ((6, 12, 3), (6, 16, 3), (8, 12, 3), (6, 20, 3), (6, 12, 4)),
+    "cluttered-100": ((8, 12, 4), (6, 12, 4), (4, 12, 4)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One trial before it runs."""
+
+    config: Config
+    arm: Arm
+    row: str = ""  # which row of its design, for people; empty in a search
+    seeds: tuple[int, ...]
+
+    @property
+    def stoppable(self) -> bool:
+        """Whether early stopping may end it."""
+        return self.arm in STOPPABLE
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as the record keeps it."""
+        return {"config": dataclasses.asdict(self.config), "arm": self.arm, "row": self.row, "seeds": list(self.seeds)}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Plan:
+        """The inverse of `to_dict`."""
+        return Plan(config=Config(**data["config"]), arm=data["arm"], row=data["row"], seeds=tuple(data["seeds"]))
+
+
+def published(space: Space) -> list[tuple[str, Values]]:
+    """(row, values) of what a search tries first: the space's default, then the published configurations inside the space.
+
+    Published is what is searched (sizes, policy std, learning rate, loss weights); the other fields are the space's.
+    """
+    paper_values = {name: getattr(PAPER, name) for name in space.names}
+    points = [("default", space.default)]
+    for glimpses, patch, scales in _PUBLISHED[space.base.task]:
+        sizes = {"num_glimpses": glimpses, "patch_size": patch, "num_scales": scales}
+        points.append((f"published {glimpses} gl {patch}x{patch} {scales} s", paper_values | sizes))
+    return [(row, values) for row, values in points if space.contains(values)]
+
+
+def search_arms(totals: Sequence[int], num_published: int) -> list[Arm]:
+    """The arm of every trial number of a search that was asked for totals[0] trials, then extended to totals[1], ...
+
+    Of the first total, an eighth (at least one, at most num_published) are the default and published configurations. Sobol points follow
+    until 40% of the total and at least 16 are such; but a fifth of the total (at least one trial, from four on) is kept for
+    TPE. An extension starts with the Sobol points that the new total lacks.
+    """
+    arms: list[Arm] = []
+    for total in totals:
+        left = total - len(arms)
+        if not arms:
+            arms += ["published"] * min(num_published, max(1, total // 8), left)
+        for_tpe = max(1, total // 5) - arms.count("tpe") if total >= 4 else 0
+        sobol = max(16, math.ceil(0.4 * total)) - arms.count("sobol")
+        arms += ["sobol"] * max(0, min(sobol, total - len(arms) - max(0, for_tpe)))
+        arms += ["tpe"] * max(0, total - len(arms))
+    return arms
+
+
+def paper(data: Data, tasks: Sequence[str], epochs: int, seeds_per_trial: int) -> list[Plan]:
+    """Table 1, as published: both tasks unless fewer are named."""
+    plans: list[Plan] = []
+    for task, rows in _TABLE_1.items():
+        if task not in tasks:
+            continue
+        assert task in get_args(Task)
+        for model, glimpses, patch, scales in rows:
+            config = dataclasses.replace(PAPER, data=data, task=task, epochs=epochs)
+            label = f"{task} CNN"
+            if model == "ram":
+                config = dataclasses.replace(config, num_glimpses=glimpses, patch_size=patch, num_scales=scales)
+                label = f"{task} RAM {glimpses} gl {patch}x{patch} {scales} s"
+            else:
+                config = dataclasses.replace(config, model="cnn")
+            plans.append(Plan(config=config, arm="paper", row=label, seeds=tuple(range(seeds_per_trial))))
+    return plans
+
+
+def ofat(space: Space, best: Values, seeds_per_trial: int) -> list[Plan]:
+    """One factor at a time around the best configuration found and around the same with a small patch.
+
+    The second baseline is there because a factor may matter only where the patch is small: an interaction that one
+    baseline cannot show.
+    """
+    seeds = tuple(range(seeds_per_trial))
+    small = space.clamped(best | {"patch_size": SMALL_PATCH})
+    plans: list[Plan] = []
+    for name, baseline in (("best", best), ("small patch", small)):
+        plans.append(Plan(config=space.config(baseline), arm="ofat", row=f"baseline {name}", seeds=seeds))
+        for dimension in space.dimensions:
+            levels = [dimension.from_unit(u) for u in OFAT_LEVELS]
+            for level in dict.fromkeys(levels):
+                values = baseline | {dimension.name: level}
+                if level == baseline[dimension.name] or not space.feasible(values):
+                    continue
+                shown = f"{level:.3g}" if isinstance(level, float) else level
+                row = f"baseline {name}: {dimension.name}={shown}"
+                plans.append(Plan(config=space.config(values), arm="ofat", row=row, seeds=seeds))
+    return plans
+
+
+def replicate(space: Space, best: Values, source: str, seeds_per_trial: int) -> list[Plan]:
+    """The best configuration of the study `source`, the default, and a few spread points, on held-out seeds."""
+    seeds = tuple(range(HELD_OUT_SEED, HELD_OUT_SEED + seeds_per_trial))
+    rows = [(f"best of {source}", best), ("default", space.default)]
+    rows += [(f"spread point {i + 1}", space.sobol(i, SPREAD_SEED)) for i in range(SPREAD_POINTS)]
+    return [Plan(config=space.config(v), arm="replicate", row=row, seeds=seeds) for row, v in rows]

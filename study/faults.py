@@ -1,0 +1,46 @@
+"""Named places where the fault tests kill, delay or break the program; without their environment variable, nothing.
+
+RAM_STUDY_FAULT=name@n:action, several of them joined by commas. At the n-th passing of the named place in this process:
+`kill` ends the process as `kill -9` would, `full` raises the error of a full disk, `error` a programming error,
+`hang=seconds` waits.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+import time
+from collections import Counter
+
+VARIABLE = "RAM_STUDY_FAULT"
+_passed: Counter[str] = Counter()
+_lock = threading.Lock()
+
+
+def fault_point(name: str) -> None:
+    """Pass a named place (see the module's docstring)."""
+    plan = os.environ.get(VARIABLE)
+    if not plan:
+        return
+    with _lock:
+        _passed[name] += 1
+        count = _passed[name]
+    for part in plan.split(","):
+        place, _, action = part.partition(":")
+        if place == f"{name}@{count}":
+            _act(action, name)
+
+
+def _act(action: str, name: str) -> None:
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif action == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+    elif action == "error":
+        raise RuntimeError(f"injected at {name}")
+    elif action.startswith("hang="):
+        time.sleep(float(action.removeprefix("hang=")))
+    else:
+        raise ValueError(f"{VARIABLE}: unknown action {action!r}")

@@ -1,0 +1,180 @@
+"""What a study found: its best configuration, read on the test images once, and accuracy against cost."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import torch
+from mlflow.models import ModelSignature
+from mlflow.types import Schema, TensorSpec
+from torch import Tensor
+
+from ramcore.config import NUM_CLASSES, Config
+from ramcore.cost import cost
+from ramcore.data import TaskData
+from ramcore.evaluation import evaluate
+from ramcore.pictures import draw_glimpses, glimpse_paths
+from study import served
+from study.checkpoints import Checkpoints, Folder
+from study.progress import accuracies, best_trial, percent
+from study.record import Record, TrialRecord
+from study.tracking import Publish
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The end of a study, for the screen and for MLflow."""
+
+    best: TrialRecord
+    front: tuple[TrialRecord, ...]  # complete trials that none beats in both accuracy and MACs, cheapest first
+
+    def best_config(self) -> dict[str, Any]:
+        """best_config.json: the configuration and how well it did."""
+        best = self.best
+        return {
+            "trial": best.number,
+            "arm": best.plan.arm,
+            "row": best.plan.row,
+            "seeds": list(best.plan.seeds),
+            "config": asdict(best.plan.config),
+            "val_accuracy": list(accuracies(best)),
+            "test": best.test,
+            "cost": cost(best.plan.config)._asdict(),
+        }
+
+
+def conclude(record: Record) -> Outcome | None:
+    """What can be said now; None while no trial is complete."""
+    trials = list(record.trials.values())
+    best = best_trial(trials)
+    return None if best is None else Outcome(best=best, front=pareto_front(trials))
+
+
+def pareto_front(trials: list[TrialRecord]) -> tuple[TrialRecord, ...]:
+    """Complete trials that are more accurate than every cheaper one; cheapest first."""
+    complete = [t for t in trials if t.value is not None]
+    front: list[TrialRecord] = []
+    for trial in sorted(complete, key=lambda t: (cost(t.plan.config).macs, -(t.value or 0.0))):
+        if not front or (trial.value or 0.0) > (front[-1].value or 0.0):
+            front.append(trial)
+    return tuple(front)
+
+
+def read_best_test(record: Record, folder: Folder, data: TaskData) -> bool:
+    """Read the best trial's accuracy on the test images, unless that was done. Returns whether it is known now."""
+    best = best_trial(list(record.trials.values()))
+    if best is None:
+        return False
+    if best.test is not None:
+        return True
+    saved = Checkpoints(folder, best.number).load_best()
+    if saved is None:
+        return False
+    config = best.plan.config
+    network = served.load_network(config, best.plan.seeds, saved["weights"])
+    evaluation = evaluate(network, config, best.plan.seeds, replace(data, task=config.task), "test")
+    record.set_test(
+        best.number,
+        {
+            "accuracy": list(evaluation.accuracy),
+            "loss": list(evaluation.loss),
+            "accuracy_per_glimpse": [list(a) for a in evaluation.accuracy_per_glimpse],
+            "epoch": list(saved["epoch"]),
+        },
+    )
+    return True
+
+
+def describe(outcome: Outcome, searched: tuple[str, ...]) -> list[str]:
+    """The lines that a study ends with."""
+    best = outcome.best
+    config = asdict(best.plan.config)
+    size = cost(best.plan.config)
+    label = f"{best.plan.arm}{f', {best.plan.row}' if best.plan.row else ''}"
+    lines = [
+        f"Best configuration: trial {best.number:04d} ({label})",
+        f"  validation accuracy  {percent(accuracies(best))} over seeds {', '.join(map(str, best.plan.seeds))}",
+    ]
+    if best.test is not None:
+        epochs = ", ".join(map(str, best.test["epoch"]))
+        lines.append(
+            f"  test accuracy        {percent(tuple(best.test['accuracy']))} (weights of epochs {epochs}; read once)"
+        )
+    lines.append(f"  size                 {size.parameters:,} parameters, {size.macs:,} multiply-adds an image")
+    lines += [f"  {name:20s} {_shown(config[name])}" for name in searched or _differing(best.plan.config)]
+    lines.append("Accuracy against multiply-adds an image (none is both cheaper and better than these):")
+    for trial in outcome.front:
+        size = cost(trial.plan.config)
+        lines.append(
+            f"  {size.macs:>12,}  {percent(accuracies(trial)):>18s}  trial {trial.number:04d}  {trial.plan.row or _brief(trial.plan.config)}"
+        )
+    return lines
+
+
+def publisher(outcome: Outcome, folder: Folder, data: TaskData) -> Publish:
+    """What logs the end of a study: best_config.json, and the best model with its glimpses if its weights are there."""
+    best = outcome.best
+    saved = Checkpoints(folder, best.number).load_best()
+
+    def publish(client: mlflow.MlflowClient, run_id: str) -> None:
+        client.log_text(run_id, json.dumps(outcome.best_config(), indent=1), "best_config.json")
+        if saved is None:
+            return
+        with tempfile.TemporaryDirectory(prefix="ram-study-") as scratch:
+            if best.plan.config.model == "ram":
+                picture = Path(scratch) / "glimpses.png"
+                _draw(best, saved["weights"], replace(data, task=best.plan.config.task), picture)
+                client.log_artifact(run_id, str(picture))
+            _log_model(run_id, best, saved["weights"], Path(scratch))
+
+    return Publish(key=f"trial {best.number}", call=publish)
+
+
+def _log_model(run_id: str, trial: TrialRecord, weights: dict[str, Tensor], scratch: Path) -> None:
+    """The trial's networks as an MLflow model of the run; see `study.served` for how to load it."""
+    config = trial.plan.config
+    torch.save({"weights": weights}, scratch / "weights.pt")
+    described = {"config": asdict(config), "seeds": list(trial.plan.seeds)}
+    (scratch / "config.json").write_text(json.dumps(described, indent=1))
+    canvas = TensorSpec(np.dtype(np.float32), (-1, config.canvas_size, config.canvas_size), "images")
+    classes = TensorSpec(np.dtype(np.float32), (-1, len(trial.plan.seeds), NUM_CLASSES))
+    with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*An input example was not provided", category=UserWarning)
+        mlflow.pyfunc.log_model(
+            name="model",
+            python_model=served.__file__,
+            artifacts={"weights": str(scratch / "weights.pt"), "config": str(scratch / "config.json")},
+            signature=ModelSignature(inputs=Schema([canvas]), outputs=Schema([classes])),
+            pip_requirements=[f"{name}=={version(name)}" for name in ("torch", "numpy", "mlflow")],
+        )
+
+
+def _draw(trial: TrialRecord, weights: dict[str, Tensor], data: TaskData, path: Path) -> None:
+    """How the trial's best seed looks at the first test images."""
+    config = trial.plan.config
+    best = max(range(len(trial.plan.seeds)), key=lambda r: accuracies(trial)[r])
+    one = {name: value[best : best + 1] for name, value in weights.items()}
+    draw_glimpses(config, glimpse_paths(config, one, data)).savefig(path, dpi=150)
+
+
+def _brief(config: Config) -> str:
+    if not config.is_recurrent:
+        return config.model
+    return f"{config.num_glimpses} glimpses, {config.patch_size}x{config.patch_size}, {config.num_scales} scales"
+
+
+def _differing(config: Config) -> list[str]:
+    default = asdict(Config())
+    return [name for name, value in asdict(config).items() if value != default[name]]
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

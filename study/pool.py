@@ -1,0 +1,151 @@
+"""Ray: where the trials run. Started or joined, asked for its slots, handed the engine, and left again."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+# Read by Ray when it is imported or started; whoever set them keeps them.
+_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's own default from its next version on, without its warning
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no csv, json and tensorboard files a trial: MLflow has it all
+    "RAY_AIR_NEW_OUTPUT": "0",  # the newer console prints its tables even when told to be quiet
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours also knows SIGTERM and leaves trials to be continued
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # Tune's experiment state is not used
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+for _name, _value in _SETTINGS.items():
+    os.environ.setdefault(_name, _value)
+
+import ray  # noqa: E402
+from ray import tune  # noqa: E402
+
+from study.searcher import MAX_WORKER_DEATHS, Engine, TuneScheduler, TuneSearcher, TuneStopper  # noqa: E402
+from study.trainable import SharedData, tune_trial  # noqa: E402
+
+logger = logging.getLogger(__name__)
+_OBJECT_STORE = 512 * 2**20  # bytes on a single machine: the images of any task, with room
+
+
+class PoolError(ValueError):
+    """The machines cannot run the trials; the message says rule, fact and fix in one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """The resources of a running Ray and of one trial."""
+
+    cpus_per_trial: float
+    gpus_per_trial: float
+    max_concurrent: int | None
+
+    @property
+    def slots(self) -> int:
+        """Trials at a time."""
+        return count_slots(ray.cluster_resources(), self)
+
+    @property
+    def devices(self) -> dict[str, float]:
+        """What the cluster has, for the record of where a study ran."""
+        return {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU") or k.startswith("accelerator")}
+
+
+def local_resources() -> dict[str, float]:
+    """CPUs and GPUs of this machine."""
+    import torch
+
+    return {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}
+
+
+def count_slots(resources: dict[str, float], pool: Pool) -> int:
+    """How many trials fit at a time. Raises PoolError if none does."""
+    fits: list[int] = []
+    for kind, need in (("CPU", pool.cpus_per_trial), ("GPU", pool.gpus_per_trial)):
+        if need <= 0:
+            continue
+        have = resources.get(kind, 0.0)
+        # Of several GPUs a trial takes one or a part of one; parts of two do not add up.
+        whole = (
+            math.floor(have) * math.floor(1 / need) if kind == "GPU" and need < 1 else math.floor(have / need + 1e-9)
+        )
+        if whole < 1:
+            raise PoolError(
+                f"a trial must fit on the machine; --{kind.lower()}s-per-trial is {need:g} and there are {have:g}: "
+                f"pass a smaller --{kind.lower()}s-per-trial"
+            )
+        fits.append(whole)
+    slots = min(fits)
+    return slots if pool.max_concurrent is None else min(slots, pool.max_concurrent)
+
+
+@contextmanager
+def ray_running(address: str | None) -> Iterator[None]:
+    """Ray, started on this machine alone or joined where it runs; left (and stopped, if started here) at the end.
+
+    Args:
+        address: of a cluster; None for this machine. A bare `ray.init` would join whatever happens to run here.
+    """
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": False}
+    if address is None:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nothing listens beyond this machine
+        have = local_resources()
+        ray.init(
+            address="local",
+            num_cpus=int(have["CPU"]),
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE,
+            _node_ip_address="127.0.0.1",
+            **common,
+        )
+    else:
+        try:
+            ray.init(address=address, **common)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise PoolError(
+                f"--address must be that of a running Ray cluster; {address} did not answer ({str(error).splitlines()[0]}): "
+                "run `ray status` there, or leave --address out for this machine"
+            ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def run_trials(engine: Engine, data: SharedData, pool: Pool) -> None:
+    """Train what the engine wants trained; returns when it has no more or wants to stop. Raises what broke the engine."""
+    slots = pool.slots
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)  # else a cluster would grow by one node at a time
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # its errors reach us as results
+    work = partial(tune_trial, cpus=pool.cpus_per_trial, gpus=pool.gpus_per_trial)
+    trainable = tune.with_resources(
+        tune.with_parameters(work, data=data), {"cpu": pool.cpus_per_trial, "gpu": pool.gpus_per_trial}
+    )
+    with tempfile.TemporaryDirectory(prefix="ram-study-tune-") as scratch:
+        tuner = tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                num_samples=-1,
+                search_alg=TuneSearcher(engine),
+                scheduler=TuneScheduler(engine),
+                max_concurrent_trials=slots,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=scratch,  # Tune's own files; see study.checkpoints for why they are not kept
+                failure_config=tune.FailureConfig(max_failures=MAX_WORKER_DEATHS),
+                stop=TuneStopper(engine),
+                verbose=0,
+            ),
+        )
+        tuner.fit()
+    if engine.error is not None:
+        raise engine.error

@@ -1,0 +1,211 @@
+"""From flags to everything a study needs, or to one line that says why not. Nothing here starts Ray or trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ramcore.config import Config, Data, Task
+from ramcore.data import DataMissing, TaskData, load_task
+from ramcore.recipes import TUNED
+from study import designs
+from study.designs import Design, Plan
+from study.record import RecordError, StudySettings, read_best, read_settings
+from study.space import Space, search_space
+
+if TYPE_CHECKING:
+    from study.run import Flags
+
+BASE = TUNED  # what a search leaves alone; `--design paper` uses the case study's own setting instead
+SEED = 0  # of Sobol and TPE in every study: two studies differ by what they are, not by luck
+_EMPTY_SPACE: dict[str, Any] = {"schema": 1, "dimensions": [], "constraints": [], "default": {}, "fixed": {}}
+
+
+class UsageError(ValueError):
+    """The command cannot be carried out; the message says rule, fact and fix in one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A study that can start."""
+
+    settings: StudySettings
+    space: Space | None  # None: the paper's rows, which span two tasks and other models
+    rows: Callable[[], list[Plan]] | None  # of a fixed design
+    total: int | None  # trials asked for; None: all rows
+    data: TaskData  # the images; every task is made from the same
+    folder: Path  # of the record
+    storage: str  # where the checkpoints are: a path or a URI
+    exists: bool  # whether this is the continuation of a study
+    warnings: tuple[str, ...]
+
+
+def prepare(flags: Flags) -> Prepared:
+    """Resolve the flags. What is not given is taken from the study of that name if it exists, else from the defaults.
+
+    Raises:
+        UsageError, ConfigError, DataError, RecordError: one line each.
+    """
+    _check_numbers(flags)
+    known = read_settings(_record_folder(flags.storage, flags.study) / "study.db") if flags.study else None
+    if known is None:
+        design: Design = flags.design or "search"
+        tasks: tuple[Task, ...] = (flags.task,) if flags.task else ("translated",)
+        if design == "paper" and flags.task is None:
+            tasks = ("translated", "cluttered")
+        wanted = flags.data
+    else:
+        design = flags.design or known[0].design  # type: ignore[assignment]
+        tasks = (flags.task,) if flags.task else tuple(known[0].task.split("+"))  # type: ignore[assignment]
+        wanted = known[0].data if flags.data == "auto" else flags.data
+    if design == "paper" and not set(tasks) <= {"translated", "cluttered"}:
+        raise UsageError(
+            f"--design paper repeats the case study's table, on translated and cluttered; got --task {flags.task}: "
+            "leave --task out, or pass one of the two"
+        )
+    task_data, warnings = _load(wanted, tasks[0], flags.data_dir)
+    data: Data = task_data.data  # type: ignore[assignment]
+    name = flags.study or f"{'-'.join(tasks)}-{data}-{design}"
+    folder = _record_folder(flags.storage, name)
+    known = known or read_settings(folder / "study.db")
+
+    source = _source(flags.storage, tasks[0], data, needed=design in ("ofat", "replicate") and known is None)
+    epochs = flags.epochs or (known[0].epochs if known else source[0].epochs if source else None)
+    epochs = epochs or designs.DEFAULT_EPOCHS[design]
+    seeds = flags.seeds_per_trial or (known[0].seeds_per_trial if known else designs.DEFAULT_SEEDS[design])
+    total = flags.trials or (known[1] if known else designs.DEFAULT_TRIALS if design == "search" else None)
+
+    base = dataclasses.replace(BASE, data=data, task=tasks[0], epochs=epochs)
+    space = None if design == "paper" else search_space(base)
+    rows = _rows(design, space, base, tasks, seeds, source)
+    settings = StudySettings(
+        study=name,
+        task="+".join(tasks),
+        data=data,
+        digest=task_data.digest,
+        design=design,
+        epochs=epochs,
+        seeds_per_trial=seeds,
+        seed=SEED,
+        space=space.describe() if space else _EMPTY_SPACE,
+    )
+    if known and (differences := known[0].differences(settings)):
+        raise RecordError(
+            f"a study's name stands for one space, task and data; {name} differs in {'; '.join(differences)}: "
+            "pass another --study, or the same settings"
+        )
+    _check_writable(flags.storage)
+    return Prepared(
+        settings=settings,
+        space=space,
+        rows=rows,
+        total=total,
+        data=task_data,
+        folder=folder,
+        storage=flags.storage if "://" in flags.storage else str(Path(flags.storage).absolute()),
+        exists=known is not None,
+        warnings=tuple(warnings),
+    )
+
+
+def _rows(
+    design: Design,
+    space: Space | None,
+    base: Config,
+    tasks: tuple[str, ...],
+    seeds: int,
+    source: tuple[StudySettings, dict[str, Any]] | None,
+) -> Callable[[], list[Plan]] | None:
+    if design == "search":
+        return None
+    if design == "paper":
+        return lambda: designs.paper(base.data, tasks, base.epochs, seeds)
+    assert space is not None
+
+    def around_the_best() -> list[Plan]:
+        assert source is not None
+        best = {name: source[1][name] for name in space.names}
+        if design == "ofat":
+            return designs.ofat(space, best, seeds)
+        return designs.replicate(space, best, source[0].study, seeds)
+
+    return around_the_best
+
+
+def _source(storage: str, task: str, data: str, *, needed: bool) -> tuple[StudySettings, dict[str, Any]] | None:
+    """The search whose best configuration a design starts from: the newest of the same task and data in the storage."""
+    if not needed:
+        return None
+    found: list[tuple[float, StudySettings, dict[str, Any]]] = []
+    for path in _record_folder(storage, ".").glob("*/study.db"):
+        known = read_settings(path)
+        if known and (known[0].design, known[0].task, known[0].data) == ("search", task, data):
+            best = read_best(path)
+            if best is not None:
+                found.append((path.stat().st_mtime, known[0], best))
+    if not found:
+        raise UsageError(
+            f"this design starts from a search's best configuration; {storage} holds no search of {task} {data} with a "
+            f"finished trial: run `python -m study.run --task {task} --data {data}` first"
+        )
+    _, settings, best = max(found, key=lambda item: item[0])
+    return settings, best
+
+
+def _load(wanted: str, task: Task, data_dir: Path | None) -> tuple[TaskData, list[str]]:
+    if wanted != "auto":
+        return load_task(Config(data=wanted, task=task), data_dir), []  # type: ignore[arg-type]
+    try:
+        return load_task(Config(data="mnist", task=task), data_dir), []
+    except DataMissing as error:
+        warning = f"training on the bundled digits (1,797 images of 8x8 pixels), not on MNIST: {error}"
+        return load_task(Config(data="digits", task=task)), [warning]
+
+
+def _check_numbers(flags: Flags) -> None:
+    for name, value in (
+        ("--trials", flags.trials),
+        ("--epochs", flags.epochs),
+        ("--seeds-per-trial", flags.seeds_per_trial),
+        ("--max-concurrent", flags.max_concurrent),
+    ):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} must be at least 1; got {value}: pass a larger number or leave it out")
+    for name, value in (
+        ("--cpus-per-trial", flags.cpus_per_trial),
+        ("--time-budget", flags.time_budget),
+        ("--price-per-hour", flags.price_per_hour),
+        ("--money-budget", flags.money_budget),
+    ):
+        if value is not None and not 0 < value < float("inf"):
+            raise UsageError(f"{name} must be above 0; got {value:g}: pass a positive number or leave it out")
+    if not 0 <= flags.gpus_per_trial < float("inf"):
+        raise UsageError(
+            f"--gpus-per-trial must be at least 0; got {flags.gpus_per_trial:g}: pass 0, a fraction or a count"
+        )
+    if flags.money_budget is not None and flags.price_per_hour is None:
+        raise UsageError("a money budget needs a price; got --money-budget alone: pass --price-per-hour too")
+    if flags.study is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", flags.study):
+        raise UsageError(
+            "a study's name is a folder's name: up to 100 letters, digits, and . _ + - after the first; "
+            f"got {flags.study!r}: pass another --study"
+        )
+
+
+def _record_folder(storage: str, study: str) -> Path:
+    return Path(storage).absolute() / study
+
+
+def _check_writable(storage: str) -> None:
+    if "://" in storage:
+        return
+    path = Path(storage).absolute()
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+        raise UsageError(f"--storage must be a folder that can be written; {path} cannot: pass another --storage")

@@ -1,0 +1,186 @@
+"""What a person watches: one live display in a terminal, one plain line a trial elsewhere. All of it goes to stderr."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from study.designs import STOPPABLE
+from study.record import TrialRecord
+
+_SHOWN_RUNNING = 8  # rows of running trials at most
+_FULL_SPREAD = (0.8, 1.25)  # of the time left, when too little is known to tell
+
+
+def best_trial(trials: list[TrialRecord]) -> TrialRecord | None:
+    """The complete trial of highest objective; the earliest of equals."""
+    complete = [t for t in trials if t.value is not None]
+    return max(complete, key=lambda t: (t.value or 0.0, -t.number), default=None)
+
+
+def accuracies(trial: TrialRecord) -> tuple[float, ...]:
+    """Validation accuracy of each seed after the newest epoch."""
+    return tuple(trial.epochs[-1].metrics["val_accuracy"]) if trial.epochs else ()
+
+
+def percent(values: tuple[float, ...]) -> str:
+    """'96.12 +- 0.31 %': mean and standard deviation over seeds, of fractions."""
+    if not values:
+        return "-"
+    mean = f"{100 * statistics.fmean(values):.2f}"
+    return f"{mean} +- {100 * statistics.stdev(values):.2f} %" if len(values) > 1 else f"{mean} %"
+
+
+def duration(seconds: float) -> str:
+    """'45 s', '12 min', '3.4 h'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def time_left(trials: list[TrialRecord], arms: Sequence[str], epochs: int, slots: int) -> tuple[float, float] | None:
+    """Seconds until the study ends, as a range; None before the first epoch.
+
+    The lower end takes trials that may be stopped early to train as long as such trials did so far (a quarter of the epochs
+    before one has ended), and an epoch to take what the quicker half takes; the upper end takes none to be stopped and the
+    slower half.
+
+    Args:
+        trials: all so far.
+        arms: of all trials the study is to have, by number.
+        epochs: of a trial that is not stopped.
+        slots: trials at a time.
+    """
+    seconds = sorted(statistics.fmean(e.metrics["seconds"] for e in t.epochs) for t in trials if t.epochs)
+    if not seconds:
+        return None
+    if len(seconds) >= 4:
+        quick, _, slow = statistics.quantiles(seconds, n=4)
+    else:
+        quick, slow = (factor * statistics.fmean(seconds) for factor in _FULL_SPREAD)
+    ended = [len(t.epochs) for t in trials if t.plan.arm in STOPPABLE and t.state != "running"]
+    short = statistics.fmean(ended) if ended else epochs / 4
+    done = {t.number: t for t in trials}
+    low = high = longest = 0.0
+    for number, arm in enumerate(arms):
+        trial = done.get(number)
+        if trial is not None and trial.state != "running":
+            continue
+        trained = len(trial.epochs) if trial else 0
+        expected = max(short - trained, 0.0) if arm in STOPPABLE else epochs - trained
+        low, high = low + expected, high + epochs - trained
+        longest = max(longest, expected)
+    # Neither can be shorter than the longest trial still to be trained.
+    return max(low / slots, longest) * quick, max(high / slots, longest) * slow
+
+
+class Progress:
+    """Told by the engine what happens; see `study.searcher.Watcher`."""
+
+    def __init__(self, *, study: str, epochs: int) -> None:
+        self.study = study
+        self.epochs = epochs
+        self.slots = 1  # trials at a time
+        self.arms: Sequence[str] = ()  # of all trials the study is to have
+        self.outage: Callable[[], str | None] = lambda: None  # why tracking is behind, if it is
+        self._trials: dict[int, TrialRecord] = {}
+        self._recent: deque[float] = deque(maxlen=200)  # when the last epochs were reported
+        self._notes: deque[str] = deque(maxlen=4)
+        self._console = Console(stderr=True, highlight=False)
+        self._live: Live | None = None
+        self._shown_left = ""
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=2, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def resume(self, trials: list[TrialRecord], arms: Sequence[str]) -> None:
+        """Begin with what the record holds and the arms of all trials to come."""
+        self.arms = arms
+        self._trials = {t.number: t for t in trials}
+
+    def started(self, trial: TrialRecord) -> None:
+        """A trial is handed to a worker."""
+        self._trials[trial.number] = trial
+
+    def reported(self, trial: TrialRecord) -> None:
+        """A trial has a new epoch."""
+        self._recent.append(time.monotonic())
+
+    def ended(self, trial: TrialRecord) -> None:
+        """A trial has ended."""
+        seconds = sum(e.metrics["seconds"] for e in trial.epochs)
+        best = best_trial(list(self._trials.values()))
+        shown = f"best {percent(accuracies(best))} (trial {best.number:04d})" if best else "no complete trial yet"
+        ended = sum(t.state != "running" for t in self._trials.values())
+        label = f" {trial.plan.row}" if trial.plan.row else ""
+        self._say(
+            f"[{ended}/{len(self.arms)}] trial {trial.number:04d} {trial.plan.arm}{label}: "
+            f"{percent(accuracies(trial))} after {len(trial.epochs)} epochs, {duration(seconds)}; {trial.reason}; {shown}"
+            f"{self._left(', ')}"
+        )
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+        self._say(text)
+
+    def _say(self, text: str) -> None:
+        if self._live is not None:
+            self._notes.append(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def _left(self, before: str) -> str:
+        left = time_left(list(self._trials.values()), self.arms, self.epochs, self.slots)
+        if left is None or left[1] <= 0:
+            return ""
+        low, high = map(duration, left)
+        return f"{before}{low} left" if low == high else f"{before}{low} to {high} left"
+
+    def _render(self) -> RenderableType:
+        trials = list(self._trials.values())
+        states = [t.state for t in trials]
+        ended = len(states) - states.count("running")
+        now = time.monotonic()
+        recent = [t for t in self._recent if now - t < 60]
+        rate = f"{len(recent) / max(now - recent[0], 1):.2f} epochs/s" if len(recent) > 1 else "-"
+        head = Table.grid(padding=(0, 2))
+        head.add_row(Text(self.study, style="bold"), ProgressBar(total=len(self.arms), completed=ended, width=30))
+        head.add_row(
+            "trials",
+            f"{ended} of {len(self.arms)} ended: {states.count('complete')} finished, {states.count('pruned')} stopped "
+            f"early, {states.count('failed')} failed; {states.count('running')} running",
+        )
+        best = best_trial(trials)
+        head.add_row("best", f"{percent(accuracies(best))}, trial {best.number:04d} ({best.plan.arm})" if best else "-")
+        head.add_row("speed", rate + self._left(", "))
+        if outage := self.outage():
+            head.add_row("tracking", Text(f"behind ({outage}); training goes on", style="yellow"))
+        rows = Table.grid(padding=(0, 2))
+        running = [t for t in trials if t.state == "running"]
+        for trial in running[:_SHOWN_RUNNING]:
+            rows.add_row(
+                f"  {trial.number:04d}", trial.plan.row or trial.plan.arm,
+                f"epoch {len(trial.epochs)}/{trial.plan.config.epochs}", percent(accuracies(trial)),
+            )  # fmt: skip
+        if len(running) > _SHOWN_RUNNING:
+            rows.add_row("", f"and {len(running) - _SHOWN_RUNNING} more")
+        return Group(head, rows, *[Text(note, style="dim", overflow="ellipsis", no_wrap=True) for note in self._notes])

@@ -1,0 +1,347 @@
+"""Tune <-> the record: which trial is next, and what follows from a report.
+
+`Engine` decides, and knows nothing of Ray. `TuneSearcher`, `TuneScheduler` and `TuneStopper` hand it Tune's questions: Tune
+starts trials, restarts them where a worker died, and carries reports; it keeps nothing that matters.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import traceback
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import optuna
+from optuna.samplers import TPESampler
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from study.checkpoints import Checkpoints, Folder
+from study.designs import Plan, published, search_arms
+from study.faults import fault_point
+from study.halving import Halving
+from study.record import Record, RecordLost, State, TrialRecord
+from study.space import Space, Values
+from study.trainable import Job
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+logger = logging.getLogger(__name__)
+
+SAME_FAILURES = 3  # this many first trials that fail alike stop the study: it is the program, not the configuration
+MAX_WORKER_DEATHS = 5  # of one trial; a sixth makes it a failed trial (its configuration may be what kills workers)
+_RESAMPLES = 20  # tries of TPE for a feasible point before the last one is clamped
+
+
+class Watcher(Protocol):
+    """Whoever watches the study (see `study.progress`)."""
+
+    def started(self, trial: TrialRecord) -> None: ...
+    def reported(self, trial: TrialRecord) -> None: ...
+    def ended(self, trial: TrialRecord) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+class FeasibleTPE(TPESampler):
+    """Optuna's TPE as a function of the record and a trial number, restricted to feasible points.
+
+    Optuna's own way is to create a trial and then to store one parameter after another, so a crash leaves trials without
+    a configuration. Here the point comes first and the trial is created whole. And it is seeded by number, so a study that
+    was killed suggests what it would have suggested.
+    """
+
+    def __init__(self, space: Space, seed: int, number: int) -> None:
+        # constant_liar: running trials count as bad, so parallel suggestions spread.
+        own_seed = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+        super().__init__(seed=own_seed, multivariate=True, constant_liar=True, n_startup_trials=0)
+        self._space = space
+        self._number = number
+
+    def suggest(self, study: optuna.Study) -> Values:
+        """A feasible point: resampled while infeasible, clamped at last."""
+        coming = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING)
+        coming.number = self._number
+        values: Values = {}
+        for _ in range(_RESAMPLES):
+            # What `sample_relative` calls, without its note in the storage about a trial that does not exist yet.
+            values = self._sample(study, coming, self._space.distributions())
+            if self._space.feasible(values):
+                return values
+        return self._space.clamped(values)
+
+
+class Engine:
+    """Decides which trial comes next and which one ends. All its state is the record's."""
+
+    def __init__(
+        self, record: Record, *, space: Space | None, halving: Halving, folder: Folder, storage: str, watcher: Watcher
+    ) -> None:
+        """Take a record up.
+
+        Args:
+            record: open.
+            space: of a search; a fixed design's rows are in the record, and it needs none unless they lie in the space.
+            halving: early stopping of the arms that may be stopped.
+            folder: of the study, for the checkpoints of ended trials.
+            storage: where `folder` is, for the workers.
+            watcher: is told what happens.
+        """
+        self.record = record
+        self.space = space
+        self.folder = folder
+        self.storage = storage
+        self.watcher = watcher
+        self.halving = halving
+        self.stopping: str | None = None  # why no more trials are to be trained now
+        self.broken: str | None = None  # why the study should not be continued as it is: a programming error
+        self.error: BaseException | None = None  # what went wrong in the driver itself
+        self._deadline: Callable[[], str | None] = lambda: None
+        self._first_ends: list[str] = []  # of this run; an error's text, or the trial's own name
+        self._rungs = halving.rungs(record.settings.epochs)
+        self._at_rung: dict[int, dict[int, float]] = {rung: {} for rung in self._rungs}
+        self._published = published(space) if space is not None else []
+        if record.rows is None:
+            self.arms = search_arms(record.totals, len(self._published))
+        else:
+            self.arms = [plan.arm for plan in record.rows[: record.totals[-1]]]
+        # Nobody else holds the record, so a trial that it calls running was lost: it is taken up again, first of all.
+        self._lost = sorted((t.number for t in record.trials.values() if t.state == "running"), reverse=True)
+        for trial in record.trials.values():
+            self._note_rungs(trial)
+            if trial.state != "running":
+                self._tidy(trial)
+
+    @property
+    def total(self) -> int:
+        """Trials the study is to have."""
+        return len(self.arms)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every trial asked for has ended."""
+        trials = self.record.trials.values()
+        return len(trials) >= self.total and all(t.state != "running" for t in trials)
+
+    def stop_when(self, deadline: Callable[[], str | None]) -> None:
+        """Ask this before going on: it returns why to stop, or None."""
+        self._deadline = deadline
+
+    def stop(self, reason: str) -> None:
+        """Train no further; running trials stay running in the record, to be continued."""
+        self.stopping = self.stopping or reason
+
+    def should_stop(self) -> bool:
+        """Whether to stop now."""
+        if self.stopping is None and (reason := self._deadline()):
+            self.stop(reason)
+        return self.stopping is not None
+
+    # What is next.
+
+    def next_job(self) -> Job | None:
+        """The next trial to train: a lost one first, else a new one; None when there is none to start."""
+        if self.should_stop():
+            return None
+        if self._lost:
+            trial = self.record.trials[self._lost.pop()]
+            self.watcher.note(f"trial {trial.number:04d} is continued after epoch {len(trial.epochs)}")
+        else:
+            number = len(self.record.trials)
+            if number >= self.total:
+                return None
+            plan = self._plan(number)
+            inside = self.space is not None and plan.config.is_recurrent and self._in_space(plan)
+            distributions = self.space.distributions() if self.space is not None and inside else {}
+            trial = self.record.start(plan, distributions)
+            assert trial.number == number, "only the driver adds trials"
+        self.watcher.started(trial)
+        fault_point("engine.started")
+        return Job(
+            number=trial.number,
+            config=trial.plan.config,
+            seeds=trial.plan.seeds,
+            arm=trial.plan.arm,
+            held=len(trial.epochs),
+            storage=self.storage,
+            study=self.record.settings.study,
+        )
+
+    def _in_space(self, plan: Plan) -> bool:
+        assert self.space is not None
+        return self.space.contains({name: getattr(plan.config, name) for name in self.space.names})
+
+    def _plan(self, number: int) -> Plan:
+        if self.record.rows is not None:
+            return self.record.rows[number]
+        assert self.space is not None
+        arm = self.arms[number]
+        before = self.arms[:number].count(arm)
+        seed = self.record.settings.seed
+        row = ""
+        if arm == "published":
+            row, values = self._published[before]
+        elif arm == "sobol":
+            values = self.space.sobol(before, seed)
+        else:
+            values = FeasibleTPE(self.space, seed, number).suggest(self.record.study)
+        seeds = tuple(range(self.record.settings.seeds_per_trial))
+        return Plan(config=self.space.config(values), arm=arm, row=row, seeds=seeds)
+
+    # What follows from a report.
+
+    def report(self, number: int, result: dict[str, Any]) -> bool:
+        """Take a worker's report in (see `run_trial`). Returns whether the trial goes on."""
+        trial = self.record.trials[number]
+        if trial.state != "running":
+            return False
+        if "interrupted" in result:
+            self.stop(result["interrupted"])
+            return False
+        if "error" in result:
+            self._end(trial, "failed", f"error: {result['error']}")
+            logger.info("trial %04d failed:\n%s", number, result.get("details", ""))
+            return False
+        epoch, metrics = result["epoch"], result["metrics"]
+        newest = self.record.add_epoch(number, epoch, metrics) or epoch == len(trial.epochs)
+        self._note_rungs(trial)
+        self.watcher.reported(trial)
+        if not newest:
+            return True
+        fault_point("engine.decision.before")
+        if any(metrics["diverged"]):
+            seeds = [s for s, bad in zip(metrics["seeds"], metrics["diverged"], strict=True) if bad]
+            which = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+            self._end(trial, "failed", f"diverged: {which} at epoch {epoch}")
+        elif epoch >= trial.plan.config.epochs:
+            self._end(trial, "complete", "finished", result.get("test"))
+        elif trial.plan.stoppable and epoch in self._at_rung and self._loses(trial, epoch):
+            self._end(trial, "pruned", f"stopped by successive halving at epoch {epoch}")
+        fault_point("engine.decision.after")
+        return trial.state == "running"
+
+    def worker_lost(self, number: int, message: str) -> None:
+        """A trial's workers died more often than is bearable."""
+        trial = self.record.trials[number]
+        if trial.state == "running":
+            self._end(trial, "failed", f"error: {message}")
+
+    def _loses(self, trial: TrialRecord, epoch: int) -> bool:
+        others = [value for number, value in self._at_rung[epoch].items() if number != trial.number]
+        return self.halving.stops(trial.epochs[epoch - 1].value, others)
+
+    def _note_rungs(self, trial: TrialRecord) -> None:
+        for rung in self._rungs:
+            if rung > len(trial.epochs):
+                return
+            value = trial.epochs[rung - 1].value
+            if value == value:  # a diverged trial is no competitor
+                self._at_rung[rung][trial.number] = value
+
+    def _end(self, trial: TrialRecord, state: State, reason: str, test: dict[str, Any] | None = None) -> None:
+        self.record.end(trial.number, state, reason, test)
+        self._tidy(trial)
+        self.watcher.ended(trial)
+        if len(self._first_ends) < SAME_FAILURES:
+            # Figures in a message (sizes, addresses) may differ from one configuration to the next.
+            self._first_ends.append(
+                re.sub(r"\d+", "", reason) if reason.startswith("error: ") else f"trial {trial.number}"
+            )
+            if len(self._first_ends) == SAME_FAILURES and len(set(self._first_ends)) == 1:
+                self.broken = reason
+                self.stop(f"the first {SAME_FAILURES} trials failed alike: {reason}")
+
+    def _tidy(self, trial: TrialRecord) -> None:
+        Checkpoints(self.folder, trial.number).drop_epochs(keep_best=trial.state == "complete")
+
+
+# Tune's side.
+
+
+@contextmanager
+def _guarded(engine: Engine) -> Iterator[None]:
+    """Stop the study where the driver itself fails; Tune would log the error and go on without us."""
+    try:
+        yield
+    except Exception as error:
+        engine.error = engine.error or error
+        if not isinstance(error, RecordLost):
+            logger.debug("%s", traceback.format_exc())
+        engine.stop(str(error))
+
+
+class _Unsaved:
+    """Tune pickles what it is given into its own experiment state, which nobody reads: the engine stays out of it."""
+
+    _engine: Engine
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_engine"}
+
+
+class TuneSearcher(_Unsaved, Searcher):
+    """Answers Tune's question for a configuration with a job."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(metric="training_iteration", mode="max")  # Tune wants one; it is not looked at
+        self._engine = engine
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """A job as plain data; FINISHED when no more will come."""
+        job = None
+        with _guarded(self._engine):
+            job = self._engine.next_job()
+        return Searcher.FINISHED if job is None else job.to_dict()
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Nothing: an end is recorded where it is decided."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the record is the only state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, likewise."""
+
+
+class TuneScheduler(_Unsaved, FIFOScheduler):
+    """Hands every report to the engine, also the one after which a trial stops (which Tune hides from searchers)."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self._engine = engine
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Record, decide."""
+        goes_on = True
+        with _guarded(self._engine):
+            if "result" in result:
+                goes_on = self._engine.report(trial.config["number"], json.loads(result["result"]))
+        return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Its worker died once too often, or never came up."""
+        with _guarded(self._engine):
+            cause = trial.get_pickled_error() or trial.get_error() or "its worker died"
+            lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+            message = f"{type(cause).__name__}: {lines[-1] if lines else ''}" if not isinstance(cause, str) else cause
+            self._engine.worker_lost(trial.config["number"], message)
+
+
+class TuneStopper(_Unsaved, tune.Stopper):
+    """Lets signals, budgets and errors end the experiment between two reports."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No trial is stopped here."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether to stop everything."""
+        return self._engine.should_stop()

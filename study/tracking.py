@@ -1,0 +1,484 @@
+"""The only writer of tracked data: a thread that brings MLflow up to the record, however far behind it is.
+
+It reads no queue. The record says which trials changed; what MLflow lacks of them is logged in one call a trial, and each
+call can be repeated: metrics carry the record's own timestamps (to MLflow the same metric twice is one), params never change,
+runs are found again by their tags. So after an outage, a crash or in the next run of the command the same code brings
+everything there, once. Training never waits for it and never fails because of it.
+
+One parent run a study, one child run a trial; what they hold is described in the README.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import statistics
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from study.faults import fault_point
+from study.record import Record, TrialRecord
+
+EXPERIMENT = "ram-study"
+SCHEMA = "1"
+DEFAULT_URI = "sqlite:///mlflow.db"
+_EPOCHS_A_CALL = 40  # MLflow takes at most 1,000 metrics in one call
+_BACKOFF = (1.0, 2.0, 5.0, 10.0)  # seconds between tries during an outage
+_MEANS = ("train_loss", "train_accuracy", "reward", "baseline_error", "gradient_norm", "val_loss", "val_accuracy")
+
+logger = logging.getLogger(__name__)
+
+# MLflow's own patience is minutes and its own retries can create a run twice; ours are here. Whoever set these keeps them.
+_CLIENT_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+for _name, _value in _CLIENT_SETTINGS.items():
+    os.environ.setdefault(_name, _value)
+
+import mlflow  # noqa: E402
+import sqlalchemy.exc  # noqa: E402
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag  # noqa: E402
+from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # noqa: E402
+
+_OUTAGE = (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError)  # what an absent or broken tracking server raises
+
+
+class TrackingError(ValueError):
+    """The tracking server cannot be used; the message says rule, fact and fix in one line."""
+
+
+def tracking_uri(flag: str | None) -> str:
+    """--tracking-uri, else $MLFLOW_TRACKING_URI, else a SQLite file where `mlflow ui` looks for it."""
+    return flag or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+
+
+def check_reachable(uri: str, timeout: float = 5.0) -> None:
+    """Refuse a tracking server that is not there, within seconds. Raises TrackingError."""
+    if uri.startswith(("http://", "https://")):
+        try:
+            with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=timeout):
+                return
+        except urllib.error.HTTPError:
+            return  # something answers; what it thinks of us shows later, and training does not depend on it
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise TrackingError(
+                f"the tracking server must answer when a study starts; {uri} did not ({reason}): "
+                "start it with `mlflow server`, or pass another --tracking-uri"
+            ) from error
+    if uri.startswith("sqlite:///"):
+        folder = Path(uri.removeprefix("sqlite:///")).absolute().parent
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise TrackingError(
+                f"the tracking database must lie in a writable folder; {folder} is not one: pass another --tracking-uri"
+            )
+        return
+    if "://" not in uri or uri.startswith("file:"):
+        raise TrackingError(
+            f"tracking must be a server or a database (MLflow no longer writes plain folders); got {uri}: "
+            "pass --tracking-uri sqlite:///mlflow.db or http://host:5000"
+        )
+
+
+@dataclass(kw_only=True)
+class _Child:
+    """What MLflow holds of a trial, as far as we know."""
+
+    run_id: str
+    epochs: int = 0
+    ended: bool = False
+    tested: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What is needed to do a study again; goes into study.json and the tags."""
+
+    settings: dict[str, Any]  # flags and everything resolved from them, the command line, versions, devices
+    commit: str
+    dirty: bool
+    params: dict[str, str] = field(default_factory=dict)  # the parent run's
+
+
+class Publish(NamedTuple):
+    """What a finished study logs beside its metrics."""
+
+    key: str  # names it: logged once
+    call: Callable[[mlflow.MlflowClient, str], None]  # given client and parent run
+
+
+class Tracker:
+    """Follows one record into MLflow from a thread of its own."""
+
+    def __init__(self, record: Record, uri: str, origin: Origin, space: dict[str, Any]) -> None:
+        self.record = record
+        self.uri = uri
+        self.origin = origin
+        self.space = space
+        self.run_id: str | None = None  # of the parent run, once known
+        self._children: dict[int, _Child] = {}
+        self._pending: set[int] = set()
+        self._ends_logged = 0  # trials that the parent run's own metrics count
+        self._status = "running"
+        self._publish: Publish | None = None
+        self._published = ""  # the key of what MLflow has of that
+        self._known = False  # whether what we believe MLflow holds is true; false at first and after each failed call
+        self._outage: str | None = None
+        self._progress = time.monotonic()  # when a call last succeeded
+        self._closing = threading.Event()
+        self._idle = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="tracking", daemon=True)
+
+    @property
+    def outage(self) -> str | None:
+        """Why MLflow cannot be written at the moment; None if it can."""
+        return self._outage
+
+    def start(self) -> None:
+        """Begin to follow."""
+        self._thread.start()
+
+    def finish(
+        self,
+        status: str,
+        *,
+        patience: float = 30.0,
+        publish: Publish | None = None,
+    ) -> str | None:
+        """Log what is left and end the parent run.
+
+        Args:
+            status: finished, stopped or failed.
+            patience: give up after so many seconds without a successful call.
+            publish: what belongs to a finished study (best model, pictures).
+
+        Returns:
+            What is untracked, in words; None if MLflow holds everything.
+        """
+        self._status = status
+        self._publish = publish
+        self._progress = time.monotonic()
+        self._closing.set()
+        with self.record.changed:
+            self.record.changed.notify_all()
+        while not self._idle.wait(0.05):
+            if time.monotonic() - self._progress > patience or not self._thread.is_alive():
+                return self._untracked()
+        return None
+
+    def _untracked(self) -> str:
+        trials = epochs = 0
+        for trial in self.record.trials.values():
+            child = self._children.get(trial.number)
+            missing = len(trial.epochs) - (child.epochs if child else 0)
+            trials += missing > 0 or child is None or (trial.state != "running" and not child.ended)
+            epochs += missing
+        what = f"{epochs} epochs of {trials} trials" if trials else "the end of the study"
+        return f"{what} ({self._outage or 'no answer'})"
+
+    # The thread.
+
+    def _follow(self) -> None:
+        try:
+            self._follow_until_closed()
+        except Exception as error:  # the boundary: tracking may fail, the study may not
+            self._outage = f"{type(error).__name__}: {_first_line(error)}"
+            logger.exception("tracking has failed; the study goes on without it")
+
+    def _follow_until_closed(self) -> None:
+        client: mlflow.MlflowClient | None = None
+        failures = 0
+        while True:
+            self._pending |= self.record.take_changed(timeout=0.0 if self._closing.is_set() else 1.0)
+            try:
+                fault_point("tracking.before")
+                client = client or _connect(self.uri)
+                self._sync(client)
+                fault_point("tracking.after")
+            except _OUTAGE as error:
+                if self._outage is None:
+                    logger.warning("tracking is interrupted (%s); training goes on", _first_line(error))
+                self._outage = _first_line(error)
+                self._known = False
+                # Woken early only by the study's end.
+                self._closing.wait(_BACKOFF[min(failures, len(_BACKOFF) - 1)])
+                if self._closing.is_set():
+                    time.sleep(min(1.0, _BACKOFF[0]))
+                failures += 1
+                continue
+            if self._outage is not None:
+                logger.warning("tracking is back")
+            self._outage, failures = None, 0
+            if self._closing.is_set() and not self._pending:
+                self._idle.set()
+                return
+
+    def _sync(self, client: mlflow.MlflowClient) -> None:
+        """Bring MLflow up to the record; what was done before an error is not repeated."""
+        if not self._known:
+            self._find_runs(client)
+            self._known = True
+        assert self.run_id is not None
+        ended = False
+        for number in sorted(self._pending):
+            trial = self.record.trials[number]
+            ended = ended or trial.state != "running"
+            self._sync_trial(client, trial)
+            self._pending.discard(number)
+        if ended:
+            metrics = list(self._study_metrics())
+            for i in range(0, len(metrics), 1000):
+                client.log_batch(self.run_id, metrics=metrics[i : i + 1000])
+                self._progress = time.monotonic()
+            self._ends_logged = sum(t.ended is not None for t in self.record.trials.values())
+        if self._closing.is_set() and not self._pending:
+            if self._publish is not None and self._publish.key != self._published:
+                mlflow.set_tracking_uri(self.uri)  # a model can be logged in MLflow's global way only
+                self._publish.call(client, self.run_id)
+                self._progress = time.monotonic()
+                client.set_tag(self.run_id, "ram.published", self._publish.key)
+            client.set_tag(self.run_id, "ram.status", self._status)
+            mlflow_status = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[self._status]
+            client.set_terminated(self.run_id, mlflow_status)
+
+    def _find_runs(self, client: mlflow.MlflowClient) -> None:
+        """Learn what MLflow holds of this study, make the parent run if there is none, mark all that lags behind."""
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        experiment_id = client.create_experiment(EXPERIMENT) if experiment is None else experiment.experiment_id
+        uid = f"tags.`ram.uid` = '{self.record.uid}'"
+        parents = _search(client, experiment_id, f"{uid} and tags.`ram.kind` = 'study'")
+        name = self.record.settings.study
+        if parents:
+            parent = _oldest(client, parents)
+        else:
+            parent = client.create_run(
+                experiment_id,
+                start_time=self.record.created,
+                run_name=name,
+                tags={"ram.kind": "study", "ram.study": name, "ram.schema": SCHEMA, "ram.uid": self.record.uid},
+            )
+        self.run_id = parent.info.run_id
+        self._published = parent.data.tags.get("ram.published", "")
+        self._ends_logged = int(parent.data.metrics.get("trials_finished", 0))
+        children: dict[int, list[Run]] = {}
+        for run in _search(client, experiment_id, f"{uid} and tags.`ram.kind` = 'trial'"):
+            children.setdefault(int(run.data.tags["ram.trial"]), []).append(run)
+        self._children = {}
+        for number, runs in children.items():
+            run = _oldest(client, runs)
+            self._children[number] = _Child(
+                run_id=run.info.run_id,
+                epochs=int(run.data.tags.get("ram.tracked_epochs", -1)),
+                ended=run.info.status in ("FINISHED", "FAILED"),
+                tested="test_accuracy" in run.data.metrics,
+            )
+        self._pending |= {t.number for t in self.record.trials.values() if not self._is_tracked(t)}
+        self._experiment_id = experiment_id
+        self._describe(client, parent)
+
+    def _is_tracked(self, trial: TrialRecord) -> bool:
+        child = self._children.get(trial.number)
+        return (
+            child is not None
+            and child.epochs == len(trial.epochs)
+            and child.ended == (trial.state != "running")
+            and child.tested == (trial.test is not None)
+        )
+
+    def _describe(self, client: mlflow.MlflowClient, parent: Run) -> None:
+        """Params, tags, data set and settings of the study itself."""
+        assert self.run_id is not None
+        settings, origin = self.record.settings, self.origin
+        if parent.info.status != "RUNNING":
+            client.update_run(self.run_id, status="RUNNING")
+        client.log_batch(
+            self.run_id,
+            params=[Param(k, v) for k, v in origin.params.items() if k not in parent.data.params],
+            tags=[
+                RunTag("ram.status", "running"),
+                RunTag("ram.trials", str(self.record.totals[-1])),
+                RunTag("ram.commit", origin.commit),
+                RunTag("ram.commit_dirty", str(origin.dirty).lower()),
+                RunTag("mlflow.source.git.commit", origin.commit),
+                RunTag("mlflow.note.content", _note(settings.design, settings.task, settings.data)),
+            ],
+        )
+        if not parent.inputs or not parent.inputs.dataset_inputs:
+            source = json.dumps({"name": settings.data, "sha256": settings.digest})
+            dataset = Dataset(settings.data, settings.digest[:36], "ram-study", source, profile=source)
+            client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+        client.log_text(self.run_id, json.dumps(origin.settings, indent=1), "study.json")
+        client.log_text(self.run_id, json.dumps(self.space, indent=1), "space.json")
+        self._progress = time.monotonic()
+
+    def _sync_trial(self, client: mlflow.MlflowClient, trial: TrialRecord) -> None:
+        child = self._children.get(trial.number)
+        if child is None:
+            run = client.create_run(
+                self._experiment_id,
+                start_time=trial.started,
+                run_name=f"trial {trial.number:04d}",
+                tags={
+                    "mlflow.parentRunId": self.run_id,
+                    "ram.kind": "trial",
+                    "ram.study": self.record.settings.study,
+                    "ram.uid": self.record.uid,
+                    "ram.schema": SCHEMA,
+                    "ram.trial": str(trial.number),
+                    "ram.arm": trial.plan.arm,
+                    "ram.row": trial.plan.row,
+                    "ram.seeds": ",".join(map(str, trial.plan.seeds)),
+                    "ram.commit": self.origin.commit,
+                    "ram.commit_dirty": str(self.origin.dirty).lower(),
+                },
+            )
+            child = self._children[trial.number] = _Child(run_id=run.info.run_id, epochs=-1)
+        # The record moves on while we log, so what is logged is fixed first.
+        state, reason, epochs, test = trial.state, trial.reason, list(trial.epochs), trial.test
+        metrics: list[Metric] = []
+        params: list[Param] = []
+        if child.epochs < 0:
+            params = [Param(name, _text(value)) for name, value in asdict(trial.plan.config).items()]
+            metrics += _size_metrics(trial)
+        start = max(child.epochs, 0)
+        while True:
+            stop = min(start + _EPOCHS_A_CALL, len(epochs))
+            for number in range(start, stop):
+                metrics += _epoch_metrics(number + 1, epochs[number].time, epochs[number].metrics)
+            last = stop == len(epochs)
+            tags = [RunTag("ram.tracked_epochs", str(stop))]
+            if last:
+                tags.append(RunTag("ram.state", state))
+                if reason:
+                    tags.append(RunTag("ram.stop_reason", reason[:500]))
+                if test is not None:
+                    metrics += _test_metrics(test, trial)
+            fault_point("tracking.call.before")
+            client.log_batch(child.run_id, metrics=metrics, params=params, tags=tags)
+            fault_point("tracking.call.after")
+            child.epochs, metrics, params, start = stop, [], [], stop
+            self._progress = time.monotonic()
+            if last:
+                break
+        child.tested = test is not None
+        if state != "running" and not child.ended:
+            client.set_terminated(child.run_id, "FAILED" if state == "failed" else "FINISHED", trial.ended)
+            child.ended = True
+        self._progress = time.monotonic()
+
+    def _study_metrics(self) -> Iterator[Metric]:
+        ended = sorted(
+            (t for t in self.record.trials.values() if t.ended is not None), key=lambda t: (t.ended, t.number)
+        )
+        best = -math.inf
+        for count, trial in enumerate(ended, start=1):
+            best = max(best, trial.value if trial.value is not None else -math.inf)
+            if count <= self._ends_logged:
+                continue
+            yield Metric("trials_finished", count, trial.ended or 0, count)
+            if best > -math.inf:
+                yield Metric("best_val_accuracy", best, trial.ended or 0, count)
+
+
+def _connect(uri: str) -> mlflow.MlflowClient:
+    """A client. A new SQLite database is made beside its place and put there whole.
+
+    MLflow makes its tables in some fifty migrations; a process killed among them leaves a database that it never opens
+    again.
+    """
+    path = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not path.exists():
+        for leftover in path.parent.glob(f".{path.name}.*.new*"):
+            if time.time() - leftover.stat().st_mtime > 600:
+                leftover.unlink(missing_ok=True)
+        new = path.with_name(f".{path.name}.{os.getpid()}.new")
+        SqlAlchemyStore(f"sqlite:///{new}", "./mlruns").engine.dispose()
+        fault_point("tracking.database")
+        with contextlib.suppress(FileExistsError):  # another study was quicker
+            os.link(new, path)
+        new.unlink()
+    return mlflow.MlflowClient(tracking_uri=uri)
+
+
+def _search(client: mlflow.MlflowClient, experiment_id: str, query: str) -> list[Run]:
+    runs: list[Run] = []
+    token = None
+    while True:
+        page = client.search_runs([experiment_id], query, max_results=1000, page_token=token)
+        runs += page
+        token = page.token
+        if not token:
+            return runs
+
+
+def _oldest(client: mlflow.MlflowClient, runs: list[Run]) -> Run:
+    """The first made of several runs of one trial, deleting the others.
+
+    A creating call that timed out may have been carried out all the same, and then its repetition makes a second run.
+    """
+    kept, *others = sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
+    for run in others:
+        client.delete_run(run.info.run_id)
+    return kept
+
+
+def _note(design: str, task: str, data: str) -> str:
+    return f"RAM study: design {design}, task {task}, data {data}. Trials are nested below."
+
+
+def _text(value: Any) -> str:
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def _size_metrics(trial: TrialRecord) -> list[Metric]:
+    from ramcore.cost import cost
+
+    size = cost(trial.plan.config)
+    return [
+        Metric("parameters", size.parameters, trial.started, 0),
+        Metric("macs", size.macs, trial.started, 0),
+    ]
+
+
+def _epoch_metrics(epoch: int, timestamp: int, metrics: dict[str, Any]) -> list[Metric]:
+    values: dict[str, float] = {name: statistics.fmean(metrics[name]) for name in _MEANS}
+    values["epoch_seconds"] = metrics["seconds"]
+    accuracies = metrics["val_accuracy"]
+    if len(accuracies) > 1:
+        values["val_accuracy_sd"] = _deviation(accuracies)
+    for seed, accuracy in zip(metrics["seeds"], accuracies, strict=True):
+        values[f"val_accuracy.seed_{seed}"] = accuracy
+    # MLflow has no infinity and its NaN breaks charts; a diverged trial is told by its state and reason.
+    return [Metric(name, value, timestamp, epoch) for name, value in values.items() if math.isfinite(value)]
+
+
+def _test_metrics(test: dict[str, Any], trial: TrialRecord) -> list[Metric]:
+    timestamp = trial.ended or trial.started
+    step = round(statistics.fmean(test["epoch"]))
+    found = [Metric("test_accuracy", statistics.fmean(test["accuracy"]), timestamp, step)]
+    for seed, accuracy, epoch in zip(trial.plan.seeds, test["accuracy"], test["epoch"], strict=True):
+        found.append(Metric(f"test_accuracy.seed_{seed}", accuracy, timestamp, epoch))
+    return found
+
+
+def _deviation(values: list[float]) -> float:
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]

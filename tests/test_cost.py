@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ramcore.config import Config
+from ramcore.cost import cost
+from ramcore.evaluation import build_model, class_log_probs
+
+CONFIGS = [
+    Config(),
+    Config(core="gru", layer_norm=True, location_hidden=32, num_glimpses=3, patch_size=8, num_scales=2),
+    Config(core="lstm", num_glimpses=1, task="original"),
+    Config(core="rnn", layer_norm=True, model="ram-random"),
+    Config(model="cnn"),
+    Config(model="cnn", task="cluttered-100"),
+    Config(model="conv"),
+    Config(model="fc", hidden_size=64),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_parameters_and_macs_are_those_counted(config):
+    seeds = torch.tensor([0])
+    model = build_model(config, seeds)
+    assert cost(config).parameters == sum(p.numel() for p in model.parameters())
+    images = torch.zeros(1, 2, config.canvas_size, config.canvas_size, dtype=torch.uint8)
+    with FlopCounterMode(display=False) as counter:
+        class_log_probs(model, config, seeds, images, torch.arange(2))
+    assert cost(config).macs == counter.get_total_flops() // 2 // 2  # 2 images, 2 operations a MAC
+
+
+def test_rams_cost_does_not_depend_on_the_canvas_and_a_cnns_does():
+    tasks = ("original", "cluttered", "cluttered-100")
+    assert len({cost(Config(task=task)) for task in tasks}) == 1
+    macs = [cost(Config(task=task, model="cnn")).macs for task in tasks]
+    assert macs == sorted(macs) and macs[-1] > 10 * macs[0]

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ramcore.config import Config
+from ramcore.evaluation import build_model, whole_image_rollout
+from ramcore.layers import Conv, LayerNorm, Linear, Weights
+from ramcore.model import RAM, gaussian_log_prob
+
+SEEDS = torch.tensor([3, 4])
+SMALL = Config(num_glimpses=4, patch_size=5, num_scales=2, glimpse_size=8, hidden_size=12)
+CORES = [
+    {"core": core, "layer_norm": norm, "location_hidden": hidden, "reinforce_core": hidden > 0}
+    for core in ("rnn", "gru", "lstm")
+    for norm, hidden in ((False, 0), (True, 6))
+]
+
+
+def look(config: Config, batch: int = 7):
+    model = RAM(config, SEEDS)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, batch, 60, 60), dtype=torch.uint8, generator=generator)
+    first = torch.rand(2, batch, 2, generator=generator) * 2 - 1
+    noise = torch.randn(2, config.num_glimpses - 1, batch, 2, generator=generator)
+    return model, images, first, noise
+
+
+def plain_rollout(model: RAM, images, first, noise):
+    """The papers' equations, a step at a time, with autograd through everything."""
+    config = model.config
+    location, state, logits, log_probs, baselines = first, None, [], [], []
+    for t in range(config.num_glimpses):
+        seen = model.retina.see(images, location).flatten(2)
+        what = torch.relu(model.glimpse.what(seen))
+        where = torch.relu(model.glimpse.where(location))
+        code = torch.relu(model.glimpse.norm(model.glimpse.code(torch.cat([what, where], -1))))
+        if state is None:
+            state = model.core.start(torch.zeros_like(code))
+        state = model.core(model.core.input(code), model.core.recurrent(state[0]), state)
+        h = state[0]
+        logits.append(model.action(h))
+        if t == config.num_glimpses - 1:
+            break
+        mean = model.location(h if config.reinforce_core else h.detach())
+        sample = (mean + config.location_std * noise[:, t]).detach()
+        normal = torch.distributions.Normal(mean, config.location_std)
+        log_probs.append(normal.log_prob(sample).sum(-1))
+        baselines.append(model.baseline(h.detach())[..., 0])
+        location = sample.clamp(-1, 1)
+    return torch.stack(logits, 1), torch.stack(log_probs, 1), torch.stack(baselines, 1)
+
+
+@pytest.mark.parametrize("settings", CORES)
+def test_two_phases_equal_one_plain_pass_and_its_gradients(settings):
+    model, images, first, noise = look(dataclasses.replace(SMALL, **settings))
+    weights = [torch.randn(2, 4, 7, 10), torch.randn(2, 3, 7), torch.randn(2, 3, 7)]
+
+    def gradients(rollout):
+        model.zero_grad()
+        sum((w * r).sum() for w, r in zip(weights, rollout, strict=True)).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    plain = plain_rollout(model, images, first, noise)
+    looks = model.look(model.retina.pyramid(images), first, noise)
+    learned = model.learn(looks, every_step=True)
+    for mine, reference in zip(learned, plain, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
+    expected, found = gradients(plain), gradients(learned)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4, msg=name)
+    last = model.learn(looks)
+    torch.testing.assert_close(last.logits, learned.logits[:, -1:])
+
+
+@pytest.mark.parametrize(("core", "reference"), [("rnn", nn.RNNCell), ("gru", nn.GRUCell), ("lstm", nn.LSTMCell)])
+def test_cores_are_torchs_cells(core, reference):
+    config = dataclasses.replace(SMALL, core=core)
+    mine = RAM(config, SEEDS[:1]).core
+    cell = reference(12, 12, **({"nonlinearity": "relu"} if core == "rnn" else {}))
+    with torch.no_grad():
+        cell.weight_ih.copy_(mine.input.weight[0].T)
+        cell.weight_hh.copy_(mine.recurrent.weight[0].T)
+        cell.bias_ih.copy_(mine.input.bias[0, 0])
+        cell.bias_hh.copy_(mine.recurrent.bias[0, 0])
+        state, theirs = mine.start(torch.zeros(1, 5, 12)), None
+        for _ in range(3):
+            code = torch.randn(1, 5, 12)
+            state = mine(mine.input(code), mine.recurrent(state[0]), state)
+            theirs = cell(code[0], theirs)
+            torch.testing.assert_close(state[0][0], theirs[0] if core == "lstm" else theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_equal_torchs():
+    weights = Weights(SEEDS)
+    linear, conv, norm = Linear(weights, 6, 4), Conv(weights, 3, 5, 3, stride=2), LayerNorm(weights, 6)
+    x, image = torch.randn(2, 9, 6), torch.randn(9, 2 * 3, 11, 11)
+    for r in range(2):
+        torch.testing.assert_close(linear(x)[r], functional.linear(x[r], linear.weight[r].T, linear.bias[r, 0]))
+        expected = functional.conv2d(image[:, 3 * r : 3 * r + 3], conv.weight[r], conv.bias[r], stride=2)
+        torch.testing.assert_close(conv(image)[:, 5 * r : 5 * r + 5], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(norm(x)[r], functional.layer_norm(x[r], (6,)))
+    assert linear.weight.abs().max() <= 1 / math.sqrt(6)
+    assert linear.weight.std().item() == pytest.approx(1 / math.sqrt(18), rel=0.3)
+
+
+@pytest.mark.parametrize("model", ["ram", "ram-random", "cnn", "conv", "fc"])
+def test_a_replicate_starts_the_same_alone_or_among_others(model):
+    config = dataclasses.replace(SMALL, model=model)
+    together = build_model(config, torch.tensor([7, 8, 9])).state_dict()
+    alone = build_model(config, torch.tensor([8])).state_dict()
+    for name, value in alone.items():
+        assert torch.equal(together[name][1:2], value), name
+
+
+@pytest.mark.parametrize("model", ["cnn", "conv", "fc"])
+@pytest.mark.parametrize("task", ["original", "translated"])
+def test_whole_image_networks_see_every_replicates_own_images(model, task):
+    config = Config(model=model, task=task, hidden_size=16)
+    net = build_model(config, SEEDS)
+    images = torch.rand(2, 3, config.canvas_size, config.canvas_size)
+    scores = net(images)
+    assert scores.shape == (2, 3, 10)
+    changed = images.clone()
+    changed[0, 1] = 0
+    assert torch.equal(net(changed)[1], scores[1])
+    assert (net(changed)[0] != scores[0]).any(-1).tolist() == [False, True, False]
+    assert whole_image_rollout(scores).logits.shape == (2, 1, 3, 10)
+
+
+def test_locations_follow_the_policy():
+    model, images, first, noise = look(SMALL)
+    pyramid = model.retina.pyramid(images)
+    drawn, followed = model.look(pyramid, first, noise), model.look(pyramid, first)
+    assert torch.equal(drawn.locations[:, 0], first)
+    torch.testing.assert_close(drawn.drawn[:, 0] - followed.drawn[:, 0], SMALL.location_std * noise[:, 0])
+    assert torch.equal(drawn.locations[:, 1:], drawn.drawn.clamp(-1, 1))
+    wild = model.look(pyramid, first, 50 * noise)
+    assert wild.locations.abs().max() == 1
+
+
+def test_gaussian_log_prob():
+    sample, mean = torch.randn(5, 2), torch.randn(5, 2)
+    expected = torch.distributions.Normal(mean, 0.3).log_prob(sample).sum(-1)
+    torch.testing.assert_close(gaussian_log_prob(sample, mean, 0.3), expected)
+
+
+def test_one_glimpse_makes_no_decision():
+    model, images, first, _ = look(dataclasses.replace(SMALL, num_glimpses=1))
+    rollout = model.learn(model.look(model.retina.pyramid(images), first, torch.empty(2, 0, 7, 2)))
+    assert rollout.logits.shape == (2, 1, 7, 10)
+    assert rollout.log_probs.shape == (2, 0, 7)
