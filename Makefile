@@ -29,7 +29,7 @@ test: lint ## Lint, check types and run the tests
 lint: $(SETUP)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
-	$(PY) -m pyright
+	$(PY) -m basedpyright
 
 format: $(SETUP) ## Format the code
 	$(PY) -m ruff format .

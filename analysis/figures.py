@@ -11,8 +11,9 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from analysis.companions import Companions
 from analysis.importance import DUMMY, Analysis, Curve, PairSurface
-from analysis.space import Dimension
+from analysis.space import Dimension, words
 
 # Okabe and Ito's palette: told apart in every common colour blindness, and in grey by lightness.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, BLACK = (
@@ -47,6 +48,26 @@ STYLE: dict[str, Any] = {
 }
 
 
+def _legend_above(ax: Axes, columns: int = 4) -> None:
+    # Above the plot, where it can hide no point.
+    ax.legend(
+        loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns, fontsize=9, columnspacing=1.2, handletextpad=0.5
+    )
+
+
+def _plain_log_axis(ax: Axes, low: float, high: float, axis: str = "x") -> None:
+    """A log axis labelled 0.03, 0.1, 0.3 within its range, without powers and without crowding."""
+    decades = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    marks = np.array([m * 10.0**k for k in decades for m in ((1, 3) if len(decades) > 2 else (1, 2, 5))])
+    marks = marks[(marks >= low * 0.98) & (marks <= high * 1.02)]
+    if len(marks) > 5:
+        tens = np.abs(np.log10(marks) - np.round(np.log10(marks))) < 1e-9
+        marks = marks[tens] if tens.sum() >= 2 else marks[::2]
+    getattr(ax, f"set_{axis}scale")("log")
+    getattr(ax, f"set_{axis}ticks")(marks, [f"{m:g}" for m in marks])
+    getattr(ax, f"{axis}axis").set_minor_locator(ticker.NullLocator())
+
+
 def new_axes(width: float = 7.0, height: float = 4.0) -> Axes:
     """Axes on a figure of their own, outside pyplot's global list."""
     return Figure(figsize=(width, height), layout="constrained").subplots()
@@ -54,7 +75,7 @@ def new_axes(width: float = 7.0, height: float = 4.0) -> Axes:
 
 def forest(analysis: Analysis, ax: Axes | None = None) -> Axes:
     """Effect of every parameter in accuracy points with its interval, the seed-noise band and the dummy as the zero line."""
-    ax = ax or new_axes(7.2, 1.2 + 0.42 * len(analysis.effects))
+    ax = ax or new_axes(6.6, 1.2 + 0.42 * len(analysis.effects))
     effects = analysis.effects[::-1]
     sd = analysis.seed_sd
     ax.axvspan(0, sd.mid, color=PALE, alpha=0.7, lw=0, label=f"one seed standard deviation ({sd.mid:.1f} points)")
@@ -77,7 +98,7 @@ def forest(analysis: Analysis, ax: Axes | None = None) -> Axes:
 
 def sobol(analysis: Analysis, ax: Axes | None = None) -> Axes:
     """First-order and total Sobol indices with intervals."""
-    ax = ax or new_axes(7.2, 1.2 + 0.42 * len(analysis.effects))
+    ax = ax or new_axes(6.6, 1.2 + 0.42 * len(analysis.effects))
     effects = analysis.effects[::-1]
     for y, effect in enumerate(effects):
         for shift, value, colour, marker in ((0.14, effect.total, BLUE, "o"), (-0.14, effect.first, ORANGE, "s")):
@@ -126,9 +147,7 @@ def marginal(curve: Curve, dimension: Dimension, raw: pd.DataFrame, ax: Axes | N
     if names:
         ax.set_xticks(xs, [str(v) for v in curve.values])
     elif dimension.log:
-        ax.set_xscale("log")
-        ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:g}"))
-        ax.xaxis.set_minor_formatter(ticker.NullFormatter())
+        _plain_log_axis(ax, dimension.low, dimension.high)
     else:
         ax.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=dimension.kind == "int"))
     ax.set_xlabel(dimension.label)
@@ -168,11 +187,12 @@ def pair_surface(surface: PairSurface, ax: Axes | None = None) -> Axes:
 def interactions(analysis: Analysis, ax: Axes | None = None) -> Axes:
     """Share of the variance that each pair has beyond its two parameters alone."""
     size = len(analysis.interactions)
-    ax = ax or new_axes(1.8 + 0.62 * size, 1.3 + 0.5 * size)
-    labels = [name.replace("_", " ") for name in analysis.interactions.index]
+    ax = ax or new_axes(6.6, 1.6 + 0.4 * size)
+    labels = [words(str(name)) for name in analysis.interactions.index]
     lower = np.triu(np.ones((size, size), dtype=bool))
     sns.heatmap(
-        100 * analysis.interactions, mask=lower, annot=True, fmt=".1f", cmap="cividis", vmin=0, ax=ax, xticklabels=labels, yticklabels=labels,
+        100 * analysis.interactions.iloc[1:, :-1], mask=lower[1:, :-1], annot=True, fmt=".1f", cmap="cividis", vmin=0,
+        vmax=max(5.0, 100 * float(analysis.interactions.to_numpy().max())), ax=ax, xticklabels=labels[:-1], yticklabels=labels[1:],
         annot_kws={"fontsize": 8.5}, cbar_kws={"label": "% of variance"}, linewidths=0.5,
     )  # fmt: skip
     ax.tick_params(axis="x", rotation=40)
@@ -185,8 +205,8 @@ def interactions(analysis: Analysis, ax: Axes | None = None) -> Axes:
 def more_than(analysis: Analysis, ax: Axes | None = None) -> Axes:
     """P(row matters more than column); between 5% and 95% is a tie."""
     size = len(analysis.more_than)
-    ax = ax or new_axes(2.2 + 0.6 * size, 1.4 + 0.5 * size)
-    labels = [name.replace("_", " ") for name in analysis.more_than.index]
+    ax = ax or new_axes(6.6, 1.9 + 0.4 * size)
+    labels = [words(str(name)) for name in analysis.more_than.index]
     sns.heatmap(
         100 * analysis.more_than, annot=True, fmt=".0f", cmap="cividis", vmin=0, vmax=100, ax=ax, xticklabels=labels, yticklabels=labels,
         annot_kws={"fontsize": 8.5}, cbar_kws={"label": "probability (%)"}, linewidths=0.5,
@@ -202,7 +222,7 @@ def more_than(analysis: Analysis, ax: Axes | None = None) -> Axes:
 
 def over_epochs(analysis: Analysis, ax: Axes | None = None) -> Axes:
     """Total index against epoch: which parameters matter early and which late."""
-    ax = ax or new_axes(7.2, 4.0)
+    ax = ax or new_axes(6.6, 4.0)
     order = [e.name for e in analysis.effects if e.name != DUMMY]
     palette = [BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY, BLACK]
     markers = "osD^vP*X"
@@ -211,7 +231,7 @@ def over_epochs(analysis: Analysis, ax: Axes | None = None) -> Axes:
         colour = palette[k % len(palette)] if k < 5 else GREY
         if k < 5:
             ax.fill_between(part["epoch"], part["low"], part["high"], color=colour, alpha=0.13, lw=0)
-        label = name.replace("_", " ")
+        label = words(name)
         ax.plot(
             part["epoch"], part["mid"], color=colour, marker=markers[k % 8], ms=5, lw=1.8 if k < 5 else 1, label=label
         )
@@ -228,11 +248,9 @@ def over_epochs(analysis: Analysis, ax: Axes | None = None) -> Axes:
 
 def ablation(analysis: Analysis, ax: Axes | None = None) -> Axes:
     """From the default to the best configuration, one change at a time, in the order that gains most."""
-    ax = ax or new_axes(7.2, 1.4 + 0.42 * (len(analysis.ablation) + 1))
+    ax = ax or new_axes(6.6, 1.4 + 0.42 * (len(analysis.ablation) + 1))
     rows = [("default", analysis.default_accuracy)]
-    rows += [
-        (f"{s.name.replace('_', ' ')}: {_short(s.before)} to {_short(s.after)}", s.accuracy) for s in analysis.ablation
-    ]
+    rows += [(f"{words(s.name)}: {_short(s.before)} to {_short(s.after)}", s.accuracy) for s in analysis.ablation]
     for y, (_, value) in enumerate(rows[::-1]):
         ax.plot([value.low, value.high], [y, y], color=BLUE, lw=3, solid_capstyle="butt")
         ax.plot(value.mid, y, "o", color=BLUE, ms=7, mec="white")
@@ -250,9 +268,9 @@ def learning_curves(curves: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
     curves: columns trial, epoch, accuracy (points, mean over seeds), arm, outcome (complete, stopped, diverged, failed, running).
     """
-    ax = ax or new_axes(7.2, 4.0)
+    ax = ax or new_axes(6.6, 4.0)
     ends = {
-        "stopped": ("|", "stopped early"),
+        "stopped": ("o", "stopped early"),
         "diverged": ("X", "diverged"),
         "failed": ("x", "failed"),
         "running": (">", "running"),
@@ -268,8 +286,8 @@ def learning_curves(curves: pd.DataFrame, ax: Axes | None = None) -> Axes:
         arms.add(arm)
         if outcome in ends:
             marker, label = ends[outcome]
-            ax.plot(curve["epoch"].iloc[-1], curve["accuracy"].iloc[-1], marker=marker, color=RED if outcome in ("diverged", "failed") else BLACK, ls="none", ms=6,
-                    label=None if outcome in used else label)  # fmt: skip
+            ax.plot(curve["epoch"].iloc[-1], curve["accuracy"].iloc[-1], marker=marker, color=RED if outcome in ("diverged", "failed") else BLACK, ls="none", ms=4 if outcome == "stopped" else 7,
+                    mfc="none" if outcome == "stopped" else None, zorder=3, label=None if outcome in used else label)  # fmt: skip
             used.add(outcome)
     if len(curves) and curves["epoch"].max() > 4:
         ax.set_xscale("log")
@@ -279,7 +297,7 @@ def learning_curves(curves: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.xaxis.set_minor_locator(ticker.NullLocator())
     ax.set_xlabel("epoch")
     ax.set_ylabel("validation accuracy (points)")
-    ax.legend(fontsize=9, loc="best")
+    _legend_above(ax)
     return ax
 
 
@@ -288,7 +306,7 @@ def compute(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
     points: columns macs, accuracy (points), sd (points between seeds), arm, pareto (bool).
     """
-    ax = ax or new_axes(7.2, 4.0)
+    ax = ax or new_axes(6.6, 4.0)
     for arm, part in points.groupby("arm"):
         colour, marker, words = ARM_STYLE.get(str(arm), (GREY, "o", str(arm)))
         ax.errorbar(
@@ -306,13 +324,10 @@ def compute(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
         )
     front = points[points["pareto"]].sort_values("macs")
     ax.step(front["macs"] / 1e6, front["accuracy"], where="post", color=BLACK, lw=1.4, label="Pareto front")
-    ax.set_xscale("log")
-    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:g}"))
-    ax.xaxis.set_minor_formatter(ticker.NullFormatter())
+    _plain_log_axis(ax, float(points["macs"].min()) / 1e6, float(points["macs"].max()) / 1e6)
     ax.set_xlabel("compute an image (million multiply-accumulates)")
     ax.set_ylabel("validation accuracy (points)")
-    ax.legend(fontsize=9, loc="lower right")
+    _legend_above(ax)
     return ax
 
 
@@ -321,18 +336,18 @@ def history(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
     points: columns trial, accuracy (points), arm, complete (bool).
     """
-    ax = ax or new_axes(7.2, 3.4)
+    ax = ax or new_axes(6.6, 3.4)
     for arm, part in points.groupby("arm"):
         colour, marker, words = ARM_STYLE.get(str(arm), (GREY, "o", str(arm)))
         full, cut = part[part["complete"]], part[~part["complete"]]
         ax.scatter(full["trial"], full["accuracy"], color=colour, marker=marker, s=22, label=words)
         ax.scatter(cut["trial"], cut["accuracy"], edgecolors=colour, facecolors="none", marker=marker, s=20, lw=0.8)
-    best = points["accuracy"].where(points["complete"]).cummax()
+    best = points["accuracy"].where(points["complete"]).cummax().ffill()
     ax.step(points["trial"], best, where="post", color=BLACK, lw=1.4, label="best full-budget trial so far")
     ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     ax.set_xlabel("trial number (open: did not reach the full budget)")
     ax.set_ylabel("last accuracy (points)")
-    ax.legend(fontsize=9, loc="lower right")
+    _legend_above(ax)
     return ax
 
 
@@ -347,10 +362,57 @@ def calibration(analysis: Analysis, ax: Axes | None = None) -> Axes:
     mid = points(fit.predicted)
     low, high = points(fit.predicted - 1.645 * fit.predicted_sd), points(fit.predicted + 1.645 * fit.predicted_sd)
     ax.errorbar(points(fit.observed), mid, yerr=[mid - low, high - mid], fmt="o", ms=4, lw=0.8, color=BLUE, alpha=0.8)
-    both = [min(points(fit.observed).min(), low.min()), 100]
-    ax.plot(both, both, color=BLACK, lw=1, ls="--")
+    edge = max(0.0, float(min(points(fit.observed).min(), low.min())) - 2)
+    ax.plot([edge, 100], [edge, 100], color=BLACK, lw=1, ls="--", label="perfect prediction")
+    ax.set_xlim(edge, 100)
+    ax.set_ylim(edge, 100)
+    _legend_above(ax)
     ax.set_xlabel("accuracy reached (points)")
     ax.set_ylabel("predicted without having seen the trial (points)")
+    return ax
+
+
+def tornado(companions: Companions, ax: Axes | None = None) -> Axes:
+    """One factor at a time at each baseline: the range of accuracy, and how much of it seed noise alone would make."""
+    ranges = companions.ranges
+    order = ranges.groupby("parameter")["range"].max().sort_values().index.tolist()
+    baselines = sorted(ranges["baseline"].unique())
+    ax = ax or new_axes(6.6, 1.4 + 0.5 * len(order))
+    height = 0.8 / max(len(baselines), 1)
+    for k, baseline in enumerate(baselines):
+        part = ranges[ranges["baseline"] == baseline].set_index("parameter")
+        colour = (BLUE, ORANGE, GREEN)[k % 3]
+        for y, name in enumerate(order):
+            if name not in part.index:
+                continue
+            row = part.loc[name]
+            at = y + 0.4 - height * (k + 0.5)
+            ax.barh(at, row["high"] - row["low"], left=row["low"], height=height * 0.85, color=colour, alpha=0.85)
+            ax.plot([row["baseline_accuracy"]] * 2, [at - height / 2, at + height / 2], color=BLACK, lw=1.5)
+            if row["noise"] == row["noise"]:
+                ax.plot([row["low"], row["low"] + row["noise"]], [at, at], color="white", lw=1.6)
+        ax.barh([np.nan], [0], color=colour, label=f"around: {baseline}")
+    ax.plot([], [], color=BLACK, lw=1.5, label="the baseline itself")
+    ax.plot([], [], color=GREY, lw=1.6, label="white line: range that seed noise alone can make")
+    ax.set_yticks(range(len(order)), [words(name) for name in order])
+    ax.set_xlabel("validation accuracy at the full budget (points)")
+    _legend_above(ax, 2)
+    return ax
+
+
+def replicates(companions: Companions, ax: Axes | None = None) -> Axes:
+    """Chosen configurations run again on seeds that nothing was chosen by: mean with 90% interval."""
+    table = companions.replicates.iloc[::-1].reset_index(drop=True)
+    ax = ax or new_axes(6.6, 1.2 + 0.42 * len(table))
+    for y, row in table.iterrows():
+        ax.plot([row["low"], row["high"]], [y, y], color=BLUE, lw=3, solid_capstyle="butt")
+        ax.plot(row["accuracy"], y, "o", color=BLUE, ms=7, mec="white")
+    ax.set_yticks(
+        range(len(table)), [f"{row} ({seeds} seeds)" for row, seeds in zip(table["row"], table["seeds"], strict=True)]
+    )
+    ax.set_xlabel("validation accuracy at the full budget (points)")
+    ax.xaxis.grid(True, color=PALE, lw=0.6)
+    ax.set_axisbelow(True)
     return ax
 
 

@@ -19,12 +19,13 @@ from analysis.surrogate import (
     Observations,
     Posterior,
     Surface,
-    failure_design,
+    failure_logits,
     fit_failures,
     logit,
     observe,
 )
 
+SEARCHED = frozenset({"published", "sobol", "tpe"})  # arms of a search; the others are fixed designs
 DUMMY = "dummy (no effect)"
 INTERVAL = 0.90  # every interval holds this much posterior probability
 MIN_TRIALS = 8  # below this a surface over several dimensions is a guess
@@ -56,7 +57,7 @@ class Effect(NamedTuple):
 
     name: str
     label: str
-    effect: Interval  # accuracy points between the best and the worst value, others averaged over
+    effect: Interval  # accuracy points between the best and the worst value, others averaged over, of runs that train
     effect_in_sd: Interval  # the same in standard deviations between seeds
     first: Interval  # first-order Sobol index of the logit
     total: Interval  # total Sobol index of the logit
@@ -64,6 +65,7 @@ class Effect(NamedTuple):
     total_accuracy: Interval
     above_dummy: float  # P(total index greater than the dummy's)
     rank: int  # 1 is first; parameters that are tied with the rank's first share it
+    with_divergence: Interval | None  # the effect when a run that diverges counts as guessing; None: none diverged
     failure: Interval | None  # change of the failure probability over the range, percentage points
 
 
@@ -201,14 +203,15 @@ def analyse(records: Records, progress: Progress | None = None, *, seed: int = 0
         {d.name: d.to_unit(trials[d.name]) for d in space.dimensions if d.name not in missing}, index=trials.index
     )
     x = x[x.notna().all(axis=1)]
-    searched = trials.index[trials["arm"].isin(["sobol", "tpe", "published"])]
+    searched = trials.index[trials["arm"].isin(SEARCHED)]
     x = x.loc[x.index.isin(list(searched))]
     seen = epochs.loc[epochs["val_accuracy"].notna() & epochs["trial"].isin(list(x.index)), "trial"].unique()
     constant = tuple(sorted([n for n in x.columns if x.loc[seen, n].nunique() < 2] + missing))
     varied = sorted((d for d in space.dimensions if d.name not in constant), key=lambda d: d.name)
     if len(seen) < MIN_TRIALS:
         raise ImportanceError(
-            f"a ranking needs at least {MIN_TRIALS} trials of the search with results; {records.study.name} has {len(seen)} "
+            f"a ranking needs at least {MIN_TRIALS} trials of the search with results; {records.study.name} has "
+            f"{len(seen)} "
             f"of {len(trials)} (state: {_states(trials)}). Run more: python -m study.run --study {records.study.name} "
             f"--trials {max(3 * len(space.dimensions), 2 * MIN_TRIALS)}"
         )
@@ -245,7 +248,8 @@ def analyse(records: Records, progress: Progress | None = None, *, seed: int = 0
     draws = len(posterior.weights)
     failures = _failures(surface, x, failed, draws, seed + 2)
     divergence = _failures(surface, x, diverged, draws, seed + 2)
-    cube = _Cube(surface, posterior, divergence, seed)
+    cube = _Cube(surface, posterior, None, seed)
+    risky = cube if divergence is None else _Cube(surface, posterior, divergence, seed)
     indices = sobol_indices(surface, posterior)
     accuracy_indices = cube.sobol_on_accuracy()
     seed_sd, known, seed_logit = seed_noise(epochs, trials, budget, size, posterior, surface, observations)
@@ -268,7 +272,8 @@ def analyse(records: Records, progress: Progress | None = None, *, seed: int = 0
             interval(accuracy_indices.total[i]),
             1.0 if i == len(dimensions) - 1 else float(np.mean(indices.total[i] > dummy_total)),
             ranks.get(dimensions[i].name, 0),
-            None if failures is None or i == len(dimensions) - 1 else interval(_failure_range(surface, failures, i)),
+            None if divergence is None else interval(risky.range_draws(i)),
+            None if failures is None else interval(_failure_range(surface, failures, i, cube.points[:64])),
         )
         for i in order
     )
@@ -331,6 +336,10 @@ def analyse(records: Records, progress: Progress | None = None, *, seed: int = 0
         evaluations=posterior.evaluations,
         totals={d.name: indices.total[i] for i, d in enumerate(dimensions)},
     )
+
+
+def _quiet(message: str) -> None:
+    del message
 
 
 # ---- counting ------------------------------------------------------------------------------------------------
@@ -455,17 +464,21 @@ def _sigmoid(values: Array) -> Array:
 
 
 class _Cube:
-    """Expected accuracy over the whole space, per posterior draw; a diverged run counts as chance."""
+    """Expected accuracy over the whole space, per posterior draw.
+
+    Without a divergence model it is the accuracy of runs that train; with one, a run that diverges counts as chance.
+    """
 
     def __init__(self, surface: Surface, posterior: Posterior, divergence: Failures | None, seed: int) -> None:
         self.surface, self.divergence = surface, divergence
         self.weights = np.ascontiguousarray(posterior.weights[:, :, -1].T)  # (P, S)
         self.level = posterior.level[:, -1]
         self.dimensions = [base.dimension for base in surface.bases]
-        uniform = qmc.Sobol(len(self.dimensions), seed=seed).random(CUBE_POINTS)
+        # One sequence for both halves: two scrambles of the same sequence would not be independent.
+        size = len(self.dimensions)
+        uniform = qmc.Sobol(2 * size, seed=seed).random(CUBE_POINTS)
         self.points = np.column_stack([d.quantile(uniform[:, i]) for i, d in enumerate(self.dimensions)])
-        again = qmc.Sobol(len(self.dimensions), seed=seed + 1).random(CUBE_POINTS)
-        self.others = np.column_stack([d.quantile(again[:, i]) for i, d in enumerate(self.dimensions)])
+        self.others = np.column_stack([d.quantile(uniform[:, size + i]) for i, d in enumerate(self.dimensions)])
         self.base = self.accuracy(self.points)  # (N, S)
         self._curves: dict[int, tuple[Array, Array]] = {}
 
@@ -477,7 +490,7 @@ class _Cube:
         value = _sigmoid(self.logits(x))
         if self.divergence is None:
             return value
-        lost = _sigmoid(failure_design(self.surface.bases[:-1], x) @ self.divergence.weights.T)
+        lost = _sigmoid(failure_logits(self.surface.bases, self.divergence, x))
         return (1 - lost) * value + lost * CHANCE
 
     def curve_draws(self, i: int) -> tuple[Array, Array]:
@@ -660,19 +673,18 @@ def _sd_draws(sd: Interval, draws: int, seed: int) -> Array:
 def _failures(surface: Surface, x: pd.DataFrame, failed: pd.Series, draws: int, seed: int) -> Failures | None:
     if not failed.any():
         return None
-    bases = surface.bases[:-1]
     rng = np.random.default_rng(seed)
-    return fit_failures(bases, x.iloc[:, :-1].to_numpy(dtype=float), failed.to_numpy(dtype=float), draws, rng)
+    return fit_failures(surface.bases, x.to_numpy(dtype=float), failed.to_numpy(dtype=float), draws, rng)
 
 
-def _failure_range(surface: Surface, failures: Failures, i: int) -> Array:
-    """Largest minus smallest failure probability over a dimension, others at their middle; points (S,)."""
-    bases = surface.bases[:-1]
-    grid = bases[i].dimension.grid(15)
-    x = np.tile([b.dimension.grid(3)[len(b.dimension.grid(3)) // 2] for b in bases], (len(grid), 1))
-    x[:, i] = grid
-    chance = 100 * _sigmoid(failure_design(bases, x) @ failures.weights.T)
-    return chance.max(axis=0) - chance.min(axis=0)
+def _failure_range(surface: Surface, failures: Failures, i: int, points: Array) -> Array:
+    """Largest minus smallest failure probability over a dimension, others averaged over; points (S,)."""
+    rows = []
+    for value in surface.bases[i].dimension.grid(11):
+        x = points.copy()
+        x[:, i] = value
+        rows.append(100 * _sigmoid(failure_logits(surface.bases, failures, x)).mean(axis=0))
+    return np.max(rows, axis=0) - np.min(rows, axis=0)
 
 
 # ---- trust ---------------------------------------------------------------------------------------------------

@@ -88,7 +88,8 @@ def connect(uri: str) -> MlflowClient:
         path = Path(uri.removeprefix("sqlite:///").split("?")[0])
         if not path.is_file():
             raise RecordsError(
-                f"the tracking database must exist; there is no {path}. Run a study first (python -m study.run), or name "
+                f"the tracking database must exist; there is no {path}. Run a study first (python -m study.run), or "
+                "name "
                 "the right one with --tracking-uri"
             )
     try:

@@ -18,8 +18,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import figures
+from analysis.companions import Companions, describe
+from analysis.crosschecks import ESTIMATES
 from analysis.importance import (
+    DRAWS_EACH,
     DUMMY,
+    HYPERDRAWS,
     INTERVAL,
     MIN_R2,
     TIE,
@@ -28,7 +32,8 @@ from analysis.importance import (
     Interval,
     outcome,
 )
-from analysis.records import Records
+from analysis.records import Records, StudyRun
+from analysis.space import words
 from analysis.verdicts import THRESHOLDS, Verdict
 
 NAMES = {
@@ -39,19 +44,19 @@ NAMES = {
 
 
 class Section(NamedTuple):
-    """One part of the page: a heading, HTML paragraphs, figures by file name with captions."""
+    """One part of the page: a heading, escaped HTML, figures by file name with captions.
+
+    intro comes first, then the first `lead` figures, the body and the other figures.
+    """
 
     title: str
     body: str
     figures: tuple[tuple[str, str], ...] = ()
+    intro: str = ""
+    lead: int = 0
 
 
 # ---- plain words ---------------------------------------------------------------------------------------------
-
-
-def words(name: str) -> str:
-    """A parameter's name as a reader would say it."""
-    return NAMES.get(name, name.replace("_", " "))
 
 
 def span(value: Interval, digits: int = 1, unit: str = "") -> str:
@@ -62,18 +67,26 @@ def span(value: Interval, digits: int = 1, unit: str = "") -> str:
 def answer(analysis: Analysis, verdicts: Sequence[Verdict]) -> list[str]:
     """The study's answer in three sentences."""
     real = [e for e in analysis.effects if e.name != DUMMY]
-    runs = f"{analysis.counts.used} trials with {analysis.counts.seeds} seed{'s' if analysis.counts.seeds > 1 else ''} each"
+    runs = (
+        f"{analysis.counts.used} trials with {analysis.counts.seeds} "
+        f"seed{'s' if analysis.counts.seeds > 1 else ''} each"
+    )
     if not analysis.ranked:
         need = analysis.fit.trials_needed
         more = f" About {need} trials in all would probably do." if need else ""
         ceiling = ""
         if analysis.fit.ceiling < MIN_R2:
-            ceiling = " Seed noise alone hides most of the differences: more seeds per trial would help more than more trials."
+            ceiling = (
+                " Seed noise alone hides most of the differences: more seeds per trial would help more than "
+                "more trials."
+            )
         return [
             f"These {runs} do not support a ranking: predicting trials it has not seen, the fitted surface explains "
-            f"{max(analysis.fit.r2, 0):.0%} of the differences in accuracy, and below {MIN_R2:.0%} a ranking would be guesswork.",
+            f"{max(analysis.fit.r2, 0):.0%} of the differences in accuracy, and below {MIN_R2:.0%} a ranking would be "
+            "guesswork.",
             f"What would help: more trials spread over the whole space.{more}{ceiling}",
-            f"The best configuration tried is expected to reach {span(analysis.best_accuracy)} points of validation accuracy.",
+            f"The best configuration tried is expected to reach {span(analysis.best_accuracy)} points of validation "
+            "accuracy.",
         ]
     first = [e for e in real if e.rank == 1]
     clear = [e for e in real if e.above_dummy >= TIE[1] and e.effect.mid > analysis.seed_sd.mid]
@@ -81,12 +94,16 @@ def answer(analysis: Analysis, verdicts: Sequence[Verdict]) -> list[str]:
     leader = first[0]
     if len(first) == 1:
         lead = (
-            f"On these data {words(leader.name)} matters most: averaged over everything else it moves validation accuracy by "
+            f"On these data {words(leader.name)} matters most: averaged over everything else it moves validation "
+            "accuracy by "
             f"{span(leader.effect)} points, {leader.effect_in_sd.mid:.1f} times the standard deviation between seeds."
         )
     else:
         names = join(words(e.name) for e in first)
-        lead = f"On these data {names} matter most and cannot be told apart; their effects are {join(f'{e.effect.mid:.1f}' for e in first)} accuracy points."
+        lead = (
+            f"On these data {names} matter most and cannot be told apart; their effects are "
+            f"{join(f'{e.effect.mid:.1f}' for e in first)} accuracy points."
+        )
     others = [f"{words(e.name)} ({e.effect.mid:.1f} points)" for e in clear if e not in first]
     second = f"Also larger than seed noise: {join(others)}." if others else "Nothing else stands clear of seed noise."
     if inert:
@@ -98,7 +115,10 @@ def answer(analysis: Analysis, verdicts: Sequence[Verdict]) -> list[str]:
         for kind in ("confirmed", "refuted", "undecided", "not tested")
         if any(v.verdict == kind for v in verdicts)
     ]
-    third = f"Of the case study's four claims, {join(counted)} on these data ({runs}; unseen trials are predicted with R² = {analysis.fit.r2:.2f})."
+    third = (
+        f"Of the case study's four claims, {join(counted)} on these data ({runs}; unseen trials are predicted "
+        f"with R² = {analysis.fit.r2:.2f})."
+    )
     return [lead, second, third]
 
 
@@ -118,6 +138,9 @@ def importance_table(analysis: Analysis) -> pd.DataFrame:
         row: dict[str, Any] = {"parameter": e.name, "rank": e.rank if analysis.ranked and e.rank else ""}
         for key in ("effect", "effect_in_sd", "first", "total", "first_accuracy", "total_accuracy"):
             value: Interval = getattr(e, key)
+            row |= {f"{key}_low": value.low, key: value.mid, f"{key}_high": value.high}
+        for key in ("with_divergence", "failure"):
+            value = getattr(e, key) or Interval(math.nan, math.nan, math.nan)
             row |= {f"{key}_low": value.low, key: value.mid, f"{key}_high": value.high}
         row["p_above_dummy"] = e.above_dummy
         rows.append(row)
@@ -147,14 +170,14 @@ def trial_points(records: Records, analysis: Analysis) -> pd.DataFrame:
 # ---- figures -------------------------------------------------------------------------------------------------
 
 
-def draw_all(records: Records, analysis: Analysis) -> dict[str, Figure]:
+def draw_all(records: Records, analysis: Analysis, companions: Companions | None = None) -> dict[str, Figure]:
     """Every figure of the report by file name."""
     with mpl.rc_context(figures.STYLE):
         points = trial_points(records, analysis)
-        drawn: dict[str, Figure] = {}
+        drawn = {} if companions is None else _draw_companions(companions)
 
         def keep(name: str, ax: Axes) -> None:
-            drawn[name] = ax.figure  # pyright: ignore[reportArgumentType]
+            drawn[name] = _figure(ax)
 
         keep("forest", figures.forest(analysis))
         keep("sobol", figures.sobol(analysis))
@@ -175,11 +198,26 @@ def draw_all(records: Records, analysis: Analysis) -> dict[str, Figure]:
         return drawn
 
 
+def _draw_companions(companions: Companions) -> dict[str, Figure]:
+    drawn: dict[str, Figure] = {}
+    if len(companions.ranges):
+        drawn["tornado"] = _figure(figures.tornado(companions))
+    if len(companions.replicates):
+        drawn["replicates"] = _figure(figures.replicates(companions))
+    return drawn
+
+
+def _figure(ax: Axes) -> Figure:
+    figure = ax.get_figure()
+    assert isinstance(figure, Figure)
+    return figure
+
+
 def _marginals(analysis: Analysis, points: pd.DataFrame) -> Figure:
     real = [e for e in analysis.effects if e.name != DUMMY]
     by_name = {d.name: d for d in analysis.dimensions}
     rows = math.ceil(len(real) / 2)
-    figure = Figure(figsize=(7.2, 2.7 * rows), layout="constrained")
+    figure = Figure(figsize=(6.6, 2.5 * rows), layout="constrained")
     axes = np.atleast_1d(figure.subplots(rows, 2, sharey=True, squeeze=False)).ravel()
     for k, effect in enumerate(real):
         raw = points.rename(columns={effect.name: "value"})[["value", "accuracy", "complete"]]
@@ -201,7 +239,7 @@ def _curves(records: Records) -> pd.DataFrame:
     return curves.assign(arm=curves["trial"].map(records.trials["arm"]), outcome=curves["trial"].map(ended))
 
 
-# ---- the page ------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------------------
 
 
 def write_report(
@@ -211,30 +249,83 @@ def write_report(
     verdicts: Sequence[Verdict],
     *,
     crosschecks: pd.DataFrame | None = None,
+    companions: Companions | None = None,
 ) -> list[Path]:
-    """Write every file of the report to `out` and give their paths."""
+    """Write every file of the report to `out` and give their paths, report.html first."""
+    drawn = draw_all(records, analysis, companions)
+    page = [
+        _effects_section(analysis),
+        _verdict_section(verdicts),
+        _sobol_section(analysis),
+        _marginal_section(analysis),
+        _pair_section(analysis),
+        _comparison_section(analysis),
+        _epoch_section(analysis),
+        _tuning_section(analysis, companions),
+        *_companion_sections(companions, analysis),
+        _runs_section(records, analysis),
+        _diagnostics_section(analysis, crosschecks),
+        _method_section(analysis),
+    ]
     out.mkdir(parents=True, exist_ok=True)
-    (out / "figures").mkdir(exist_ok=True)
-    drawn = draw_all(records, analysis)
+    importance_table(analysis).to_csv(out / "importance.csv", index=False)
+    (out / "verdicts.json").write_text(json.dumps(_verdicts_json(verdicts), indent=2) + "\n")
+    (out / "diagnostics.json").write_text(json.dumps(_finite(diagnostics(analysis, crosschecks)), indent=2) + "\n")
+    files = [out / name for name in ("importance.csv", "verdicts.json", "diagnostics.json")]
+    return _write_page(out, records, answer(analysis, verdicts), page, drawn) + files
+
+
+def write_design_report(out: Path, records: Records, companions: Companions) -> list[Path]:
+    """The report of a study without a search: its OFAT or replicate tables, and no global ranking."""
+    sentences = [
+        f"This study follows a fixed design ({', '.join(sorted(set(records.trials['arm'])))}); {describe(records)}.",
+        "It compares configurations directly and cannot rank parameters over a whole space: that takes a search.",
+    ]
+    if len(companions.ranges):
+        top = companions.ranges.sort_values("range", ascending=False).iloc[0]
+        sentences.append(
+            f"The largest change from one parameter alone is {top['range']:.1f} accuracy points, by "
+            f"{words(str(top['parameter']))} around "
+            f"the baseline {top['baseline']!r}."
+        )
+    elif len(companions.replicates):
+        top = companions.replicates.sort_values("accuracy", ascending=False).iloc[0]
+        sentences.append(f"The best row is {top['row']!r} with {top['accuracy']:.1f} points on {top['seeds']} seeds.")
+    with mpl.rc_context(figures.STYLE):
+        drawn = _draw_companions(companions)
+        drawn["learning_curves"] = _figure(figures.learning_curves(_curves(records)))
+    page = [
+        *_companion_sections(companions, None),
+        Section(
+            "The trials",
+            "",
+            (("learning_curves", "Validation accuracy of every trial against epoch, and how it ended."),),
+        ),
+    ]
+    return _write_page(out, records, sentences, page, drawn)
+
+
+def _write_page(
+    out: Path, records: Records, sentences: Sequence[str], page: Sequence[Section], drawn: dict[str, Figure]
+) -> list[Path]:
+    (out / "figures").mkdir(parents=True, exist_ok=True)
     images: dict[str, str] = {}
     paths: list[Path] = []
     for name, figure in drawn.items():
+        buffer = io.BytesIO()
         with mpl.rc_context(figures.STYLE):
-            buffer = io.BytesIO()
             figure.savefig(buffer, format="png")
             figure.savefig(out / "figures" / f"{name}.svg", metadata={"Date": None})
         (out / "figures" / f"{name}.png").write_bytes(buffer.getvalue())
         images[name] = base64.b64encode(buffer.getvalue()).decode()
         paths += [out / "figures" / f"{name}.png", out / "figures" / f"{name}.svg"]
-    importance_table(analysis).to_csv(out / "importance.csv", index=False)
     records.epochs.to_csv(out / "epochs.csv", index=False)
+    # A field may hold text in one trial and a number in another (a setting that changed type): Parquet wants one.
+    mixed = records.epochs.select_dtypes("object")
+    records.epochs.astype({c: str for c in mixed.columns}).to_parquet(out / "epochs.parquet", index=False)
     _plain(records.trials).to_csv(out / "trials.csv")
-    (out / "verdicts.json").write_text(json.dumps(_verdicts_json(verdicts), indent=2) + "\n")
-    (out / "diagnostics.json").write_text(json.dumps(diagnostics(analysis, crosschecks), indent=2) + "\n")
-    page = render(records, analysis, verdicts, images, crosschecks)
-    (out / "report.html").write_text(page, encoding="utf-8")
-    names = ("report.html", "importance.csv", "verdicts.json", "diagnostics.json", "trials.csv", "epochs.csv")
-    return [out / name for name in names] + paths
+    (out / "report.html").write_text(render(records.study, sentences, page, images), encoding="utf-8")
+    return [out / name for name in ("report.html", "trials.csv", "epochs.csv", "epochs.parquet")] + paths
 
 
 def _plain(trials: pd.DataFrame) -> pd.DataFrame:
@@ -247,10 +338,17 @@ def _plain(trials: pd.DataFrame) -> pd.DataFrame:
 
 def _verdicts_json(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     listed = [{**v._asdict(), "estimate": v.estimate._asdict() if v.estimate else None} for v in verdicts]
-    return {
-        "thresholds": {name: {"value": value, "reason": reason} for name, (value, reason) in THRESHOLDS.items()},
-        "claims": listed,
-    }
+    fixed = {name: {"value": value, "reason": reason} for name, (value, reason) in THRESHOLDS.items()}
+    return {"thresholds": fixed, "claims": listed}
+
+
+def _finite(value: Any) -> Any:
+    """The same with NaN and infinity as null, which JSON has no word for."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def diagnostics(analysis: Analysis, crosschecks: pd.DataFrame | None) -> dict[str, Any]:
@@ -262,7 +360,7 @@ def diagnostics(analysis: Analysis, crosschecks: pd.DataFrame | None) -> dict[st
         "r2": fit.r2,
         "r2_needed": MIN_R2,
         "r2_ceiling_from_seed_noise": fit.ceiling,
-        "r2_with_half_of_the_trials": None if math.isnan(fit.r2_half) else fit.r2_half,
+        "r2_with_half_of_the_trials": fit.r2_half,
         "trials_needed": fit.trials_needed,
         "coverage_of_90_percent_intervals": fit.coverage,
         "held_out_trials": fit.held_out,
@@ -279,116 +377,150 @@ def diagnostics(analysis: Analysis, crosschecks: pd.DataFrame | None) -> dict[st
         "biased_sample": analysis.biased,
         "warnings": list(analysis.warnings),
         "crosschecks": None if crosschecks is None else crosschecks.to_dict(orient="records"),
+        "crosschecks_estimate": None if crosschecks is None else ESTIMATES,
     }
 
 
-def render(
-    records: Records,
-    analysis: Analysis,
-    verdicts: Sequence[Verdict],
-    images: dict[str, str],
-    crosschecks: pd.DataFrame | None,
-) -> str:
+# ---- the page ------------------------------------------------------------------------------------------------
+
+
+def render(study: StudyRun, sentences: Sequence[str], page: Sequence[Section], images: dict[str, str]) -> str:
     """The whole page. Everything that comes from a study is escaped."""
     e = html.escape
-    sentences = " ".join(e(s) for s in answer(analysis, verdicts))
+    facts = [study.params.get(key, "") for key in ("task", "data")]
+    kicker = "Sensitivity report" + "".join(f" · {e(fact)}" for fact in facts if fact)
+    state = (
+        _caution("This study is still running: everything here is provisional.") if study.status == "running" else ""
+    )
     body = [
-        f"<header><p class=kicker>Sensitivity report</p><h1>{e(analysis.name)}</h1><p class=answer>{sentences}</p></header>"
+        f"<header><p class=kicker>{kicker}</p><h1>{e(study.name)}</h1>{state}"
+        + "".join(f"<p class=answer>{e(sentence)}</p>" for sentence in sentences)
+        + "</header>"
     ]
-    for section in sections(records, analysis, verdicts, crosschecks):
-        pictures = "".join(_picture(images[name], name, caption) for name, caption in section.figures if name in images)
-        body.append(f"<section><h2>{e(section.title)}</h2>{section.body}{pictures}</section>")
-    return _PAGE.replace("{{title}}", e(analysis.name)).replace("{{body}}", "\n".join(body))
+    for section in page:
+        pictures = [_picture(images[name], caption) for name, caption in section.figures if name in images]
+        first = "".join(pictures[: section.lead])
+        rest = "".join(pictures[section.lead :])
+        body.append(f"<section><h2>{e(section.title)}</h2>{section.intro}{first}{section.body}{rest}</section>")
+    # The body last: a study named {{body}} must not be filled in.
+    return _PAGE.replace("{{title}}", e(study.name).replace("{", "&#123;")).replace("{{body}}", "\n".join(body), 1)
 
 
-def _picture(data: str, name: str, caption: str) -> str:
+def _picture(data: str, caption: str) -> str:
     return (
-        f'<figure><div class=scroll><img src="data:image/png;base64,{data}" alt="{html.escape(caption, quote=True)}"></div>'
+        f'<figure><div class=scroll><img src="data:image/png;base64,{data}" '
+        f'alt="{html.escape(caption, quote=True)}"></div>'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
     )
 
 
 def table_html(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table that scrolls inside itself on a narrow screen."""
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in headers)
+    """A table that scrolls inside itself on a narrow screen; every cell escaped."""
+    head = "".join(f"<th scope=col>{html.escape(h)}</th>" for h in headers)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
     return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
-def sections(
-    records: Records, analysis: Analysis, verdicts: Sequence[Verdict], crosschecks: pd.DataFrame | None
-) -> list[Section]:
-    """The page's parts in reading order."""
-    return [
-        _effects_section(analysis),
-        _verdict_section(verdicts),
-        _marginal_section(analysis),
-        _pair_section(analysis),
-        _comparison_section(analysis),
-        _epoch_section(analysis),
-        _tuning_section(analysis),
-        _runs_section(records, analysis),
-        _diagnostics_section(analysis, crosschecks),
-        _method_section(analysis),
-    ]
 
 
 def _caution(text: str) -> str:
     return f"<p class=caution>{html.escape(text)}</p>"
 
 
+def _paragraph(text: str) -> str:
+    return f"<p>{html.escape(text)}</p>"
+
+
 def _effects_section(analysis: Analysis) -> Section:
-    notes = ""
-    if not analysis.ranked:
-        notes += _caution(
-            f"No ranking: cross-validated R² is {analysis.fit.r2:.2f}, and {MIN_R2} is needed. The picture shows what can be said so far."
-        )
-    if analysis.biased:
-        notes += _caution(
-            "Biased sample: most trials were chosen by the optimiser, which looks where accuracy is already high. Effects over the whole "
-            "range rest on the model there, and the ranking may be wrong; a study with a Sobol arm would settle it."
-        )
-    notes += "".join(_caution(w) for w in analysis.warnings)
+    intro = "".join(_caution(text) for text in cautions(analysis)) + _paragraph(
+        "Each line is a parameter's effect: how many points of validation accuracy lie between its best and its worst "
+        f"value, everything else averaged over the searched space, with a {INTERVAL:.0%} interval. An effect inside "
+        "the "
+        "grey band is no larger than the luck of a seed; one that does not clear the dotted line cannot be told from a "
+        "made-up parameter that does nothing."
+    )
+    diverged = any(e.with_divergence for e in analysis.effects)
+    headers = ["rank", "parameter", "effect (points)", "effect (seed SDs)", "total Sobol index", "P(more than dummy)"]
     rows = [
-        (
+        [
             _rank(analysis, e),
             words(e.name),
             span(e.effect),
             span(e.effect_in_sd),
-            span(e.first, 2),
             span(e.total, 2),
-            f"{e.above_dummy:.0%}" if e.name != DUMMY else "",
-        )
+            "" if e.name == DUMMY else f"{e.above_dummy:.0%}",
+        ]
         for e in analysis.effects
     ]
-    table = table_html(
-        (
-            "rank",
-            "parameter",
-            "effect (points)",
-            "effect (seed SDs)",
-            "first-order index",
-            "total index",
-            "P(more than dummy)",
-        ),
-        rows,
+    if diverged:
+        headers.append("effect, divergence counted")
+        for row, e in zip(rows, analysis.effects, strict=True):
+            row.append(span(e.with_divergence) if e.with_divergence else "")
+    after = _paragraph(
+        "The rank follows the total Sobol index (next section). Parameters whose order the data do not settle share a "
+        "rank."
     )
-    text = (
-        "<p>Each line shows how many points of accuracy lie between a parameter's best and worst value, all others averaged over "
-        f"the searched space, with a {INTERVAL:.0%} interval. Parameters are in order of total Sobol index (next figure), which also counts "
-        "what a parameter does together with others.</p>"
+    if diverged:
+        after += _paragraph(
+            f"{analysis.counts.diverged} trials diverged. Effects are of runs that train; the last column counts a run "
+            "that diverges as guessing, with the chance of it modelled."
+        )
+    caption = (
+        "Effect of each parameter on validation accuracy at the full budget, with its interval. Grey band: one "
+        "standard "
+        "deviation between seeds. Dotted: how far a parameter without effect can get."
     )
-    captions = (
-        (
-            "forest",
-            "Effect of each parameter on validation accuracy at the full budget, with its interval. Grey band: one standard deviation between seeds. Dotted: where a made-up parameter without effect ends.",
-        ),
-        (
-            "sobol",
-            "Share of the variance of logit accuracy over the searched space: alone (first order) and with interactions (total).",
-        ),
+    return Section(
+        "What matters, and by how much", after + table_html(headers, rows), (("forest", caption),), intro, lead=1
     )
-    return Section("What matters, and by how much", notes + text + table, captions)
+
+
+def _sobol_section(analysis: Analysis) -> Section:
+    text = _paragraph(
+        "A Sobol index is a share of all differences in accuracy over the searched space: first order, what a "
+        "parameter "
+        "makes alone; total, what would vanish if it were known, counting what it makes together with others. The "
+        "logit "
+        "scale treats 90 to 95 and 98 to 99 points as steps of similar size; the accuracy scale counts plain points."
+    )
+    headers = ("parameter", "first order, logit", "total, logit", "first order, accuracy", "total, accuracy")
+    rows = [
+        (words(e.name), span(e.first, 2), span(e.total, 2), span(e.first_accuracy, 2), span(e.total_accuracy, 2))
+        for e in analysis.effects
+    ]
+    caption = "Share of the variance of logit accuracy: alone (first order) and together with others (total)."
+    return Section("Shares of the differences", table_html(headers, rows), (("sobol", caption),), text, lead=1)
+
+
+def cautions(analysis: Analysis) -> list[str]:
+    """What a reader has to know before believing anything."""
+    found: list[str] = []
+    if not analysis.ranked:
+        found.append(
+            f"No ranking: on trials it has not seen the surface explains R² = {analysis.fit.r2:.2f} of the "
+            f"differences, and {MIN_R2} is needed. What is "
+            "drawn shows what can be said so far, not an order."
+        )
+    if analysis.biased:
+        found.append(
+            "Biased sample: the optimiser chose most trials, so they crowd where accuracy was already high. Over the "
+            "rest of the ranges the "
+            "effects rest on the model, and the ranking may be wrong. A study with space-filling (Sobol) trials would "
+            "settle it."
+        )
+    if analysis.fit.coverage < 0.75:
+        found.append(
+            f"Intervals may be too narrow: only {analysis.fit.coverage:.0%} of the unseen results fell inside their "
+            "90% intervals."
+        )
+    if analysis.extrapolation_share > 0.25:
+        found.append(f"The surface is mostly extrapolation over {analysis.extrapolation_share:.0%} of the space.")
+    if not analysis.seed_sd_known:
+        found.append("One seed a trial: seed noise could not be measured and is the model's own estimate.")
+    if analysis.mixing > 1.2:
+        found.append(
+            f"The sampler had not fully settled (R-hat {analysis.mixing:.2f}); small differences between intervals "
+            "mean nothing."
+        )
+    return found + list(analysis.warnings)
 
 
 def _rank(analysis: Analysis, effect: Effect) -> str:
@@ -403,48 +535,66 @@ def _verdict_section(verdicts: Sequence[Verdict]) -> Section:
         (v.claim, v.verdict, "–" if v.probability is None else f"{v.probability:.0%}", v.evidence) for v in verdicts
     ]
     fixed = table_html(("threshold", "value", "meaning"), [(k, v, why) for k, (v, why) in THRESHOLDS.items()])
-    text = "<p>The case study by Fang, Tian and Yang drew four conclusions from single runs. Thresholds were fixed in the code beforehand.</p>"
+    text = _paragraph(
+        "The case study this project starts from (Fang, Tian and Yang) drew four conclusions from one run a "
+        "configuration. Here is what these "
+        "data say of them, on this study's task and budget. A claim is judged over the whole searched range, "
+        "everything else averaged over."
+    )
+    cited = _paragraph("The thresholds were fixed in the code before any data were seen:")
     return Section(
         "The case study's claims",
-        text + table_html(("claim", "verdict", "probability it holds", "evidence"), rows) + fixed,
+        text + table_html(("claim", "verdict", "probability it holds", "evidence"), rows) + cited + fixed,
     )
 
 
 def _marginal_section(analysis: Analysis) -> Section:
-    share = ""
-    if analysis.constant:
-        share += (
-            f"<p>Not varied, so nothing can be said of: {html.escape(join(words(n) for n in analysis.constant))}.</p>"
-        )
-    text = "<p>Mean accuracy as one parameter changes, averaged over the others, with its band. Points are the trials themselves: they scatter because everything else differs too. Hatched: no or one trial beyond, the curve extrapolates.</p>"
-    return Section(
-        "How each parameter acts",
-        text + share,
-        (("marginals", "Marginal accuracy of each parameter with 90% band over the raw trials."),),
+    text = _paragraph(
+        "Mean accuracy as one parameter changes, averaged over the others, with a 90% band. The points are the trials "
+        "themselves; they scatter "
+        "because everything else differs between them. Hatched: at most one full-budget trial lies beyond, so the "
+        "curve extrapolates."
     )
+    if analysis.constant:
+        text += _paragraph(
+            f"Not varied in these trials, so nothing can be said of: {join(words(n) for n in analysis.constant)}."
+        )
+    caption = "Marginal accuracy of each parameter with its 90% band, over the raw trials."
+    return Section("How each parameter acts", text, (("marginals", caption),))
 
 
 def _pair_section(analysis: Analysis) -> Section:
     best = sorted(analysis.pair_intervals.items(), key=lambda item: -item[1].mid)[:5]
-    table = table_html(
-        ("pair", "share of variance (%)"),
-        [(f"{words(a)} × {words(b)}", span(Interval(*(100 * v for v in value)))) for (a, b), value in best],
+    rows = [(f"{words(a)} × {words(b)}", span(_percent(value))) for (a, b), value in best]
+    text = _paragraph(
+        "An interaction is the part of the differences that two parameters make only in combination. The largest five:"
     )
-    higher = f"<p>Interactions of three parameters together: {span(Interval(*(100 * v for v in analysis.higher_order)))} % of the variance.</p>"
+    higher = _paragraph(f"Three parameters in combination: {span(_percent(analysis.higher_order))} % of the variance.")
     return Section(
         "Which parameters act together",
-        "<p>An interaction is the part of the variance that two parameters have only in combination.</p>"
-        + table
-        + higher,
+        text + table_html(("pair", "share of variance (%)"), rows) + higher
+        if rows
+        else _paragraph("Only one parameter was varied."),
         (
-            ("surface", "Mean accuracy over two parameters, all others averaged over."),
-            ("interactions", "Median share of variance of every pair's interaction."),
+            ("surface", "Mean accuracy over two parameters, all others averaged over (points)."),
+            (
+                "interactions",
+                "Share of the variance of logit accuracy that each pair's interaction has (posterior median).",
+            ),
         ),
     )
 
 
+def _percent(value: Interval) -> Interval:
+    return Interval(*(100 * v for v in value))
+
+
 def _comparison_section(analysis: Analysis) -> Section:
-    text = f"<p>The chance that one parameter's total index is larger than another's. Between {TIE[0]:.0%} and {TIE[1]:.0%} they are tied: these data do not say which matters more.</p>"
+    text = _paragraph(
+        f"The chance that one parameter's total index is larger than another's. Between {TIE[0]:.0%} and {TIE[1]:.0%} "
+        "the two are tied: these data do not "
+        "say which matters more."
+    )
     return Section(
         "Does this one matter more than that one?",
         text,
@@ -453,53 +603,162 @@ def _comparison_section(analysis: Analysis) -> Section:
 
 
 def _epoch_section(analysis: Analysis) -> Section:
-    text = "<p>What decides early is not always what decides late; a ranking from short runs can be the wrong one.</p>"
-    return Section(
-        "Importance against epoch",
-        text,
-        (("over_epochs", "Total Sobol index at several epochs, with 90% bands for the first five."),),
+    text = _paragraph(
+        "What decides early is not always what decides late, so a ranking from short runs can be the wrong one."
     )
+    caption = "Total Sobol index at several epochs, with 90% bands for the first five parameters."
+    return Section("Importance against epoch", text, (("over_epochs", caption),))
 
 
-def _tuning_section(analysis: Analysis) -> Section:
+def _tuning_section(analysis: Analysis, companions: Companions | None) -> Section:
     rows = [(words(g.name), _value(g.default), _value(g.best), span(g.gain)) for g in analysis.tunability]
+    text = _paragraph(
+        "What changing one parameter alone is expected to gain over the default, and the path from the default to the "
+        "best configuration tried, "
+        "one change at a time, the one that gains most first."
+    )
     note = (
         ""
         if analysis.default_inside
-        else _caution("The default lies outside the searched space in part; it was moved to the nearest edge.")
+        else _caution(
+            "Part of the default lies outside the searched space or is not saved; there the nearest edge or the "
+            "middle was taken."
+        )
     )
-    text = "<p>What changing one parameter alone can gain over the default configuration, and the path from the default to the best configuration tried, one change at a time.</p>"
+    again = ""
+    if companions is not None and len(companions.replicates):
+        named = companions.replicates[companions.replicates["row"].str.match(r"^(best of|default)")]
+        again = "".join(
+            _paragraph(
+                f"Run again on {r.seeds} fresh seeds, {r.row}: {r.accuracy:.1f} ({r.low:.1f} to {r.high:.1f}) points."
+            )
+            for r in named.itertuples()
+        )
+    caption = (
+        f"Expected accuracy along the path from the default to trial {analysis.best_trial}, the best configuration "
+        "tried, with 90% intervals. "
+        "Each step keeps the ones before it."
+    )
     return Section(
         "What is worth tuning",
-        text + note + table_html(("parameter", "default", "better", "gain (points)"), rows),
-        (
-            (
-                "ablation",
-                f"Expected accuracy along the path from the default to trial {analysis.best_trial}, the best configuration tried.",
-            ),
-        ),
+        text + note + table_html(("parameter", "default", "better", "gain (points)"), rows) + again,
+        (("ablation", caption),),
     )
+
+
+def _companion_sections(companions: Companions | None, analysis: Analysis | None) -> list[Section]:
+    if companions is None:
+        return []
+    out: list[Section] = []
+    if len(companions.ranges):
+        wide = companions.ranges.pivot(index="parameter", columns="baseline", values="range")
+        noise = companions.ranges.pivot(index="parameter", columns="baseline", values="noise")
+        effects = {e.name: span(e.effect) for e in analysis.effects} if analysis else {}
+        rows = [
+            (
+                words(str(p)),
+                *(f"{wide.loc[p, b]:.1f} ({noise.loc[p, b]:.1f})" for b in wide.columns),
+                effects.get(str(p), "–"),
+            )
+            for p in wide.index[np.argsort(-wide.max(axis=1).to_numpy())]
+        ]
+        headers = (
+            "parameter",
+            *(f"range around {b} (noise alone)" for b in wide.columns),
+            "effect over the whole space",
+        )
+        text = _paragraph(
+            "One parameter at a time around fixed baselines, everything else held. In brackets the range that seed "
+            "noise alone reaches in one of ten "
+            "such comparisons. A parameter whose range depends on the baseline interacts with others; no single "
+            "baseline shows that."
+        )
+        out.append(
+            Section(
+                "One factor at a time",
+                text + table_html(headers, rows),
+                (("tornado", "Range of accuracy as one parameter changes, at each baseline."),),
+            )
+        )
+    if len(companions.replicates):
+        rows = [
+            (
+                r.row,
+                r.seeds,
+                f"{r.accuracy:.1f} ({r.low:.1f} to {r.high:.1f})",
+                f"{r.sd:.2f}",
+                "–" if r.test != r.test else f"{r.test:.1f}",
+            )
+            for r in companions.replicates.itertuples()
+        ]
+        text = _paragraph(
+            "Configurations run again on seeds that no choice was made by: the honest estimate of how good they are, "
+            "and of seed noise."
+        )
+        headers = ("configuration", "seeds", "validation accuracy (90% interval)", "SD between seeds", "test accuracy")
+        out.append(
+            Section(
+                "Replicates",
+                text + table_html(headers, rows),
+                (("replicates", "Mean accuracy of each configuration over fresh seeds, with its 90% interval."),),
+            )
+        )
+    return out
 
 
 def _runs_section(records: Records, analysis: Analysis) -> Section:
     c = analysis.counts
-    rows = [
-        ("complete", c.complete),
-        ("stopped early", c.stopped),
-        ("diverged", c.diverged),
-        ("failed", c.failed),
-        ("running", c.running),
-        ("all", c.total),
+    rows: list[tuple[str, int, str]] = [
+        ("complete", c.complete, "inform the surface at every epoch"),
+        ("stopped early", c.stopped, "inform it up to the epoch they reached; never told as final results"),
+        (
+            "diverged",
+            c.diverged,
+            "inform it until then; the chance to diverge is modelled, and a diverged run counts as guessing (10 "
+            "points)",
+        ),
+        ("failed", c.failed, "inform it as far as they came; their share over the space is modelled (below)"),
+        ("running", c.running, "inform it as far as they have come"),
+        ("all", c.total, f"of which {c.used} have results and inform the surface"),
     ]
-    text = "<p>Every trial is counted. Stopped trials inform the surface up to the epoch they reached; diverged ones count as chance in the expected accuracy.</p>"
+    text = _paragraph("Every trial is counted; none is dropped for how it ended.")
+    body = text + table_html(("trials", "number", "how they are used"), [r for r in rows if r[1] or r[0] == "all"])
+    if analysis.failures is not None:
+        failing = sorted(
+            (e for e in analysis.effects if e.failure), key=lambda e: -(e.failure.mid if e.failure else 0)
+        )[:4]
+        body += _paragraph("Change of the probability to fail or diverge over a parameter's range (percentage points):")
+        body += table_html(("parameter", "change"), [(words(e.name), span(e.failure)) for e in failing if e.failure])
+    reasons = records.trials.loc[records.trials["state"] == "failed", "stop_reason"].value_counts().head(5)
+    if len(reasons):
+        body += _paragraph("Reasons of failure:") + table_html(("reason", "trials"), list(reasons.items()))
+    best = records.trials.loc[analysis.best_trial]
+    held = [
+        (words(d.name), _value(best[d.name])) for d in analysis.space.dimensions if d.name in records.trials.columns
+    ]
+    tested = (
+        f"; test accuracy, read once: {100 * best['test_accuracy']:.1f} points"
+        if best["test_accuracy"] == best["test_accuracy"]
+        else ""
+    )
+    body += _paragraph(
+        f"The best configuration tried is trial {analysis.best_trial}: the surface expects "
+        f"{span(analysis.best_accuracy)} points of a run with it{tested}."
+    )
+    body += table_html(("parameter", "best value"), held)
     return Section(
         "The trials",
-        text + table_html(("trials", "number"), rows),
+        body,
         (
-            ("learning_curves", "Validation accuracy of every trial against epoch, and how it ended."),
+            (
+                "learning_curves",
+                "Validation accuracy of every trial against epoch, mean over seeds, by how it was chosen and how it "
+                "ended.",
+            ),
             (
                 "compute",
-                "Accuracy of full-budget trials against compute, bars: one SD between seeds, line: Pareto front.",
+                "Accuracy of full-budget trials against compute. Bars: one standard deviation between seeds. Line: "
+                "the Pareto front.",
             ),
             ("history", "Last accuracy of every trial in order, and the best full-budget one so far."),
         ),
@@ -508,40 +767,83 @@ def _runs_section(records: Records, analysis: Analysis) -> Section:
 
 def _diagnostics_section(analysis: Analysis, crosschecks: pd.DataFrame | None) -> Section:
     fit = analysis.fit
+    measured = "" if analysis.seed_sd_known else " (estimated by the model, not measured)"
     rows = [
         (
-            "R² on unseen trials (grouped cross-validation)",
-            f"{fit.r2:.2f} of at most {fit.ceiling:.2f} that seed noise allows",
+            "R² on trials not seen (5-fold, whole trials held out)",
+            f"{fit.r2:.2f}; seed noise allows at most {fit.ceiling:.2f}",
         ),
         ("90% intervals that held the unseen result", f"{fit.coverage:.0%} of {fit.held_out}"),
+        ("seed standard deviation at the full budget", f"{span(analysis.seed_sd, 2)} points{measured}"),
         (
-            "seed standard deviation",
-            f"{span(analysis.seed_sd, 2)} points"
-            + ("" if analysis.seed_sd_known else " (one seed a trial: estimated by the model, not measured)"),
+            "share of the space that its rules exclude",
+            f"{analysis.infeasible_share:.0%}; indices are over the whole space, the excluded part by extrapolation",
         ),
-        ("space ruled out by constraints", f"{analysis.infeasible_share:.0%}"),
-        ("space where the surface is mostly extrapolation", f"{analysis.extrapolation_share:.0%}"),
-        ("sampler's largest R-hat", f"{analysis.mixing:.2f}"),
+        ("share of the space that is mostly extrapolation", f"{analysis.extrapolation_share:.0%}"),
+        ("the sampler's largest R-hat", f"{analysis.mixing:.2f} (1 is settled)"),
+        ("trials by how they were chosen", ", ".join(f"{count} {arm}" for arm, count in analysis.arms.items())),
     ]
     body = table_html(("check", "value"), rows)
-    if crosschecks is not None and len(crosschecks):
-        body += "<p>Other estimators on the same trials, with what each of them estimates:</p>" + table_html(
-            list(crosschecks.columns), crosschecks.round(3).itertuples(index=False)
+    for rule in analysis.space.rules:
+        body += _paragraph(
+            f"Rule of the space: {rule.rule} ({rule.reason})" if rule.reason else f"Rule of the space: {rule.rule}"
         )
-    return Section(
-        "How far to trust this",
-        body,
-        (("calibration", "Held-out trials: predicted against reached, with 90% intervals."),),
-    )
+    if crosschecks is not None and len(crosschecks):
+        body += _paragraph("Other estimators on the same trials. They estimate other things, so they need not agree:")
+        rows = [
+            [words(str(r[0])), *("–" if v != v else f"{v:.2f}" for v in r[1:])]
+            for r in crosschecks.itertuples(index=False)
+        ]
+        body += table_html(list(crosschecks.columns), rows)
+        body += table_html(("estimator", "what it estimates"), list(ESTIMATES.items()))
+    caption = "Trials held out: what the surface predicted, with 90% intervals, against what they reached."
+    return Section("How far to trust this", body, (("calibration", caption),))
 
 
 def _method_section(analysis: Analysis) -> Section:
-    text = (
-        "<p>A Gaussian process over unit-cube configuration and log epoch is fitted to the logit of accuracy, with a trial effect and seed noise "
-        "measured from the differences between seeds of the same trial. Its hyperparameters are sampled, not fixed. Sobol indices are computed on "
-        "joint posterior draws (Marrel et al. 2009; Le Gratiet et al. 2014).</p>"
+    parts = [
+        (
+            "Target",
+            f"Validation accuracy at epoch {analysis.budget}, on the logit scale, clipped by the "
+            f"{analysis.evaluation_size:,} validation images behind it. "
+            "Points of accuracy are computed from the same draws through the inverse logit; runs that diverge count "
+            "as guessing.",
+        ),
+        (
+            "Surface",
+            "A Gaussian process over configuration (each range mapped to 0 to 1, in logarithms where it was sampled "
+            "so; whole numbers keep their levels) and log "
+            "epoch: components of one, two and three parameters, each averaging to zero over every parameter in it, "
+            "with their own weights and roughness; "
+            "plus a trial effect, lasting seed luck and epoch noise. Seed noise is measured from differences between "
+            "seeds of the same trial.",
+        ),
+        (
+            "Uncertainty",
+            f"Hyperparameters are sampled (elliptical slice sampling), {HYPERDRAWS} draws with {DRAWS_EACH} joint "
+            f"draws of the surface each. Intervals hold the middle {INTERVAL:.0%} of the draws.",
+        ),
+        (
+            "Sobol indices",
+            "Shares of the surface's variance over the whole space, per draw: the squared component weights over "
+            "their sum (logit), or marginal variances and Jansen's "
+            "estimator (accuracy). Marrel et al. 2009; Le Gratiet et al. 2014.",
+        ),
+        (
+            "Dummy",
+            "A column of made-up numbers joins the parameters before fitting. Whatever importance it gets is error.",
+        ),
+        (
+            "Tunability and path",
+            "The better value and every step are chosen by expected accuracy and then judged on all draws, so that "
+            "luck is not counted as gain. Probst et al. 2019; Fawcett and Hoos 2016.",
+        ),
+        ("Cross-validation", "Five folds of whole trials; hyperparameters are fitted again without the fold."),
+    ]
+    return Section(
+        "How each number was computed",
+        "<dl>" + "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in parts) + "</dl>",
     )
-    return Section("How each number was computed", text)
 
 
 def _value(value: Any) -> str:
@@ -559,14 +861,15 @@ h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .8rem; }
 h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; padding-top: .8rem; border-top: 1px solid #ddd; }
 .kicker { margin: 0; color: #666; font-size: .85rem; }
 .answer { font-size: 1.1rem; }
+dt { font-weight: 600; margin-top: .6rem; } dd { margin: .1rem 0 .4rem 0; }
 .caution { border-left: 4px solid #D55E00; background: #fdf3ec; padding: .5rem .8rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; margin: .6rem 0 1rem; }
-th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #e4e4e4; overflow-wrap: normal; }
+td:nth-child(n+3) { min-width: 5.5rem; } th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #e4e4e4; overflow-wrap: normal; }
 figure { margin: 1.4rem 0; }
 img { max-width: 100%; height: auto; display: block; }
 figcaption { font-size: .88rem; color: #555; margin-top: .3rem; }
-@media (max-width: 600px) { img { max-width: none; width: 34rem; } body { padding: 1rem .8rem 3rem; } }
+@media (max-width: 600px) { img { max-width: none; width: 27rem; } body { padding: 1rem .8rem 3rem; } }
 @media print { body { max-width: none; font-size: 11pt; } figure, table { break-inside: avoid; } h2 { break-after: avoid; } }
 </style></head><body>
 {{body}}

@@ -14,7 +14,9 @@ import tyro
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from analysis.importance import DUMMY, Analysis, ImportanceError, analyse
+from analysis.companions import describe, read_companions
+from analysis.crosschecks import crosscheck
+from analysis.importance import DUMMY, SEARCHED, Analysis, ImportanceError, analyse
 from analysis.records import (
     Records,
     RecordsError,
@@ -25,7 +27,7 @@ from analysis.records import (
     read_study,
     tracking_uri,
 )
-from analysis.report import answer, span, write_report
+from analysis.report import answer, span, write_design_report, write_report
 from analysis.verdicts import judge
 
 log = logging.getLogger(__name__)
@@ -50,14 +52,25 @@ def main(args: Args) -> int:
     try:
         uri = tracking_uri(args.tracking_uri)
         client = connect(uri)
-        study = find_study(list_studies(client), args.study)
+        studies = list_studies(client)
+        study = find_study(studies, args.study)
+        out = args.out or Path("reports") / folder_name(study.name)
         _say(f"study {study.name} ({study.status}) from {uri}")
         records = read_study(client, study, progress_line("reading metrics"))
-        analysis = analyse(records, _say)
-        verdicts = judge(analysis)
-        out = args.out or Path("reports") / folder_name(study.name)
-        _say("drawing")
-        paths = write_report(out, records, analysis, verdicts)
+        companions = read_companions(client, studies, study)
+        if not set(records.trials["arm"]) & SEARCHED and (len(companions.ranges) or len(companions.replicates)):
+            paths = write_design_report(out, records, companions)
+            print(
+                f"\n{study.name}: {describe(records)}; a fixed design has no global ranking\n\n  report: "
+                f"{out / 'report.html'}"
+            )
+        else:
+            analysis = analyse(records, _say)
+            verdicts = judge(analysis)
+            _say("drawing")
+            checks = crosscheck(records, analysis)
+            paths = write_report(out, records, analysis, verdicts, crosschecks=checks, companions=companions)
+            print_answer(analysis, answer(analysis, verdicts), out)
     except (RecordsError, ImportanceError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -66,7 +79,6 @@ def main(args: Args) -> int:
         return 2
     if args.attach:
         attach(client, records, out, paths)
-    print_answer(analysis, answer(analysis, verdicts), out)
     return 0
 
 

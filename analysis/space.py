@@ -22,6 +22,13 @@ class SpaceError(ValueError):
     """The saved space cannot be used; the message says rule, fact and fix in one line."""
 
 
+def words(name: str) -> str:
+    """A parameter's name as a reader would say it: num_glimpses is "number of glimpses"."""
+    return (
+        name.replace("num_", "number of ", 1).replace("_", " ") if name.startswith("num_") else name.replace("_", " ")
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Dimension:
     """One searched hyperparameter and its map to the unit interval.
@@ -54,9 +61,9 @@ class Dimension:
 
     @property
     def label(self) -> str:
-        """The name in plain words, with its unit where it has one."""
-        words = self.name.replace("_", " ")
-        return f"{words} ({self.unit})" if self.unit else words
+        """The name in plain words, with its unit where it has one that the name does not say already."""
+        plain = words(self.name)
+        return f"{plain} ({self.unit})" if self.unit and self.unit not in plain else plain
 
     def to_unit(self, values: Sequence[Any] | pd.Series) -> Array:
         """Unit-interval coordinates of values; what cannot be read or is not a choice becomes NaN."""

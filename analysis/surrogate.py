@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -320,9 +320,9 @@ class Surface:
 
     def covariance(self, theta: Tensor, data: _Tensors) -> Tensor:
         """Covariance of the rows, (N, N)."""
-        surface = self._surface_kernel(theta, data.per).flatten()[data.flat_trial]
-        time = self._time_kernel(theta, data.times, data.times).flatten()[data.flat_time]
-        level = self._level_kernel(theta, data.times, data.times).flatten()[data.flat_time]
+        surface = torch.take(self._surface_kernel(theta, data.per), data.flat_trial)
+        time = torch.take(self._time_kernel(theta, data.times, data.times), data.flat_time)
+        level = torch.take(self._level_kernel(theta, data.times, data.times), data.flat_time)
         return surface * time + level + self._noise_kernel(theta, data)
 
     def log_posterior(self, theta: Tensor, data: _Tensors) -> Tensor:
@@ -391,31 +391,21 @@ class Surface:
         self, data: _Tensors, mode: Tensor, spread: Tensor, steps: int, rng: np.random.Generator
     ) -> tuple[Tensor, float]:
         """Elliptical slice sampling with the Laplace approximation as its Gaussian -> (steps, H), evaluations a step."""
-        size, evaluations = len(mode), 0
+        evaluations, factor = 0, spread.numpy()
 
-        def residual(whitened: Tensor) -> float:
+        def residual(whitened: Array) -> float:
             nonlocal evaluations
             evaluations += 1
             with torch.no_grad():
-                return float(self.log_posterior(mode + spread @ whitened, data) + 0.5 * (whitened**2).sum())
+                theta = mode + torch.as_tensor(factor @ whitened)
+                return float(self.log_posterior(theta, data)) + 0.5 * float(whitened @ whitened)
 
-        state = torch.as_tensor(0.3 * rng.standard_normal(size))
+        state = 0.3 * rng.standard_normal(len(mode))
         value = residual(state)
         out: list[Tensor] = []
         for _ in range(steps):
-            other = torch.as_tensor(rng.standard_normal(size))
-            threshold = value + math.log(rng.random())
-            angle = rng.uniform(0, 2 * math.pi)
-            low, high = angle - 2 * math.pi, angle
-            while True:
-                candidate = state * math.cos(angle) + other * math.sin(angle)
-                proposed = residual(candidate)
-                if proposed > threshold:
-                    state, value = candidate, proposed
-                    break
-                low, high = (angle, high) if angle < 0 else (low, angle)
-                angle = rng.uniform(low, high)
-            out.append(mode + spread @ state)
+            state, value = _elliptical_step(state, value, residual, rng)
+            out.append(mode + torch.as_tensor(factor @ state))
         return torch.stack(out), evaluations / max(steps, 1)
 
     def draw(
@@ -565,7 +555,7 @@ def _split_rhat(chains: Array) -> Array:
 
 
 class Failures(NamedTuple):
-    """Posterior draws of a logistic model of failure: weights (S, 1 + 2 D): intercept, then two functions a dimension."""
+    """Posterior draws of a logistic model of failure: weights (S, 1 + functions), intercept first."""
 
     weights: Array
     failed: int
@@ -573,30 +563,58 @@ class Failures(NamedTuple):
 
 
 def fit_failures(bases: Sequence[Basis], x: Array, failed: Array, draws: int, rng: np.random.Generator) -> Failures:
-    """Bayesian logistic regression of failure on each dimension's first two functions (Laplace approximation).
+    """Bayesian logistic regression of failure on each dimension's first two functions.
 
-    The prior keeps effects modest (standard deviation 1 a function), so that two failures in fifty do not make a cause.
+    Every dimension has its own scale, small unless the data ask for more, so that two failures in fifty do not make a
+    cause of every parameter. Sampled by elliptical slice sampling (Murray et al. 2010): the prior is Gaussian in
+    standardised weights and log scales.
     """
-    design = failure_design(bases, x)
-    precision = np.array([1 / 9.0] + [1.0] * (design.shape[1] - 1))
-    weights = np.zeros(design.shape[1])
-    hessian = np.diag(precision)
-    for _ in range(50):
-        chance = 1 / (1 + np.exp(-design @ weights))
-        gradient = design.T @ (failed - chance) - precision * weights
-        hessian = (design * (chance * (1 - chance))[:, None]).T @ design + np.diag(precision)
-        step = np.linalg.solve(hessian, gradient)
-        weights = weights + step * min(1.0, 2.0 / max(float(np.abs(step).max()), 1e-12))
-        if np.abs(step).max() < 1e-8:
-            break
-    factor = np.linalg.cholesky(np.linalg.inv(hessian))
-    drawn = weights + rng.standard_normal((draws, len(weights))) @ factor.T
-    return Failures(drawn, int(failed.sum()), len(failed))
+    columns = [failure_columns(base, x[:, i]) for i, base in enumerate(bases)]
+    design = np.concatenate([np.ones((len(x), 1)), *columns], axis=1)
+    owner = np.concatenate([np.full(c.shape[1], i) for i, c in enumerate(columns)])
+    size, burn, thin = 1 + len(owner) + len(bases), 600, 10
+    signs = np.where(failed > 0, 1.0, -1.0)
+
+    def weights_of(state: Array) -> Array:
+        scales = np.exp(math.log(0.2) + 1.4 * state[1 + len(owner) :])
+        return np.concatenate([[-2.0 + 2.0 * state[0]], scales[owner] * state[1 : 1 + len(owner)]])
+
+    def likelihood(state: Array) -> float:
+        return -float(np.logaddexp(0.0, -signs * (design @ weights_of(state))).sum())
+
+    state = np.zeros(size)
+    value = likelihood(state)
+    kept: list[Array] = []
+    for step in range(burn + thin * draws):
+        state, value = _elliptical_step(state, value, likelihood, rng)
+        if step >= burn and (step - burn) % thin == thin - 1:
+            kept.append(weights_of(state))
+    return Failures(np.stack(kept), int(failed.sum()), len(failed))
 
 
-def failure_design(bases: Sequence[Basis], x: Array) -> Array:
-    """Columns of the failure model at coordinates (n, D) -> (n, 1 + 2 D); a two-level dimension has one function."""
-    columns = [np.ones((len(x), 1))]
-    for i, base in enumerate(bases):
-        columns.append(base(x[:, i])[:, :2])
-    return np.concatenate(columns, axis=1)
+def failure_columns(base: Basis, x: Array) -> Array:
+    """A dimension's columns of the failure model at coordinates (n,) -> (n, 2); a two-level dimension has one."""
+    return base(x)[:, :2]
+
+
+def failure_logits(bases: Sequence[Basis], failures: Failures, x: Array) -> Array:
+    """Log-odds of failure at coordinates (n, D) -> (n, S)."""
+    columns = [failure_columns(base, x[:, i]) for i, base in enumerate(bases)]
+    return np.concatenate([np.ones((len(x), 1)), *columns], axis=1) @ failures.weights.T
+
+
+def _elliptical_step(
+    state: Array, value: float, log_likelihood: Callable[[Array], float], rng: np.random.Generator
+) -> tuple[Array, float]:
+    """One step of elliptical slice sampling under a standard normal prior."""
+    other = rng.standard_normal(len(state))
+    threshold = value + math.log(rng.random())
+    angle = rng.uniform(0, 2 * math.pi)
+    low, high = angle - 2 * math.pi, angle
+    while True:
+        candidate = state * math.cos(angle) + other * math.sin(angle)
+        proposed = log_likelihood(candidate)
+        if proposed > threshold:
+            return candidate, proposed
+        low, high = (angle, high) if angle < 0 else (low, angle)
+        angle = rng.uniform(low, high)

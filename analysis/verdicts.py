@@ -63,7 +63,10 @@ def _patch_first(analysis: Analysis) -> Verdict:
     probability = float(np.mean(patch > np.maximum(scales, glimpses)))
     first = analysis.effects[0].name
     also = "" if first == "patch_size" else f"; of everything searched, {first} has the largest index"
-    evidence = f"total Sobol index {interval(patch).mid:.2f} against {interval(scales).mid:.2f} (scales) and {interval(glimpses).mid:.2f} (glimpses){also}"
+    evidence = (
+        f"total Sobol index {interval(patch).mid:.2f} against {interval(scales).mid:.2f} (scales) and "
+        f"{interval(glimpses).mid:.2f} (glimpses){also}"
+    )
     return _decide(analysis, claim, probability, evidence, interval(patch))
 
 
@@ -88,5 +91,8 @@ def _more_glimpses(analysis: Analysis) -> Verdict:
         return _untested(claim, [f"num_glimpses over {few} and {many}"])
     change = analysis.claims[f"marginal num_glimpses {many}"] - analysis.claims[f"marginal num_glimpses {few}"]
     span = interval(change)
-    evidence = f"going from {few} to {many} changes mean accuracy by {span.mid:+.1f} points ({span.low:+.1f} to {span.high:+.1f})"
+    evidence = (
+        f"going from {few} to {many} changes mean accuracy by {span.mid:+.1f} points ({span.low:+.1f} to "
+        f"{span.high:+.1f})"
+    )
     return _decide(analysis, claim, float(np.mean(change < 0)), evidence, span)

@@ -11,7 +11,8 @@ from ramcore.layers import Conv, Linear, Weights
 
 
 class CNN(nn.Module):
-    """The case study's CNN: two convolutions and two fully connected layers, ReLU, dropout after the second convolution.
+    """The case study's CNN: two convolutions and two fully connected layers, ReLU, dropout after the second
+    convolution.
 
     The case study gives no sizes; these are those of the small MNIST network that its description matches: 10 and 20
     filters of 5x5, each followed by 2x2 max pooling, and 50 hidden units.
@@ -40,7 +41,7 @@ class CNN(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Mnih et al.'s convolutional network: 8 filters of 10x10 at stride 5, then 256 hidden units, ReLU (section 4.1)."""
+    """Mnih et al.'s convolutional net: 8 filters of 10x10 at stride 5, then 256 hidden units, ReLU (section 4.1)."""
 
     def __init__(self, config: Config, seeds: Tensor) -> None:
         super().__init__()

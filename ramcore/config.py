@@ -29,7 +29,7 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """One training run, seed excepted. The defaults reproduce the papers' choices (Mnih et al. 2014; the case study)."""
+    """One training run, its seed excepted. The defaults are the papers' choices (Mnih et al. 2014; the case study)."""
 
     # What is learned.
     data: Data = "mnist"  # where the 28x28 images come from

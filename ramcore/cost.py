@@ -1,8 +1,8 @@
 """What a configuration costs: parameters, and multiply-accumulates per image of one evaluation rollout.
 
-A multiply-accumulate (MAC) is one term of a matrix product or convolution; additions, activations and the retina's reading
-are not counted (the retina multiplies nothing but num_scales * patch_size**2 weights a glimpse). RAM's MACs do not contain
-the canvas, which is the papers' claim; a convolutional network's do.
+A multiply-accumulate (MAC) is one term of a matrix product or convolution; additions, activations and the retina's
+reading are not counted (the retina multiplies nothing but num_scales * patch_size**2 weights a glimpse). RAM's MACs
+do not contain the canvas, which is the papers' claim; a convolutional network's do.
 """
 
 from __future__ import annotations

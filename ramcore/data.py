@@ -1,8 +1,9 @@
 """Sources (MNIST files, Fashion-MNIST files, bundled digits) and tasks (translated, cluttered), held whole as tensors.
 
-A source is 28x28 grey images with labels, split once and for all into train, validation and test. A task lays them on a
-canvas: `TaskData.render` draws a batch of canvases from the split's images and a key per replicate, so that a placement is a
-pure function of (seed, epoch, image), the same on CPU and GPU, and nothing but the source images is ever stored.
+A source is 28x28 grey images with labels, split once and for all into train, validation and test. A task lays them on
+a canvas: `TaskData.render` draws a batch of canvases from the split's images and a key per replicate, so that a
+placement is a pure function of (seed, epoch, image), the same on CPU and GPU, and nothing but the source images is
+ever stored.
 
 R: replicates, B: images of a batch, N: images of a split, S: canvas side, D: digit side (28).
 """
@@ -14,6 +15,7 @@ import hashlib
 import os
 import zlib
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -111,8 +113,8 @@ _DIGITS_SPLIT = (1_197, 300, 300)
 def load_source(name: Data, data_dir: Path | None = None) -> dict[SplitName, Split]:
     """The 28x28 images of a source, split.
 
-    IDX files (plain or .gz, in the folder itself or in a subfolder of the source's name) are looked for in data_dir, then
-    $RAM_DATA_DIR, then the per-user cache, then downloaded from public mirrors into that cache.
+    IDX files (plain or .gz, in the folder itself or in a subfolder of the source's name) are looked for in data_dir,
+    then $RAM_DATA_DIR, then the per-user cache, then downloaded from public mirrors into that cache.
 
     Raises:
         DataMissing: nowhere to be found, and no mirror can be reached.
@@ -135,16 +137,16 @@ def load_source(name: Data, data_dir: Path | None = None) -> dict[SplitName, Spl
 
 
 def _load_digits() -> dict[SplitName, Split]:
-    """The 1,797 real 8x8 digits inside scikit-learn (UCI Optical Recognition of Handwritten Digits), resized to 28x28."""
+    """The 1,797 real 8x8 digits inside scikit-learn (UCI Optical Recognition of Handwritten Digits), at 28x28."""
     from sklearn.datasets import load_digits  # slow to import, and needed for this source only
 
-    bunch = load_digits()
-    small = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
+    pixels, target = load_digits(return_X_y=True)
+    small = torch.as_tensor(pixels).float().view(-1, 1, 8, 8) * (255 / 16)
     large = torch.nn.functional.interpolate(small, size=(DIGIT_SIZE, DIGIT_SIZE), mode="bilinear", align_corners=False)
-    images, labels = large[:, 0].round().to(torch.uint8), torch.from_numpy(bunch.target).long()
+    images, labels = large[:, 0].round().to(torch.uint8), torch.as_tensor(target).long()
     # The file is ordered by writer, so it is split by a fixed permutation.
     order = torch.argsort(bits(torch.tensor([0]), torch.arange(len(labels))), stable=True)
-    parts = torch.split(order, _DIGITS_SPLIT)
+    parts = torch.split(order, list(_DIGITS_SPLIT))
     return {name: Split(images[p], labels[p]) for name, p in zip(get_args(SplitName), parts, strict=True)}
 
 
@@ -179,6 +181,7 @@ def _download(name: str, source: _IdxSource, file: _IdxFile, folder: Path) -> Pa
     import requests
 
     pooch.get_logger().setLevel("WARNING")
+    downloader = pooch.HTTPDownloader(timeout=(5, 60))
     failures: list[str] = []
     for mirror in source.mirrors:
         try:
@@ -187,7 +190,7 @@ def _download(name: str, source: _IdxSource, file: _IdxFile, folder: Path) -> Pa
                 known_hash=f"md5:{file.md5}",
                 fname=f"{file.name}.gz",
                 path=folder,
-                downloader=pooch.HTTPDownloader(timeout=(5, 60)),
+                downloader=downloader,  # pyright: ignore[reportArgumentType]  # as pooch documents it
             )
             return Path(path)
         except (requests.exceptions.RequestException, OSError, ValueError) as error:
@@ -298,27 +301,21 @@ class TaskData:
         if canvas == DIGIT_SIZE:
             return digits.view(shape)
         # Every image has its own counters, so its place depends neither on the batch nor on the other images.
-        counters = (index * _COUNTERS_PER_IMAGE).reshape(-1, 1)
-        image_keys = keys[:, None].expand_as(index).reshape(-1, 1)
+        counter, high, digit_pixels, clutter_pixels, source_pixels = _layout(self.task, len(images), index.device)
+        counters = (index * _COUNTERS_PER_IMAGE).reshape(-1, 1) + counter
+        drawn = integers(keys[:, None].expand_as(index).reshape(-1, 1), counters, high)
 
-        def place(first: int, size: int, side: int, count: int = 1) -> Tensor:
-            """Flat offsets (N, count) of `count` size x size squares at random places of a side x side image."""
-            at = torch.arange(first, first + 2 * count, device=index.device)
-            corner = integers(image_keys, counters + at, side - size + 1)
-            return corner[:, :count] * side + corner[:, count:]
+        def place(first: int, side: int, count: int = 1) -> Tensor:
+            """Flat offsets (N, count) of the corners drawn for squares of a side x side image."""
+            return drawn[:, first : first + count] * side + drawn[:, first + count : first + 2 * count]
 
         flat = digits.new_zeros(digits.shape[0], canvas * canvas)
-        flat.scatter_(1, place(0, DIGIT_SIZE, canvas) + _square(DIGIT_SIZE, canvas, index.device), digits)
+        flat.scatter_(1, place(0, canvas) + digit_pixels, digits)
         if clutter:
-            count = torch.arange(2, 2 + clutter, device=index.device)
-            other = flat_index[:, None] + 1 + integers(image_keys, counters + count, len(images) - 1)
-            source = (other % len(images)) * DIGIT_SIZE**2
-            source = source + place(2 + clutter, CLUTTER_SIZE, DIGIT_SIZE, clutter)
-            source = source[..., None] + _square(CLUTTER_SIZE, DIGIT_SIZE, index.device)
-            patches = images.view(-1)[source]
-            target = place(2 + 3 * clutter, CLUTTER_SIZE, canvas, clutter)[..., None] + _square(
-                CLUTTER_SIZE, canvas, index.device
-            )
+            other = (flat_index[:, None] + 1 + drawn[:, 2 : 2 + clutter]) % len(images)
+            source = other * DIGIT_SIZE**2 + place(2 + clutter, DIGIT_SIZE, clutter)
+            patches = images.view(-1)[source[..., None] + source_pixels]
+            target = place(2 + 3 * clutter, canvas, clutter)[..., None] + clutter_pixels
             for i in range(clutter):  # one after the other: patches of one image may overlap
                 flat.scatter_(1, target[:, i], torch.maximum(flat.gather(1, target[:, i]), patches[:, i]))
         return flat.view(shape)
@@ -331,6 +328,29 @@ def _square(size: int, side: int, device: torch.device) -> Tensor:
     """Flat offsets of the pixels of a size x size square in a side x side image: (size * size,)."""
     steps = torch.arange(size, device=device)
     return (steps[:, None] * side + steps).reshape(-1)
+
+
+class _Layout(NamedTuple):
+    counter: Tensor  # (D,) of the D numbers drawn for an image: its digit's row and column, then for its clutter all
+    high: Tensor  # (D,) other images, rows and columns to cut at, rows and columns to paste at; each below its `high`
+    digit_pixels: Tensor  # flat offsets of a digit's pixels in a canvas
+    clutter_pixels: Tensor  # of a clutter patch's in a canvas
+    source_pixels: Tensor  # of a clutter patch's in the image it is cut from
+
+
+@lru_cache(maxsize=64)
+def _layout(task: str, num_images: int, device: torch.device) -> _Layout:
+    canvas, clutter = CANVAS_SIZE[task], NUM_CLUTTER[task]
+    places = [canvas - DIGIT_SIZE + 1] * 2
+    clutter_high = (num_images - 1, *[DIGIT_SIZE - CLUTTER_SIZE + 1] * 2, *[canvas - CLUTTER_SIZE + 1] * 2)
+    places += [high for high in clutter_high for _ in range(clutter)]
+    return _Layout(
+        counter=torch.arange(len(places), device=device),
+        high=torch.tensor(places, device=device),
+        digit_pixels=_square(DIGIT_SIZE, canvas, device),
+        clutter_pixels=_square(CLUTTER_SIZE, canvas, device),
+        source_pixels=_square(CLUTTER_SIZE, DIGIT_SIZE, device),
+    )
 
 
 def load_task(config: Config, data_dir: Path | None = None, device: torch.device | str = "cpu") -> TaskData:

@@ -98,11 +98,11 @@ def first_locations(config: Config, index: Tensor) -> Tensor:
 
 
 def policy_noise(config: Config, keys: Tensor, batch: int) -> Tensor:
-    """The rollout's noise, (R, T - 1, B, 2): standard normal, or for ram-random the locations, uniform in [-1, 1)."""
-    shape = (len(keys), config.num_glimpses - 1, batch, 2)
+    """Each key's noise of a rollout, (..., T - 1, B, 2): standard normal; for ram-random locations in [-1, 1)."""
+    shape = (config.num_glimpses - 1, batch, 2)
     if config.model == "ram-random":
-        return uniform(keys, math.prod(shape[1:])).view(shape) * 2 - 1
-    return normal(keys, math.prod(shape[1:])).view(shape)
+        return uniform(keys, math.prod(shape)).unflatten(-1, shape) * 2 - 1
+    return normal(keys, math.prod(shape)).unflatten(-1, shape)
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """The hybrid objective: cross-entropy for what is decided, REINFORCE with a baseline for where to look.
 
-Mnih et al. 2014, section 3.1: the class is trained by cross-entropy through the core and the glimpse network, the location
-policy by the policy gradient of equation 4, the baseline by squared error. R replicates, B images, T glimpses, C classes.
-Replicates share no weights, so the sum of their losses trains each as if alone.
+Mnih et al. 2014, section 3.1: the class is trained by cross-entropy through the core and the glimpse network, the
+location policy by the policy gradient of equation 4, the baseline by squared error. R replicates, B images, T
+glimpses, C classes. Replicates share no weights, so the sum of their losses trains each as if alone.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The Recurrent Attention Model (Mnih et al. 2014, section 3): where to look, what to make of it.
 
-A step of training has two phases. `RAM.look` takes the glimpses, one after the other, without gradients: where the next one
-looks depends on those before. `RAM.learn` then goes over the same glimpses with gradients. What is seen is fixed by then,
-so the glimpse network and the heads handle all glimpses at once, and no matrix product of the first phase is done again.
-Evaluation is the first phase alone.
+A step of training has two phases. `RAM.look` takes the glimpses, one after the other, without gradients: where the
+next one looks depends on those before. `RAM.learn` then goes over the same glimpses with gradients. What is seen is
+fixed by then, so the glimpse network and the heads handle all glimpses at once, and no matrix product of the first
+phase is done again. Evaluation is the first phase alone.
 
-R replicates, B images of a batch, T glimpses, K scales, P patch side, G units of a glimpse path, H hidden units, C classes.
-Locations are (x, y) in [-1, 1], 0 the canvas' centre.
+R replicates, B images of a batch, T glimpses, K scales, P patch side, G units of a glimpse path, H hidden units, C
+classes. Locations are (x, y) in [-1, 1], 0 the canvas' centre.
 """
 
 from __future__ import annotations
@@ -18,17 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ramcore.config import NUM_CLASSES, Config
-from ramcore.layers import LayerNorm, Linear, Weights
+from ramcore.layers import LayerNorm, Linear, Weights, known_rectified
 from ramcore.retina import Pyramid, Retina
 
 State = tuple[Tensor, ...]  # of the core; its first tensor is the output h, (R, B, H)
-
-
-class GlimpseProducts(NamedTuple):
-    """The glimpse network's large matrix products: what (R, N, G), code (R, N, H)."""
-
-    what: Tensor
-    code: Tensor
 
 
 class Looks(NamedTuple):
@@ -37,14 +30,16 @@ class Looks(NamedTuple):
     seen: (R, T, B, K * P * P). locations: (R, T, B, 2), clipped to the canvas.
     drawn: (R, T - 1, B, 2), the later locations before clipping; the policy's means where nothing was drawn.
     hiddens: (R, T, B, H), the core's output after each glimpse.
-    glimpse_products, inputs, recurrents: results of matrix products, (R, T, B, ...), for `RAM.learn`.
+    paths, codes, inputs, recurrents: what the large matrix products gave, (R, T, B, ...), so that `RAM.learn` need not
+        repeat them; recurrents of the second and later glimpses, as there is no state before the first.
     """
 
     seen: Tensor
     locations: Tensor
     drawn: Tensor
     hiddens: Tensor
-    glimpse_products: GlimpseProducts
+    paths: Tensor
+    codes: Tensor
     inputs: Tensor
     recurrents: Tensor
 
@@ -75,18 +70,34 @@ class GlimpseNetwork(nn.Module):
         self.code = Linear(weights, 2 * config.glimpse_size, config.hidden_size)
         self.norm = LayerNorm(weights, config.hidden_size) if config.layer_norm else nn.Identity()
 
-    def forward(
-        self, seen: Tensor, location: Tensor, known: GlimpseProducts | None = None
-    ) -> tuple[Tensor, GlimpseProducts]:
-        """seen: (R, N, K * P * P), location: (R, N, 2); returns the code (R, N, H) and the products behind it."""
-        what = self.what(seen, known.what if known else None)
-        paths = torch.cat([what, self.where(location)], dim=-1).relu()
-        code = self.code(paths, known.code if known else None)
-        return self.norm(code).relu(), GlimpseProducts(what, code)
+    def forward(self, seen: Tensor, location: Tensor, paths: Tensor, code: Tensor) -> Tensor:
+        """See, without gradients.
+
+        Args:
+            seen: (R, B, K * P * P).
+            location: (R, B, 2).
+            paths: (R, B, 2 * G) to be filled with the rectified what and where paths.
+            code: (R, B, H) to be filled with the code, where it is normalised with the code before that.
+
+        Returns:
+            The code, (R, B, H).
+        """
+        split = self.what.weight.shape[-1]
+        self.what(seen, out=paths[..., :split])
+        self.where(location, out=paths[..., split:])
+        self.code(paths.relu_(), out=code)
+        return code.relu_() if isinstance(self.norm, nn.Identity) else self.norm(code).relu()
+
+    def known(self, seen: Tensor, location: Tensor, paths: Tensor, code: Tensor) -> Tensor:
+        """The code, (R, N, H), of N glimpses taken before, now with gradients; paths and code as filled then."""
+        paths = known_rectified(paths, (self.what, seen), (self.where, location))
+        if isinstance(self.norm, nn.Identity):
+            return known_rectified(code, (self.code, paths))
+        return self.norm(self.code.known(paths, code)).relu()
 
 
 class CoreNetwork(nn.Module):
-    """The recurrent state: the papers' rectified RNN, or a GRU (Cho et al. 2014) or LSTM (Hochreiter, Schmidhuber 1997)."""
+    """The recurrent state: the papers' rectified RNN, a GRU (Cho et al. 2014) or an LSTM (Hochreiter et al. 1997)."""
 
     def __init__(self, weights: Weights, config: Config) -> None:
         super().__init__()
@@ -104,7 +115,13 @@ class CoreNetwork(nn.Module):
         return (h, h) if self.kind == "lstm" else (h,)
 
     def forward(self, from_input: Tensor, from_h: Tensor, state: State) -> State:
-        """One step. from_input: self.input(code), from_h: self.recurrent(h), both (R, B, gates * H)."""
+        """One step.
+
+        Args:
+            from_input: self.input(code), (R, B, gates * H).
+            from_h: self.recurrent(h), the same shape; at the first step, where h is zero, its bias (R, 1, gates * H).
+            state: before the step.
+        """
         if self.kind == "gru":
             reset, update, candidate = self._gates(from_input, 0)
             reset_h, update_h, candidate_h = self._gates(from_h, 3)
@@ -126,7 +143,7 @@ class CoreNetwork(nn.Module):
 
 
 class LocationNetwork(nn.Module):
-    """The mean of the next location's Gaussian: tanh of a linear map of the state, optionally behind one rectified layer."""
+    """The mean of the next location's Gaussian: tanh of a linear map of the state, or of one rectified layer's."""
 
     def __init__(self, weights: Weights, config: Config) -> None:
         super().__init__()
@@ -171,19 +188,20 @@ class RAM(nn.Module):
             noise: (R, T - 1, B, 2) standard normal: locations are drawn from the policy; None: its mean is followed.
                 With model ram-random: the later locations themselves, which no policy chooses.
         """
-        config = self.config
-        location, locations = first, [first]
-        drawn, seen, products, inputs, recurrents, hiddens = [], [], [], [], [], []
-        state = self.core.start(first.new_zeros(*first.shape[:-1], config.hidden_size))
-        for t in range(config.num_glimpses):
-            seen.append(self.retina.glimpse(pyramid, location))
-            code, known = self.glimpse(seen[-1], location)
-            products.append(known)
-            inputs.append(self.core.input(code))
-            recurrents.append(self.core.recurrent(state[0]))
-            state = self.core(inputs[-1], recurrents[-1], state)
-            hiddens.append(state[0])
-            if t == config.num_glimpses - 1:
+        config, core = self.config, self.core
+        steps, rows = config.num_glimpses, first.shape[:-1]
+        state = core.start(first.new_zeros(*rows, config.hidden_size))
+        looks = self._unfilled(first)
+        location = first
+        for t in range(steps):
+            looks.locations[:, t] = location
+            seen = self.retina.glimpse(pyramid, location, out=looks.seen[:, t])
+            code = self.glimpse(seen, location, looks.paths[:, t], looks.codes[:, t])
+            from_input = core.input(code, out=looks.inputs[:, t])
+            from_h = core.recurrent(state[0], out=looks.recurrents[:, t - 1]) if t else core.recurrent.bias
+            state = core(from_input, from_h, state)
+            looks.hiddens[:, t] = state[0]
+            if t == steps - 1:
                 break
             if config.model == "ram-random":
                 assert noise is not None
@@ -191,18 +209,28 @@ class RAM(nn.Module):
             else:
                 draw = self.location(state[0])
                 if noise is not None:
-                    draw = draw + config.location_std * noise[:, t]
-            drawn.append(draw)
+                    draw = torch.add(draw, noise[:, t], alpha=config.location_std)
+            looks.drawn[:, t] = draw
             location = draw.clamp(-1, 1)
-            locations.append(location)
+        return looks
+
+    def _unfilled(self, first: Tensor) -> Looks:
+        """Memory for all glimpses, written in place: joining them afterwards would copy everything once more."""
+        config, gates = self.config, self.core.input.weight.shape[-1]
+        replicates, batch = first.shape[:2]
+
+        def empty(size: int, steps: int = config.num_glimpses) -> Tensor:
+            return first.new_empty(replicates, steps, batch, size)
+
         return Looks(
-            seen=torch.stack(seen, 1),
-            locations=torch.stack(locations, 1),
-            drawn=torch.stack(drawn, 1) if drawn else first.new_empty(len(first), 0, *first.shape[1:]),
-            hiddens=torch.stack(hiddens, 1),
-            glimpse_products=GlimpseProducts(*(torch.stack(p, 1) for p in zip(*products, strict=True))),
-            inputs=torch.stack(inputs, 1),
-            recurrents=torch.stack(recurrents, 1),
+            seen=empty(config.glimpse_pixels),
+            locations=empty(2),
+            drawn=empty(2, config.num_glimpses - 1),
+            hiddens=empty(config.hidden_size),
+            paths=empty(2 * config.glimpse_size),
+            codes=empty(config.hidden_size),
+            inputs=empty(gates),
+            recurrents=empty(gates, config.num_glimpses - 1),
         )
 
     def scores(self, hiddens: Tensor) -> Tensor:
@@ -218,13 +246,17 @@ class RAM(nn.Module):
         """
         config = self.config
         steps, batch = looks.seen.shape[1:3]
-        known = GlimpseProducts(*(product.flatten(1, 2) for product in looks.glimpse_products))
-        code, _ = self.glimpse(looks.seen.flatten(1, 2), looks.locations.flatten(1, 2), known)
-        inputs = self.core.input(code, looks.inputs.flatten(1, 2)).unflatten(1, (steps, batch)).unbind(1)
+        code = self.glimpse.known(*(t.flatten(1, 2) for t in (looks.seen, looks.locations, looks.paths, looks.codes)))
+        inputs = self.core.input.known(code, looks.inputs.flatten(1, 2)).unflatten(1, (steps, batch)).unbind(1)
+        # The recurrent weights' gradient sums over all steps, so it is one product; the state's goes step by step.
+        before = looks.hiddens[:, :-1].flatten(1, 2)
+        recurrents = self.core.recurrent.known(before, looks.recurrents.flatten(1, 2))
+        recurrents = recurrents.unflatten(1, (steps - 1, batch)).unbind(1)
         state = self.core.start(torch.zeros_like(looks.hiddens[:, 0]))
         hiddens = []
-        for from_input, known_product in zip(inputs, looks.recurrents.unbind(1), strict=True):
-            state = self.core(from_input, self.core.recurrent(state[0], known_product), state)
+        for t, from_input in enumerate(inputs):
+            from_h = self.core.recurrent.through(state[0], recurrents[t - 1]) if t else self.core.recurrent.bias
+            state = self.core(from_input, from_h, state)
             hiddens.append(state[0])
         logits = self.scores(torch.stack(hiddens if every_step else hiddens[-1:], 1))
         if steps == 1 or config.model == "ram-random":

@@ -26,7 +26,8 @@ RED = "#d62728"
 class GlimpsePath(NamedTuple):
     """One image as one network looked at it, following the policy's mean.
 
-    canvas: (S, S) in [0, 1]. locations: (T, 2). seen: (T, K, P, P). probabilities: (T, C) after each glimpse. label: true.
+    canvas: (S, S) in [0, 1]. locations: (T, 2). seen: (T, K, P, P). probabilities: (T, C) after each glimpse. label:
+    true.
     """
 
     canvas: np.ndarray

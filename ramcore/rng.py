@@ -1,8 +1,9 @@
 """Random numbers that are a pure function of (seed, stream, counters): SplitMix64 in torch integer arithmetic.
 
-Nothing is drawn "next": the same arguments give the same numbers on CPU and GPU, in any order and in any process. So the
-random state of a training run is its seed and its epoch, replicates never disturb one another, and a resumed run cannot drift.
-Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014 (the mix is their variant 13).
+Nothing is drawn "next": the same arguments give the same numbers on CPU and GPU, in any order and in any process. So
+the random state of a training run is its seed and its epoch, replicates never disturb one another, and a resumed run
+cannot drift. Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014 (the mix is
+their variant 13).
 
 R: replicates (one seed each).
 """
@@ -51,7 +52,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def key(seeds: Tensor, stream: Stream, *counters: int | Tensor) -> Tensor:
-    """One key a replicate. seeds: (R,) int64; counters: numbers or int64 tensors (epoch, step); returns (R,) int64."""
+    """Keys, shaped as the broadcast of seeds and counters (epoch, step), which are int64 tensors or numbers."""
     result = _mix(seeds * _GAMMA + (int(stream) + 1))
     for counter in counters:
         result = _mix(result * _GAMMA + counter)
@@ -74,17 +75,17 @@ def unit(keys: Tensor, index: Tensor) -> Tensor:
 
 
 def uniform(keys: Tensor, count: int) -> Tensor:
-    """keys: (R,); returns (R, count) float32 in [0, 1)."""
-    return unit(keys[:, None], torch.arange(count, device=keys.device))
+    """keys: (...,); returns (..., count) float32 in [0, 1)."""
+    return unit(keys[..., None], torch.arange(count, device=keys.device))
 
 
 def normal(keys: Tensor, count: int) -> Tensor:
-    """keys: (R,); returns (R, count) standard normal float32 (Box-Muller)."""
+    """keys: (...,); returns (..., count) standard normal float32 (Box-Muller)."""
     half = (count + 1) // 2
     u = uniform(keys, 2 * half)
-    radius = torch.sqrt(-2 * torch.log1p(-u[:, :half]))
-    angle = 2 * math.pi * u[:, half:]
-    return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)[:, :count]
+    radius = torch.sqrt(-2 * torch.log1p(-u[..., :half]))
+    angle = 2 * math.pi * u[..., half:]
+    return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)[..., :count]
 
 
 def permutation(keys: Tensor, n: int) -> Tensor:

@@ -1,8 +1,8 @@
 """The trainer: R replicates of one configuration, one a seed, trained in one step.
 
-`Trainer.epoch()` trains one epoch and returns its metrics; what to do with them is the caller's affair. Everything random
-is a function of (seed, epoch, step) (see `ramcore.rng`), so the trainer's state is its weights, Adam's moments and the
-number of epochs done, and a replicate does not depend on those beside it.
+`Trainer.epoch()` trains one epoch and returns its metrics; what to do with them is the caller's affair. Everything
+random is a function of (seed, epoch, step) (see `ramcore.rng`), so the trainer's state is its weights, Adam's moments
+and the number of epochs done, and a replicate does not depend on those beside it.
 
 R replicates, B images of a batch, N training images.
 """
@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,27 @@ class EpochMetrics:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EpochMetrics:
         """The inverse of `to_dict`, also after a round trip through JSON."""
-        return cls(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values.items()}
+        return cls(**fields)
+
+
+_STEPS_DRAWN = 50  # steps whose random numbers are drawn at once, which is far cheaper than step by step
+_CNN_CHANNELS = 20  # dropped whole
+
+
+class Draws(NamedTuple):
+    """Everything random in one step, each with leading dimension R; what the model does not use has no elements.
+
+    index: (R, B) images. placement: (R,) keys. first: (R, B, 2). noise: (R, T - 1, B, 2). classes: (R, B) and
+    dropout: (R, B, channels), in [0, 1).
+    """
+
+    index: Tensor
+    placement: Tensor
+    first: Tensor
+    noise: Tensor
+    classes: Tensor
+    dropout: Tensor
 
 
 _METERS = ("train_loss", "train_accuracy", "reward", "baseline_error", "gradient_norm")
@@ -98,7 +118,7 @@ class Trainer:
         self._best_accuracy = torch.full((len(seeds),), -1.0)
         self._best_epoch = torch.zeros(len(seeds), dtype=torch.int64)
         self._best_weights = self._copy_weights()
-        self._run_step: Callable[[Tensor, Tensor, Tensor], None] | None = None
+        self._run_step: Callable[[Draws], None] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -108,19 +128,15 @@ class Trainer:
     def epoch(self) -> EpochMetrics:
         """Train one epoch, then evaluate on the validation split and keep each seed's best weights."""
         started = time.perf_counter()
-        config, steps = self.config, self.steps_per_epoch
+        steps = self.steps_per_epoch
         if self._run_step is None:
             self._run_step = self._capture() if self.device.type == "cuda" else self._step
         self._meters.zero_()
-        epoch = torch.tensor(self.epochs_done, device=self.device)
-        counters = torch.arange(steps, device=self.device)
-        order = permutation(key(self._seeds, Stream.BATCH_ORDER, epoch), self.data.sizes["train"])
-        for step in range(steps):
+        for step, draws in enumerate(self._draws(self.epochs_done)):
             self._set_learning_rate(self.epochs_done * steps + step)
-            batch = order[:, step * config.batch_size : (step + 1) * config.batch_size]
-            self._run_step(batch, epoch, counters[step])
+            self._run_step(draws)
         self.epochs_done += 1
-        evaluation = evaluate(self.model, config, self.seeds, self.data, "validation", every_step=False)
+        evaluation = evaluate(self.model, self.config, self.seeds, self.data, "validation", every_step=False)
         diverged = (~self._alive).tolist()
         self._keep_best(evaluation, diverged)
         meters = (self._meters / steps).tolist()
@@ -191,50 +207,62 @@ class Trainer:
         self.epochs_done = state["epochs_done"]
         self._run_step = None
 
-    def _step(self, index: Tensor, epoch: Tensor, step: Tensor) -> None:
-        """One optimisation step on the images index (R, B). Nothing in it waits for the device."""
-        losses = self._losses(index, epoch, step)
+    def _draws(self, epoch: int) -> Iterator[Draws]:
+        """What is random in each step of an epoch, a function of (seed, epoch, step) alone."""
+        config, data, seeds = self.config, self.data, self._seeds[:, None]
+        batch, steps = config.batch_size, self.steps_per_epoch
+        order = permutation(key(self._seeds, Stream.BATCH_ORDER, epoch), data.sizes["train"])
+        placement = data.placement_keys("train", self._seeds, 0 if config.placements == "once" else epoch)
+        for start in range(0, steps, _STEPS_DRAWN):
+            step = torch.arange(start, min(start + _STEPS_DRAWN, steps), device=self.device)
+            count = len(step)
+            index = order[:, start * batch : (start + count) * batch].unflatten(1, (count, batch))
+            first = noise = classes = dropout = torch.empty(len(seeds), count, 0, device=self.device)
+            if config.is_recurrent:
+                first = uniform(key(seeds, Stream.FIRST_LOCATION, epoch, step), 2 * batch).unflatten(-1, (batch, 2))
+                first = torch.zeros_like(first) if config.first_glimpse == "center" else first * 2 - 1
+                noise = policy_noise(config, key(seeds, Stream.LOCATION_NOISE, epoch, step), batch)
+            if config.loss_mixing < 1:
+                classes = uniform(key(seeds, Stream.CLASS_SAMPLE, epoch, step), batch)
+            if config.model == "cnn":
+                dropout = uniform(key(seeds, Stream.DROPOUT, epoch, step), batch * _CNN_CHANNELS)
+                dropout = dropout.unflatten(-1, (batch, _CNN_CHANNELS))
+            for i in range(count):
+                yield Draws(index[:, i], placement, first[:, i], noise[:, i], classes[:, i], dropout[:, i])
+
+    def _step(self, draws: Draws) -> None:
+        """One optimisation step. Nothing in it waits for a GPU."""
+        losses = self._losses(draws)
         self._adam.zero_grad(set_to_none=True)
         losses.total.sum().backward()
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])
         norm = torch.linalg.vector_norm(norms, dim=0)
         self._alive &= torch.isfinite(norm) & torch.isfinite(losses.total)
+        # A diverged seed is not trained on. Whether there is one is cheap to ask, except of a GPU, which would stall.
+        mask = self.device.type != "cpu" or not self._alive.all()
         clip = self.config.gradient_clip
         scale = (clip / norm).clamp(max=1) if clip > 0 else None
         for gradient in gradients:
             shape = (-1,) + (1,) * (gradient.dim() - 1)
             if scale is not None:
                 gradient *= scale.view(shape)
-            gradient.masked_fill_(~self._alive.view(shape), 0)  # a diverged seed is not trained on
+            if mask:
+                gradient.masked_fill_(~self._alive.view(shape), 0)
         self._adam.step()
         self._meters += torch.stack([losses.classification, losses.accuracy, losses.reward, losses.baseline, norm])
 
-    def _losses(self, index: Tensor, epoch: Tensor, step: Tensor) -> Losses:
+    def _losses(self, draws: Draws) -> Losses:
         config, data = self.config, self.data
-        batch = index.shape[1]
-
-        def draw(stream: Stream) -> Tensor:
-            return key(self._seeds, stream, epoch, step)
-
-        placement_epoch = 0 if config.placements == "once" else epoch
-        images = data.render("train", index, data.placement_keys("train", self._seeds, placement_epoch))
-        labels = data.train.labels[index]
-        classes = uniform(draw(Stream.CLASS_SAMPLE), batch) if config.loss_mixing < 1 else None
+        images = data.render("train", draws.index, draws.placement)
         if isinstance(self.model, RAM):
-            if config.first_glimpse == "random":
-                first = uniform(draw(Stream.FIRST_LOCATION), 2 * batch).view(-1, batch, 2) * 2 - 1
-            else:
-                first = torch.zeros(len(self.seeds), batch, 2, device=self.device)
-            noise = policy_noise(config, draw(Stream.LOCATION_NOISE), batch)
-            looks = self.model.look(self.model.retina.pyramid(images), first, noise)
+            looks = self.model.look(self.model.retina.pyramid(images), draws.first, draws.noise)
             rollout = self.model.learn(looks, every_step=needs_every_step(config))
         elif config.model == "cnn":
-            dropout = uniform(draw(Stream.DROPOUT), batch * 20).view(-1, batch, 20)
-            rollout = whole_image_rollout(self.model(images.float() / 255, dropout))
+            rollout = whole_image_rollout(self.model(images.float() / 255, draws.dropout))
         else:
             rollout = whole_image_rollout(self.model(images.float() / 255))
-        return hybrid_loss(config, rollout, labels, classes)
+        return hybrid_loss(config, rollout, data.train.labels[draws.index], draws.classes)
 
     def _set_learning_rate(self, steps_done: int) -> None:
         if self.config.schedule == "constant":
@@ -247,27 +275,25 @@ class Trainer:
             else:
                 group["lr"] = rate
 
-    def _capture(self) -> Callable[[Tensor, Tensor, Tensor], None]:
+    def _capture(self) -> Callable[[Draws], None]:
         """The step as a CUDA graph: one launch instead of hundreds, and the same numbers."""
-        index = torch.zeros(len(self.seeds), self.config.batch_size, dtype=torch.int64, device=self.device)
-        epoch, step = (torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(2))
+        mine = Draws(*(t.clone() for t in next(self._draws(0))))
         before = self.state_dict()
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):  # capture needs warm kernels and allocated Adam moments
             for _ in range(3):
-                self._step(index, epoch, step)
+                self._step(mine)
         torch.cuda.current_stream(self.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         self._adam.zero_grad(set_to_none=True)
         with torch.cuda.graph(graph):
-            self._step(index, epoch, step)
+            self._step(mine)
         self._restore_in_place(before)
 
-        def replay(new_index: Tensor, new_epoch: Tensor, new_step: Tensor) -> None:
-            index.copy_(new_index)
-            epoch.copy_(new_epoch)
-            step.copy_(new_step)
+        def replay(draws: Draws) -> None:
+            for old, new in zip(mine, draws, strict=True):
+                old.copy_(new)
             graph.replay()
 
         return replay

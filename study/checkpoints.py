@@ -1,21 +1,21 @@
 """Checkpoints of trials, by trial number, in the study's storage: a folder, or s3://bucket/folder.
 
-    <storage>/<study>/trials/0007/epoch_0003.pt    trainer state and the metrics of all epochs so far; the last two are kept
+    <storage>/<study>/trials/0007/epoch_0003.pt    trainer state and all epochs' metrics; the last two are kept
     <storage>/<study>/trials/0007/best.pt          what is left of a complete trial: its best weights
 
-Tune's own checkpoints are not used: Tune knows them by its own trial ids, which a new run of the command does not have, and
-its experiment state is written every ten seconds at best. Ours are found by number, by any node, after any crash.
+Tune's own checkpoints are not used: Tune knows them by its own trial ids, which a new run of the command does not
+have, and its experiment state is written every ten seconds at best. Ours are found by number, by any node, after any
+crash.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import logging
 import os
-import pickle
 import re
-import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ from study.faults import fault_point
 logger = logging.getLogger(__name__)
 
 KEPT = 2  # epoch checkpoints of a running trial: the newest, and the one before in case the newest is damaged
+_DIGEST_SIZE = 32  # bytes of a SHA-256
 _EPOCH_FILE = re.compile(r"epoch_(\d{4,})\.pt")
 
 
@@ -183,18 +184,19 @@ class Checkpoints:
             raw = self.folder.read(f"{self.name}/{name}")
         except FileNotFoundError:
             return None
-        try:
-            # weights_only: a checkpoint is data, and one that carries code is refused.
-            return torch.load(io.BytesIO(raw), weights_only=True, map_location="cpu")
-        except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-            logger.warning("%s/%s is damaged (%s) and is not used", self.name, name, str(error).splitlines()[0][:120])
+        body, digest = raw[:-_DIGEST_SIZE], raw[-_DIGEST_SIZE:]
+        if hashlib.sha256(body).digest() != digest:
+            logger.warning("%s/%s is damaged (%d bytes, wrong checksum) and is not used", self.name, name, len(raw))
             return None
+        # weights_only: a checkpoint is data, and one that carries code is refused.
+        return torch.load(io.BytesIO(body), weights_only=True, map_location="cpu")
 
 
 def _pack(content: dict[str, Any]) -> bytes:
+    """A torch file and its SHA-256, because torch does not notice all damage."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    return buffer.getvalue()
+    return buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
 
 
 def _sync_folder(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Which configurations a study tries, in which order, and which of them may be stopped early.
 
-search      the default and the published configurations, then scrambled Sobol points, both never stopped, then TPE with early stopping
+search      the default, the published configurations and scrambled Sobol points, never stopped; then TPE, with early
+            stopping
 paper       the rows of the case study's Table 1, never stopped
 ofat        one factor at a time around two baselines, never stopped
 replicate   the best configuration, the default and a few spread points again, on seeds that no search has seen
@@ -12,6 +13,7 @@ overshoot an arm (ray#52535) and a continued study goes on where it was.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,8 +37,9 @@ DEFAULT_EPOCHS: dict[Design, int] = {"search": 30, "paper": 100, "ofat": 30, "re
 DEFAULT_SEEDS: dict[Design, int] = {"search": 2, "paper": 3, "ofat": 3, "replicate": 5}
 DEFAULT_TRIALS = 40  # of a search; the other designs have as many as rows
 
-# (model, num_glimpses, patch_size, num_scales) of Table 1, Fang, Tian and Yang, "Recurrent Models of Visual Attention: A
-# Case Study on MNIST Dataset"; Adam 3e-4, batches of 100 and policy std 0.17 are `ramcore.recipes.PAPER`'s.
+# (model, num_glimpses, patch_size, num_scales) of Table 1, Fang, Tian and Yang, "Recurrent Models of Visual
+# Attention: A Case Study on MNIST Dataset"; Adam 3e-4, batches of 100 and policy std 0.17 are
+# `ramcore.recipes.PAPER`'s.
 _TABLE_1: dict[str, tuple[tuple[str, int, int, int], ...]] = {
     "translated": (
         ("cnn", 0, 0, 0),
@@ -89,7 +92,8 @@ class Plan:
 
 
 def published(space: Space) -> list[tuple[str, Values]]:
-    """(row, values) of what a search tries first: the space's default, then the published configurations inside the space.
+    """(row, values) of what a search tries first: the space's default, then the published configurations inside the
+    space.
 
     Published is what is searched (sizes, policy std, learning rate, loss weights); the other fields are the space's.
     """
@@ -104,19 +108,22 @@ def published(space: Space) -> list[tuple[str, Values]]:
 def search_arms(totals: Sequence[int], num_published: int) -> list[Arm]:
     """The arm of every trial number of a search that was asked for totals[0] trials, then extended to totals[1], ...
 
-    Of the first total, an eighth (at least one, at most num_published) are the default and published configurations. Sobol points follow
-    until 40% of the total and at least 16 are such; but a fifth of the total (at least one trial, from four on) is kept for
-    TPE. An extension starts with the Sobol points that the new total lacks.
+    Of the first total, an eighth (at least one, at most num_published) are the default and published configurations.
+    Sobol points follow until 40% of the total and at least 16 are such; but a fifth of the total (at least one trial,
+    from four on) is kept for TPE. An extension starts with the Sobol points that the new total lacks.
     """
     arms: list[Arm] = []
     for total in totals:
-        left = total - len(arms)
+
+        def extend(arm: Arm, count: int, total: int = total) -> None:
+            arms.extend(itertools.repeat(arm, max(0, min(count, total - len(arms)))))
+
         if not arms:
-            arms += ["published"] * min(num_published, max(1, total // 8), left)
+            extend("published", min(num_published, max(1, total // 8)))
         for_tpe = max(1, total // 5) - arms.count("tpe") if total >= 4 else 0
         sobol = max(16, math.ceil(0.4 * total)) - arms.count("sobol")
-        arms += ["sobol"] * max(0, min(sobol, total - len(arms) - max(0, for_tpe)))
-        arms += ["tpe"] * max(0, total - len(arms))
+        extend("sobol", min(sobol, total - len(arms) - max(0, for_tpe)))
+        extend("tpe", total)
     return arms
 
 

@@ -1,8 +1,8 @@
 """Asynchronous successive halving over epochs, as a pure function of what the record holds.
 
 Nothing here has state of its own, so early stopping survives whatever the record survives.
-Source: Li et al., "A System for Massively Parallel Hyperparameter Tuning", MLSys 2020 (the "stopping" variant, in which a
-trial is judged once a rung, against all that have reached it).
+Source: Li et al., "A System for Massively Parallel Hyperparameter Tuning", MLSys 2020 (the "stopping" variant, in
+    which a trial is judged once a rung, against all that have reached it).
 """
 
 from __future__ import annotations

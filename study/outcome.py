@@ -112,10 +112,8 @@ def describe(outcome: Outcome, searched: tuple[str, ...]) -> list[str]:
     lines += [f"  {name:20s} {_shown(config[name])}" for name in searched or _differing(best.plan.config)]
     lines.append("Accuracy against multiply-adds an image (none is both cheaper and better than these):")
     for trial in outcome.front:
-        size = cost(trial.plan.config)
-        lines.append(
-            f"  {size.macs:>12,}  {percent(accuracies(trial)):>18s}  trial {trial.number:04d}  {trial.plan.row or _brief(trial.plan.config)}"
-        )
+        size, name = cost(trial.plan.config), trial.plan.row or _brief(trial.plan.config)
+        lines.append(f"  {size.macs:>12,}  {percent(accuracies(trial)):>18s}  trial {trial.number:04d}  {name}")
     return lines
 
 

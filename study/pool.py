@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -65,7 +65,7 @@ def local_resources() -> dict[str, float]:
     return {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}
 
 
-def count_slots(resources: dict[str, float], pool: Pool) -> int:
+def count_slots(resources: Mapping[str, float], pool: Pool) -> int:
     """How many trials fit at a time. Raises PoolError if none does."""
     fits: list[int] = []
     for kind, need in (("CPU", pool.cpus_per_trial), ("GPU", pool.gpus_per_trial)):
@@ -110,7 +110,8 @@ def ray_running(address: str | None) -> Iterator[None]:
             ray.init(address=address, **common)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise PoolError(
-                f"--address must be that of a running Ray cluster; {address} did not answer ({str(error).splitlines()[0]}): "
+                f"--address must be that of a running Ray cluster; {address} did not answer "
+                f"({str(error).splitlines()[0]}): "
                 "run `ray status` there, or leave --address out for this machine"
             ) from error
     try:
@@ -120,7 +121,9 @@ def ray_running(address: str | None) -> Iterator[None]:
 
 
 def run_trials(engine: Engine, data: SharedData, pool: Pool) -> None:
-    """Train what the engine wants trained; returns when it has no more or wants to stop. Raises what broke the engine."""
+    """Train what the engine wants trained; returns when it has no more or wants to stop. Raises what broke the
+    engine.
+    """
     slots = pool.slots
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)  # else a cluster would grow by one node at a time
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # its errors reach us as results

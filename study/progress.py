@@ -52,9 +52,9 @@ def duration(seconds: float) -> str:
 def time_left(trials: list[TrialRecord], arms: Sequence[str], epochs: int, slots: int) -> tuple[float, float] | None:
     """Seconds until the study ends, as a range; None before the first epoch.
 
-    The lower end takes trials that may be stopped early to train as long as such trials did so far (a quarter of the epochs
-    before one has ended), and an epoch to take what the quicker half takes; the upper end takes none to be stopped and the
-    slower half.
+    The lower end takes trials that may be stopped early to train as long as such trials did so far (a quarter of the
+    epochs before one has ended), and an epoch to take what the quicker half takes; the upper end takes none to be
+    stopped and the slower half.
 
     Args:
         trials: all so far.
@@ -132,11 +132,13 @@ class Progress:
         shown = f"best {percent(accuracies(best))} (trial {best.number:04d})" if best else "no complete trial yet"
         ended = sum(t.state != "running" for t in self._trials.values())
         label = f" {trial.plan.row}" if trial.plan.row else ""
-        self._say(
+        parts = [
             f"[{ended}/{len(self.arms)}] trial {trial.number:04d} {trial.plan.arm}{label}: "
-            f"{percent(accuracies(trial))} after {len(trial.epochs)} epochs, {duration(seconds)}; {trial.reason}; {shown}"
-            f"{self._left(', ')}"
-        )
+            f"{percent(accuracies(trial))} after {len(trial.epochs)} epochs, {duration(seconds)}",
+            trial.reason,
+            shown + self._left(", "),
+        ]
+        self._say("; ".join(parts))
 
     def note(self, text: str) -> None:
         """Something worth a line."""

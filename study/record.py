@@ -1,18 +1,19 @@
 """The durable record of a study: Optuna's storage, and the only file that writes to it.
 
-Everything a study needs to go on is here or in the checkpoints beside it. The storage is a SQLite file that the driver
-alone writes. SQLite, because its commits survive a killed process and a torn tail, which Optuna's journal file does not;
-write-ahead log with synchronous=FULL, so that a commit also survives a power cut (about 1 ms each, twice an epoch), since
-MLflow and the checkpoints are written after the commit and must never know more than the record.
+Everything a study needs to go on is here or in the checkpoints beside it. The storage is a SQLite file that the
+driver alone writes. SQLite, because its commits survive a killed process and a torn tail, which Optuna's journal file
+does not; write-ahead log with synchronous=FULL, so that a commit also survives a power cut (about 1 ms each, twice an
+epoch), since MLflow and the checkpoints are written after the commit and must never know more than the record.
 
 A trial enters the record with its whole configuration in one commit, and leaves it with its reason first and its final
 state second; whichever of these a crash cuts off, `Record.open` finishes or the caller repeats, to the same end.
 
 In the storage:
-  study user attributes   settings (StudySettings as JSON), space (as space.json), totals (trials asked for, as it grew),
-                          rows (the fixed designs' plans)
-  trial user attributes   plan (Plan.to_dict), config, arm, row, seeds (for readers), "epoch 0007" (one record an epoch:
-                          {"time": ms since 1970, "metrics": EpochMetrics.to_dict()}), test, end ({"state", "reason", "time"})
+  study user attributes   settings (StudySettings), totals (trials asked for, as it grew), rows (of a fixed design),
+                          uid, created, "test 0007" (of a trial whose test images were read after its end)
+  trial user attributes   plan (Plan.to_dict); arm, row, seeds (for readers); "epoch 0007" (one record an epoch:
+                          {"time": ms since 1970, "metrics": EpochMetrics.to_dict()}), test, end ({"state", "reason",
+                          "time"})
   intermediate values     mean validation accuracy over seeds, by epoch
   state                   RUNNING; COMPLETE with the last epoch's value; PRUNED; FAIL
 """
@@ -33,7 +34,8 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import optuna
-import sqlalchemy
+import sqlalchemy.event
+import sqlalchemy.exc
 from optuna.distributions import BaseDistribution
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
@@ -159,7 +161,8 @@ class Record:
         Args:
             folder: of the study; made if absent.
             settings: of the study asked for.
-            total: trials asked for, all runs of the command together; None: as many as there are rows, or were asked for.
+            total: trials asked for, all runs of the command together; None: as many as there are rows, or were asked
+                for.
             rows: makes those of a fixed design; None for a search. A continued study keeps those it has.
 
         Raises:
@@ -184,6 +187,7 @@ class Record:
                 study.set_user_attr("uid", uuid.uuid4().hex)
             record = cls(study, rdb, settings, lock)
             record._ask_for(total, rows)
+            fault_point("record.open.asked")
             # Last, because its presence says that the rest of the study's attributes are complete.
             if "settings" not in attrs:
                 study.set_user_attr("settings", asdict(settings))
@@ -195,9 +199,11 @@ class Record:
 
     def _ask_for(self, total: int | None, rows: Callable[[], list[Plan]] | None) -> None:
         attrs = self.study.user_attrs
-        if rows is not None and "rows" not in attrs:
-            self.study.set_user_attr("rows", [plan.to_dict() for plan in rows()])
-            attrs = self.study.user_attrs
+        if "settings" not in attrs:  # new, or a crash came before it was complete: what is there counts for nothing
+            attrs = {"rows": [plan.to_dict() for plan in rows()]} if rows is not None else {}
+            for name, value in attrs.items():
+                self.study.set_user_attr(name, value)
+            fault_point("record.open.rows")
         self.rows = [Plan.from_dict(row) for row in attrs["rows"]] if "rows" in attrs else None
         self.totals: list[int] = attrs.get("totals", [])
         if total is None and self.rows is not None:
@@ -243,7 +249,6 @@ class Record:
             plan: the trial.
             distributions: of its searched values, for Optuna; empty for a trial outside the space (the CNN).
         """
-        fault_point("record.start.before")
         params = {name: getattr(plan.config, name) for name in distributions}
         now = _now()
         template = optuna.trial.create_trial(
@@ -253,6 +258,7 @@ class Record:
             user_attrs={"plan": plan.to_dict(), "started": now, **_readable(plan)},
         )
         with _write_errors():
+            fault_point("record.start.before")
             trial_id = self._storage.create_new_trial(self.study._study_id, template_trial=template)
             number = self._storage.get_trial_number_from_id(trial_id)
         fault_point("record.start.after")
@@ -274,16 +280,14 @@ class Record:
         if epoch <= len(trial.epochs):
             there = trial.epochs[epoch - 1].value
             if abs(there - value) > _TOLERANCE:
-                logger.warning(
-                    "trial %04d epoch %d was reported twice with different accuracy: %.6f, now %.6f (the first one counts)",
-                    number, epoch, there, value,
-                )  # fmt: skip
+                text = "trial %04d epoch %d was reported twice, with accuracy %.6f and then %.6f; the first one counts"
+                logger.warning(text, number, epoch, there, value)
             return False
         if epoch != len(trial.epochs) + 1:
             raise AssertionError(f"trial {number} reported epoch {epoch} after {len(trial.epochs)}")
         entry = Epoch(time=_now(), value=value, metrics=metrics)
-        fault_point("record.epoch.before")
         with _write_errors():
+            fault_point("record.epoch.before")
             self._storage.set_trial_user_attr(
                 trial.trial_id, _epoch_key(epoch), {"time": entry.time, "metrics": metrics}
             )
@@ -300,8 +304,8 @@ class Record:
         if trial.state != "running":
             return
         end = {"state": state, "reason": reason, "time": _now(), "test": test}
-        fault_point("record.end.before")
         with _write_errors():
+            fault_point("record.end.before")
             self._storage.set_trial_user_attr(trial.trial_id, "end", end)
         fault_point("record.end.between")
         _apply_end(trial, end)
@@ -310,7 +314,9 @@ class Record:
         self._touch(number)
 
     def set_test(self, number: int, test: dict[str, Any]) -> None:
-        """Keep what was read on the test images of an ended trial (Optuna's ended trials are immutable, so: a study's)."""
+        """Keep what was read on the test images of an ended trial (Optuna's ended trials are immutable, so: a
+        study's).
+        """
         with _write_errors():
             self.study.set_user_attr(_test_key(number), test)
         self.trials[number].test = test
@@ -430,6 +436,9 @@ def _open_storage(path: Path, name: str | None) -> tuple[optuna.Study | None, RD
     return study, rdb
 
 
+_DATABASE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError)
+
+
 class _write_errors:
     """Turn the database's refusal to write into RecordLost."""
 
@@ -437,7 +446,7 @@ class _write_errors:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, sqlalchemy.exc.SQLAlchemyError | optuna.exceptions.StorageInternalError | OSError):
+        if error is not None and isinstance(error, _DATABASE_ERRORS):
             raise RecordLost(f"the record cannot be written: {_first_line(error.__cause__ or error)}") from error
 
 

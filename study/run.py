@@ -1,8 +1,8 @@
 """`python -m study.run`: run a study, or continue it.
 
-Exit codes: 0 done; 1 the first trials failed alike (a programming error), or the driver itself failed; 2 usage, nothing was
-started; 3 done with failed trials; 75 stopped (budget, full disk), the same command continues; 130 and 143 on SIGINT and
-SIGTERM, likewise.
+Exit codes: 0 done; 1 the first trials failed alike (a programming error), or the driver itself failed; 2 usage,
+nothing was started; 3 done with failed trials; 75 stopped (budget, full disk), the same command continues; 130 and
+143 on SIGINT and SIGTERM, likewise.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -31,6 +31,9 @@ from ramcore.data import DataError
 from study.designs import Design, search_arms
 from study.prepare import Prepared, UsageError, prepare
 from study.record import Record, RecordError, RecordLost
+
+if TYPE_CHECKING:
+    from study.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +59,9 @@ class Flags:
     """What is tried: search (default), paper (the case study's table), ofat (one factor at a time around the best and a
     small-patch configuration), replicate (best, default and spread points on held-out seeds)."""
     trials: int | None = None
-    """Trials the study is to have in the end, those of earlier runs included. Default: 40 for a search, else all rows."""
+    """Trials the study is to have in the end, those of earlier runs included. Default: 40 for a search, else all
+    rows.
+    """
     epochs: int | None = None
     """Epochs of a trial that is not stopped early. Default: 30; paper: 100."""
     seeds_per_trial: int | None = None
@@ -116,7 +121,7 @@ def main(flags: Flags) -> int:
 
 
 def _run(flags: Flags, prepared: Prepared, record: Record, wanted: Any, uri: str) -> int:
-    from study import outcome, pool, tracking
+    from study import outcome, pool
     from study.checkpoints import open_folder
     from study.halving import default_halving
     from study.progress import Progress
@@ -135,7 +140,7 @@ def _run(flags: Flags, prepared: Prepared, record: Record, wanted: Any, uri: str
         storage=prepared.storage,
         watcher=progress,
     )
-    tracker: tracking.Tracker | None = None
+    tracker: Tracker | None = None
     with _signals() as received, progress:
         engine.stop_when(_budget(flags, received))
         progress.resume(list(record.trials.values()), engine.arms)
@@ -153,7 +158,8 @@ def _run(flags: Flags, prepared: Prepared, record: Record, wanted: Any, uri: str
         except RecordLost as error:
             engine.stop(str(error))
         code = _exit_code(engine, received)
-        tracker = tracker or _start_tracker(flags, prepared, record, uri, devices)
+        if tracker is None:
+            tracker = _start_tracker(flags, prepared, record, uri, devices)
         done = code in (DONE, SOME_FAILED)
         if done:
             outcome.read_best_test(record, folder, prepared.data)
@@ -204,7 +210,7 @@ def _report(prepared: Prepared, engine: Any, found: Any, uri: str, untracked: st
         _say(f"warning: MLflow lacks {untracked}; the same command brings it up to date: {_command()}")
 
 
-def _start_tracker(flags: Flags, prepared: Prepared, record: Record, uri: str, devices: dict[str, float]) -> Any:
+def _start_tracker(flags: Flags, prepared: Prepared, record: Record, uri: str, devices: dict[str, float]) -> Tracker:
     from study.tracking import Origin, Tracker
 
     settings = record.settings
@@ -245,7 +251,7 @@ def _plan(flags: Flags, prepared: Prepared, uri: str, slots: int | None) -> list
         f"Study {settings.study}: {'continues' if prepared.exists else 'new'}",
         f"  design     {settings.design}; {settings.epochs} epochs, {settings.seeds_per_trial} seeds a trial",
         f"  task       {settings.task}; data {settings.data} {prepared.data.sizes}, sha256 {settings.digest[:12]}",
-        f"  slots      {slots if slots is not None else 'those of the cluster at ' + str(flags.address)} trials at a time "
+        f"  slots      {slots or f'those of the cluster at {flags.address}'}, one trial each "
         f"({flags.cpus_per_trial:g} CPU, {flags.gpus_per_trial:g} GPU each)",
         f"  storage    {prepared.folder}",
         f"  tracking   {uri}",

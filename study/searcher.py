@@ -1,7 +1,7 @@
 """Tune <-> the record: which trial is next, and what follows from a report.
 
-`Engine` decides, and knows nothing of Ray. `TuneSearcher`, `TuneScheduler` and `TuneStopper` hand it Tune's questions: Tune
-starts trials, restarts them where a worker died, and carries reports; it keeps nothing that matters.
+`Engine` decides, and knows nothing of Ray. `TuneSearcher`, `TuneScheduler` and `TuneStopper` hand it Tune's
+questions: Tune starts trials, restarts them where a worker died, and carries reports; it keeps nothing that matters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from study.checkpoints import Checkpoints, Folder
-from study.designs import Plan, published, search_arms
+from study.designs import Arm, Plan, published, search_arms
 from study.faults import fault_point
 from study.halving import Halving
 from study.record import Record, RecordLost, State, TrialRecord
@@ -51,9 +51,9 @@ class Watcher(Protocol):
 class FeasibleTPE(TPESampler):
     """Optuna's TPE as a function of the record and a trial number, restricted to feasible points.
 
-    Optuna's own way is to create a trial and then to store one parameter after another, so a crash leaves trials without
-    a configuration. Here the point comes first and the trial is created whole. And it is seeded by number, so a study that
-    was killed suggests what it would have suggested.
+    Optuna's own way is to create a trial and then to store one parameter after another, so a crash leaves trials
+    without a configuration. Here the point comes first and the trial is created whole. And it is seeded by number, so
+    a study that was killed suggests what it would have suggested.
     """
 
     def __init__(self, space: Space, seed: int, number: int) -> None:
@@ -107,7 +107,7 @@ class Engine:
         self._at_rung: dict[int, dict[int, float]] = {rung: {} for rung in self._rungs}
         self._published = published(space) if space is not None else []
         if record.rows is None:
-            self.arms = search_arms(record.totals, len(self._published))
+            self.arms: list[Arm] = search_arms(record.totals, len(self._published))
         else:
             self.arms = [plan.arm for plan in record.rows[: record.totals[-1]]]
         # Nobody else holds the record, so a trial that it calls running was lost: it is taken up again, first of all.
@@ -264,7 +264,7 @@ class Engine:
 
 
 @contextmanager
-def _guarded(engine: Engine) -> Iterator[None]:
+def guarded(engine: Engine) -> Iterator[None]:
     """Stop the study where the driver itself fails; Tune would log the error and go on without us."""
     try:
         yield
@@ -291,10 +291,10 @@ class TuneSearcher(_Unsaved, Searcher):
         super().__init__(metric="training_iteration", mode="max")  # Tune wants one; it is not looked at
         self._engine = engine
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:
         """A job as plain data; FINISHED when no more will come."""
         job = None
-        with _guarded(self._engine):
+        with guarded(self._engine):
             job = self._engine.next_job()
         return Searcher.FINISHED if job is None else job.to_dict()
 
@@ -318,14 +318,14 @@ class TuneScheduler(_Unsaved, FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Record, decide."""
         goes_on = True
-        with _guarded(self._engine):
+        with guarded(self._engine):
             if "result" in result:
                 goes_on = self._engine.report(trial.config["number"], json.loads(result["result"]))
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """Its worker died once too often, or never came up."""
-        with _guarded(self._engine):
+        with guarded(self._engine):
             cause = trial.get_pickled_error() or trial.get_error() or "its worker died"
             lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
             message = f"{type(cause).__name__}: {lines[-1] if lines else ''}" if not isinstance(cause, str) else cause

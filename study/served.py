@@ -3,9 +3,10 @@
     model = mlflow.pyfunc.load_model("runs:/<parent run>/model")
     probabilities = model.predict(images)
 
-images: (B, S, S) float32 in [0, 1], canvases of the model's task; probabilities: (B, R, 10) float32, one network a training
-seed. The scores that a study reports are means over seeds of the accuracy of each network: see `accuracy`. Weights are read
-with weights_only=True, so a model carries no pickled code; `ramcore` has to be installed where it is loaded.
+images: (B, S, S) float32 in [0, 1], canvases of the model's task; probabilities: (B, R, 10) float32, one network a
+    training seed. The scores that a study reports are means over seeds of the accuracy of each network: see
+    `accuracy`. Weights are read with weights_only=True, so a model carries no pickled code; `ramcore` has to be
+    installed where it is loaded.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 import torch
 from mlflow.models import set_model
+from mlflow.pyfunc.model import PythonModel
 from torch import Tensor, nn
 
 from ramcore.config import Config
@@ -31,7 +32,7 @@ def load_network(config: Config, seeds: tuple[int, ...], weights: dict[str, Tens
     return model
 
 
-class ServedModel(mlflow.pyfunc.PythonModel):
+class ServedModel(PythonModel):
     """Class probabilities of canvases."""
 
     def load_context(self, context: Any) -> None:
@@ -42,7 +43,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):
         self.seeds = tuple(described["seeds"])
         self.network = load_network(self.config, self.seeds, saved["weights"])
 
-    def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> np.ndarray:
+    def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> Any:
         """Probabilities (B, R, 10) of canvases (B, S, S) in [0, 1]. Where image i first looks is a function of i."""
         images = torch.from_numpy(np.asarray(model_input) * 255).round().to(torch.uint8)
         parts: list[Tensor] = []

@@ -83,7 +83,9 @@ class Space:
 
     @property
     def widest(self) -> int:
-        """Pixels along a side that the coarsest scale may cover: a square that wide sees the whole canvas from anywhere."""
+        """Pixels along a side that the coarsest scale may cover: a square that wide sees the whole canvas from
+        anywhere.
+        """
         return 2 * self.base.canvas_size
 
     @property
@@ -152,7 +154,7 @@ def search_space(base: Config) -> Space:
                 high=8,
                 step=1,
                 unit="glimpses",
-                reason="the published models take 2 to 8; one glimpse has nothing to decide",
+                reason="published: 2 to 8; with one glimpse there is nothing to decide",
             ),
             Dimension(
                 name="patch_size",
@@ -161,7 +163,7 @@ def search_space(base: Config) -> Space:
                 high=20 if canvas >= 60 else canvas // 2,
                 step=1,
                 unit="pixels",
-                reason="the published models use 8 to 20; below 4 a stroke is lost, above half the canvas nothing is hidden",
+                reason="published: 8 to 20; below 4 a stroke is lost, above half the canvas nothing is hidden",
             ),
             Dimension(
                 name="num_scales",
@@ -170,7 +172,7 @@ def search_space(base: Config) -> Space:
                 high=4,
                 step=1,
                 unit="scales",
-                reason="the published models use 1 to 4",
+                reason="published: 1 to 4",
             ),
             Dimension(
                 name="location_std",

@@ -1,9 +1,9 @@
 """The only writer of tracked data: a thread that brings MLflow up to the record, however far behind it is.
 
-It reads no queue. The record says which trials changed; what MLflow lacks of them is logged in one call a trial, and each
-call can be repeated: metrics carry the record's own timestamps (to MLflow the same metric twice is one), params never change,
-runs are found again by their tags. So after an outage, a crash or in the next run of the command the same code brings
-everything there, once. Training never waits for it and never fails because of it.
+It reads no queue. The record says which trials changed; what MLflow lacks of them is logged in one call a trial, and
+each call can be repeated: metrics carry the record's own timestamps (to MLflow the same metric twice is one), params
+never change, runs are found again by their tags. So after an outage, a crash or in the next run of the command the
+same code brings everything there, once. Training never waits for it and never fails because of it.
 
 One parent run a study, one child run a trial; what they hold is described in the README.
 """
@@ -20,7 +20,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,9 +35,12 @@ _EPOCHS_A_CALL = 40  # MLflow takes at most 1,000 metrics in one call
 _BACKOFF = (1.0, 2.0, 5.0, 10.0)  # seconds between tries during an outage
 _MEANS = ("train_loss", "train_accuracy", "reward", "baseline_error", "gradient_norm", "val_loss", "val_accuracy")
 
+_RUN_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+
 logger = logging.getLogger(__name__)
 
-# MLflow's own patience is minutes and its own retries can create a run twice; ours are here. Whoever set these keeps them.
+# MLflow's own patience is minutes and its own retries can create a run twice; ours are here. Whoever set these keeps
+# them.
 _CLIENT_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -204,11 +207,15 @@ class Tracker:
         client: mlflow.MlflowClient | None = None
         failures = 0
         while True:
-            self._pending |= self.record.take_changed(timeout=0.0 if self._closing.is_set() else 1.0)
+            # Read before the changes are taken: the record is not changed any more once this is set.
+            closing = self._closing.is_set()
+            self._pending |= self.record.take_changed(timeout=0.0 if closing else 1.0)
             try:
                 fault_point("tracking.before")
                 client = client or _connect(self.uri)
                 self._sync(client)
+                if closing:
+                    self._conclude(client)
                 fault_point("tracking.after")
             except _OUTAGE as error:
                 if self._outage is None:
@@ -224,7 +231,7 @@ class Tracker:
             if self._outage is not None:
                 logger.warning("tracking is back")
             self._outage, failures = None, 0
-            if self._closing.is_set() and not self._pending:
+            if closing:
                 self._idle.set()
                 return
 
@@ -234,27 +241,39 @@ class Tracker:
             self._find_runs(client)
             self._known = True
         assert self.run_id is not None
-        ended = False
         for number in sorted(self._pending):
-            trial = self.record.trials[number]
-            ended = ended or trial.state != "running"
-            self._sync_trial(client, trial)
+            self._sync_trial(client, self.record.trials[number])
             self._pending.discard(number)
-        if ended:
-            metrics = list(self._study_metrics())
-            for i in range(0, len(metrics), 1000):
-                client.log_batch(self.run_id, metrics=metrics[i : i + 1000])
-                self._progress = time.monotonic()
-            self._ends_logged = sum(t.ended is not None for t in self.record.trials.values())
-        if self._closing.is_set() and not self._pending:
-            if self._publish is not None and self._publish.key != self._published:
-                mlflow.set_tracking_uri(self.uri)  # a model can be logged in MLflow's global way only
-                self._publish.call(client, self.run_id)
-                self._progress = time.monotonic()
-                client.set_tag(self.run_id, "ram.published", self._publish.key)
-            client.set_tag(self.run_id, "ram.status", self._status)
-            mlflow_status = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[self._status]
-            client.set_terminated(self.run_id, mlflow_status)
+        self._sync_study(client)
+
+    def _sync_study(self, client: mlflow.MlflowClient) -> None:
+        """The study's own metrics: a step for each trial that ended."""
+        assert self.run_id is not None
+        ended = [t for t in list(self.record.trials.values()) if t.ended is not None]
+        ended.sort(key=lambda t: (t.ended, t.number))
+        best = -math.inf
+        metrics: list[Metric] = []
+        for count, trial in enumerate(ended, start=1):
+            best = max(best, trial.value if trial.value is not None else -math.inf)
+            if count > self._ends_logged:
+                metrics.append(Metric("trials_finished", count, trial.ended or 0, count))
+                if best > -math.inf:
+                    metrics.append(Metric("best_val_accuracy", best, trial.ended or 0, count))
+        for i in range(0, len(metrics), 1000):
+            client.log_batch(self.run_id, metrics=metrics[i : i + 1000])
+        self._ends_logged = len(ended)
+        self._progress = time.monotonic()
+
+    def _conclude(self, client: mlflow.MlflowClient) -> None:
+        """End the parent run."""
+        assert self.run_id is not None
+        if self._publish is not None and self._publish.key != self._published:
+            mlflow.set_tracking_uri(self.uri)  # a model can be logged in MLflow's global way only
+            self._publish.call(client, self.run_id)
+            self._progress = time.monotonic()
+            client.set_tag(self.run_id, "ram.published", self._publish.key)
+        client.set_tag(self.run_id, "ram.status", self._status)
+        client.set_terminated(self.run_id, _RUN_STATUS[self._status])
 
     def _find_runs(self, client: mlflow.MlflowClient) -> None:
         """Learn what MLflow holds of this study, make the parent run if there is none, mark all that lags behind."""
@@ -329,6 +348,7 @@ class Tracker:
     def _sync_trial(self, client: mlflow.MlflowClient, trial: TrialRecord) -> None:
         child = self._children.get(trial.number)
         if child is None:
+            fault_point("tracking.run.before")
             run = client.create_run(
                 self._experiment_id,
                 start_time=trial.started,
@@ -347,6 +367,7 @@ class Tracker:
                     "ram.commit_dirty": str(self.origin.dirty).lower(),
                 },
             )
+            fault_point("tracking.run.after")
             child = self._children[trial.number] = _Child(run_id=run.info.run_id, epochs=-1)
         # The record moves on while we log, so what is logged is fixed first.
         state, reason, epochs, test = trial.state, trial.reason, list(trial.epochs), trial.test
@@ -380,19 +401,6 @@ class Tracker:
             client.set_terminated(child.run_id, "FAILED" if state == "failed" else "FINISHED", trial.ended)
             child.ended = True
         self._progress = time.monotonic()
-
-    def _study_metrics(self) -> Iterator[Metric]:
-        ended = sorted(
-            (t for t in self.record.trials.values() if t.ended is not None), key=lambda t: (t.ended, t.number)
-        )
-        best = -math.inf
-        for count, trial in enumerate(ended, start=1):
-            best = max(best, trial.value if trial.value is not None else -math.inf)
-            if count <= self._ends_logged:
-                continue
-            yield Metric("trials_finished", count, trial.ended or 0, count)
-            if best > -math.inf:
-                yield Metric("best_val_accuracy", best, trial.ended or 0, count)
 
 
 def _connect(uri: str) -> mlflow.MlflowClient:

@@ -1,9 +1,9 @@
 """What a worker does with one trial. The only file that trains, checkpoints and reports.
 
-The order after each epoch is: checkpoint, report; the driver then commits the report to the record, decides whether the trial
-goes on, and lets the tracker know. So the record never knows an epoch that no checkpoint holds, and a crash anywhere leaves
-a trial that repeats at most one epoch. A checkpoint carries the metrics of all its epochs: the resumed trial reports again
-what the record may lack, and the record ignores what it has.
+The order after each epoch is: checkpoint, report; the driver then commits the report to the record, decides whether
+the trial goes on, and lets the tracker know. So the record never knows an epoch that no checkpoint holds, and a crash
+anywhere leaves a trial that repeats at most one epoch. A checkpoint carries the metrics of all its epochs: the
+resumed trial reports again what the record may lack, and the record ignores what it has.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ class SharedData:
 def run_trial(job: Job, data: SharedData, report: Callable[[dict[str, Any]], None], device: str = "cpu") -> None:
     """Train one trial to its last epoch, or until `report` does not return.
 
-    `report` is given {"epoch": 1-based, "metrics": EpochMetrics.to_dict()}, with "test" beside them in the last epoch of the
-    designs that read the test images; or, instead, {"error": one line, "details": traceback} when training failed, or
-    {"interrupted": one line} when its surroundings did (full disk).
+    `report` is given {"epoch": 1-based, "metrics": EpochMetrics.to_dict()}, with "test" beside them in the last epoch
+    of the designs that read the test images; or, instead, {"error": one line, "details": traceback} when training
+    failed, or {"interrupted": one line} when its surroundings did (full disk).
     """
     try:
         _train(job, data, report, device)
@@ -97,8 +97,8 @@ def run_trial(job: Job, data: SharedData, report: Callable[[dict[str, Any]], Non
             lines = (str(error) or "no message").splitlines()
             report({"error": f"{type(error).__name__}: {lines[0]}", "details": traceback.format_exc()})
     finally:
-        gc.collect()  # reused actors: a trainer's tensors must not outlive its trial
-        if device != "cpu":
+        if device != "cpu":  # actors are reused: a trainer's tensors must not hold the memory of the next one's
+            gc.collect()
             torch.cuda.empty_cache()
 
 

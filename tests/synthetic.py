@@ -199,7 +199,7 @@ def write_mlflow(
     *,
     artifacts: Path,
     status: str = "finished",
-    space: Mapping[str, Any] | None | str = "own",
+    space: Mapping[str, Any] | str | None = "own",
     params: Mapping[str, str] | None = None,
 ) -> str:
     """Write the tables into an MLflow store in the layout a study writes; give the parent's run id.

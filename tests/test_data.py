@@ -173,11 +173,11 @@ def test_idx_files_gz_or_plain(idx_folder, digits):
 
 
 def test_where_files_are_looked_for(idx_folder, monkeypatch, tmp_path):
-    with pytest.raises(DataMissing, match="mnist must be on this machine or within reach.*--data-dir"):
+    with pytest.raises(DataMissing, match=r"mnist must be on this machine or within reach.*--data-dir"):
         load_source("mnist")
     monkeypatch.setenv("RAM_DATA_DIR", str(idx_folder))
     load_source("mnist")
-    with pytest.raises(DataError, match="--data-dir must be a folder; .*nowhere is not one"):
+    with pytest.raises(DataError, match=r"--data-dir must be a folder; .*nowhere is not one"):
         load_source("mnist", tmp_path / "nowhere")
     monkeypatch.delenv("RAM_DATA_DIR")
     shared = tmp_path / "shared"

@@ -54,7 +54,7 @@ def test_reward_is_accuracy_or_probability():
 def policy_gradients(baseline: float, samples: int = 40_000):
     """REINFORCE gradients of one location decision whose expected reward is known in closed form.
 
-    The class scores are set so that the reward is 1 where the sampled x is above 0, else 0: E[reward] = Phi(mean / std).
+    The class scores are set so that the reward is 1 where the sampled x is above 0, so E[reward] = Phi(mean / std).
     """
     config = dataclasses.replace(CONFIG, location_std=0.5)
     generator = torch.Generator().manual_seed(1)

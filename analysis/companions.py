@@ -1,0 +1,132 @@
+"""One-factor-at-a-time and replicate designs, summarised to stand beside the global indices.
+
+They answer narrower questions than a search: what one parameter does at one place, and how well a configuration does
+again on seeds that nothing was chosen by.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from mlflow import MlflowClient
+from scipy.stats import studentized_range, t
+
+from analysis.importance import INTERVAL, count_trials
+from analysis.records import Records, StudyRun, read_study
+
+OFAT_ROW = re.compile(r"^baseline (?P<baseline>[^:]+?)(?:: (?P<parameter>\w+)=(?P<value>.+))?$")
+
+
+class Companions(NamedTuple):
+    """Other designs run on the same task, data and epochs; empty tables where there are none.
+
+    ofat: baseline, parameter ("" for the baseline itself), value, accuracy (points), sd (points), seeds.
+    ranges: baseline, parameter, low, high, baseline_accuracy, range, noise (points that seed noise alone reaches in one
+        of ten such ranges).
+    replicates: row, accuracy, low, high (90% t interval of the mean), sd, seeds, test (points or NaN).
+    """
+
+    ofat: pd.DataFrame
+    ranges: pd.DataFrame
+    replicates: pd.DataFrame
+    studies: tuple[str, ...]
+
+
+def companions_of(client: MlflowClient, studies: Sequence[StudyRun], study: StudyRun) -> list[StudyRun]:
+    """The newest OFAT and replicate studies of the same task, data and epochs (the study itself, if it is one)."""
+    found: list[StudyRun] = []
+    for design in ("ofat", "replicate"):
+        same = [
+            other
+            for other in studies
+            if other.params.get("design") == design
+            and all(other.params.get(key) == study.params.get(key) for key in ("task", "data", "epochs"))
+        ]
+        found += same[:1]
+    return found
+
+
+def read_companions(client: MlflowClient, studies: Sequence[StudyRun], study: StudyRun) -> Companions:
+    """Read and summarise what `companions_of` finds."""
+    records = [read_study(client, other) for other in companions_of(client, studies, study)]
+    return summarise(records)
+
+
+def summarise(records: Sequence[Records]) -> Companions:
+    """Tables of OFAT and replicate trials among the records."""
+    ofat, replicates = [], []
+    for one in records:
+        ends = final_accuracies(one)
+        for trial, values in ends.items():
+            row = one.trials.loc[trial]
+            if row["arm"] == "ofat":
+                ofat.append(_ofat_row(str(row["row"]), values))
+            elif row["arm"] == "replicate":
+                replicates.append(_replicate_row(str(row["row"]), values, tuple(row["test_accuracies"])))
+    table = pd.DataFrame([r for r in ofat if r], columns=["baseline", "parameter", "value", "accuracy", "sd", "seeds"])
+    columns = ["row", "accuracy", "low", "high", "sd", "seeds", "test"]
+    return Companions(
+        table, _ranges(table), pd.DataFrame(replicates, columns=columns), tuple(r.study.name for r in records)
+    )
+
+
+def final_accuracies(records: Records) -> dict[int, np.ndarray]:
+    """Accuracy points of every seed at the last epoch of each complete trial."""
+    budget = records.space.epochs if records.space else int(records.epochs["epoch"].max())
+    last = records.epochs[(records.epochs["epoch"] == budget) & records.epochs["val_accuracy"].notna()]
+    return {int(trial): 100 * part["val_accuracy"].to_numpy(dtype=float) for trial, part in last.groupby("trial")}
+
+
+def _ofat_row(row: str, values: np.ndarray) -> tuple[str, str, str, float, float, int] | None:
+    match = OFAT_ROW.match(row)
+    if match is None:
+        return None
+    sd = float(values.std(ddof=1)) if len(values) > 1 else math.nan
+    return match["baseline"], match["parameter"] or "", match["value"] or "", float(values.mean()), sd, len(values)
+
+
+def _replicate_row(
+    row: str, values: np.ndarray, test: tuple[float, ...]
+) -> tuple[str, float, float, float, float, int, float]:
+    mean, count = float(values.mean()), len(values)
+    sd = float(values.std(ddof=1)) if count > 1 else math.nan
+    half = float(t.ppf((1 + INTERVAL) / 2, count - 1)) * sd / math.sqrt(count) if count > 1 else math.nan
+    return row, mean, mean - half, mean + half, sd, count, 100 * float(np.mean(test)) if test else math.nan
+
+
+def _ranges(table: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    seeds = table["seeds"].to_numpy(dtype=float) if len(table) else np.zeros(0)
+    df = int((seeds - 1).sum())
+    pooled = math.sqrt(float(((seeds - 1) * table["sd"].fillna(0) ** 2).sum()) / df) if df > 0 else math.nan
+    for baseline, part in table.groupby("baseline"):
+        own = part.loc[part["parameter"] == "", "accuracy"]
+        if own.empty:
+            continue
+        start = float(own.iloc[0])
+        for parameter, levels in part[part["parameter"] != ""].groupby("parameter"):
+            values = np.append(levels["accuracy"].to_numpy(dtype=float), start)
+            noise = math.nan
+            if df > 0:
+                noise = (
+                    float(studentized_range.ppf(0.9, len(values), df))
+                    * pooled
+                    / math.sqrt(float(levels["seeds"].mean()))
+                )
+            rows.append((baseline, parameter, values.min(), values.max(), start, values.max() - values.min(), noise))
+    columns = ["baseline", "parameter", "low", "high", "baseline_accuracy", "range", "noise"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def describe(records: Records) -> str:
+    """One line on how far a fixed design has come."""
+    counts = count_trials(records.trials)
+    return (
+        f"{counts.complete} of {counts.total} rows are complete, {counts.running} running, "
+        f"{counts.failed + counts.diverged} failed"
+    )

@@ -1,0 +1,219 @@
+"""How close each importance estimator comes to a known truth, and how long reading and reporting take.
+
+    python -m benchmarks.sensitivity truth --replicates 10
+    python -m benchmarks.sensitivity time
+
+The truth table: made-up studies with six parameters (one inert, one with its optimum moving as training goes on, so
+that learning curves cross; one that acts only through another), seed noise, and three ways of choosing trials. Ours is
+compared with true total Sobol indices, the others with true first-order shares, which is what they estimate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import tyro
+from mlflow import MlflowClient
+from scipy.stats import qmc, spearmanr
+
+from analysis.crosschecks import fanova, last_accuracy, ped_anova, unit_table
+from analysis.importance import DUMMY, analyse
+from analysis.records import connect, find_study, list_studies, read_study
+from analysis.space import Dimension
+from tests.synthetic import RAM_DEFAULT, RAM_DIMENSIONS, Synthetic, Truth, ram_truth, simulate, write_mlflow
+
+DIMENSIONS = (
+    Dimension(name="width", kind="int", low=4, high=20),
+    Dimension(name="rate", kind="float", low=1e-4, high=1e-2, log=True),
+    Dimension(name="steps", kind="int", low=2, high=8),
+    Dimension(name="mixing", kind="float", low=0.0, high=1.0),
+    Dimension(name="scales", kind="int", low=1, high=4),
+    Dimension(name="inert", kind="float", low=0.0, high=1.0),
+)
+
+
+def crossing_truth(x: np.ndarray, u: float) -> np.ndarray:
+    """Logit accuracy at coordinates (n, 6) and u = log epoch in [0, 1]; the last coordinate does nothing."""
+    width, rate, steps, mixing, scales = (x[:, i] for i in range(5))
+    end = (
+        1.6 * width
+        - 5.0 * (rate - (0.85 - 0.35 * u)) ** 2
+        + 1.2 * (steps - 0.5) * (1 - width)
+        + 0.5 * mixing * u
+        + 0.2 * scales
+    )
+    return -1.5 + (0.4 + 0.6 * u) * (end + 1.0) + 1.0 * u
+
+
+DESIGNS: dict[str, Synthetic] = {
+    "Sobol, never stopped (36)": Synthetic(truth=crossing_truth, dimensions=DIMENSIONS, trials=36),
+    "half Sobol, half optimiser + halving (64)": Synthetic(
+        truth=crossing_truth, dimensions=DIMENSIONS, trials=64, arm="mixed", stop=True
+    ),
+    "optimiser + halving (100)": Synthetic(
+        truth=crossing_truth, dimensions=DIMENSIONS, trials=100, arm="tpe", stop=True
+    ),
+}
+
+
+def true_indices(truth: Truth, dimensions: tuple[Dimension, ...], points: int = 2**15) -> tuple[np.ndarray, np.ndarray]:
+    """First-order and total Sobol indices at the full budget, by pick-freeze on many points."""
+    both = qmc.Sobol(2 * len(dimensions), seed=0).random(points)
+    size = len(dimensions)
+    a = np.column_stack([d.quantile(both[:, i]) for i, d in enumerate(dimensions)])
+    b = np.column_stack([d.quantile(both[:, size + i]) for i, d in enumerate(dimensions)])
+    fa, fb = truth(a, 1.0), truth(b, 1.0)
+    first, total = [], []
+    for i in range(size):
+        mixed = a.copy()
+        mixed[:, i] = b[:, i]
+        fm = truth(mixed, 1.0)
+        first.append(np.mean((fb - fb.mean()) * (fm - fa)) / fa.var())
+        total.append(0.5 * np.mean((fa - fm) ** 2) / fa.var())
+    return np.clip(first, 0, 1), np.array(total)
+
+
+def one_study(design: Synthetic) -> list[dict[str, float | str | bool]]:
+    """All estimators on one made-up study."""
+    records = simulate(design)
+    names = [d.name for d in design.dimensions]
+    first, total = true_indices(design.truth, design.dimensions)
+    rows: list[dict[str, float | str | bool]] = []
+    analysis = analyse(records, seed=design.seed)
+    effects = {e.name: e for e in analysis.effects}
+    ours = np.array([effects[n].total.mid for n in names])
+    inside = [
+        effects[n].total.low - 0.005 <= t <= effects[n].total.high + 0.005 for n, t in zip(names, total, strict=True)
+    ]
+    rows.append(
+        {
+            **_score("ours: GP over configuration and epoch", names, ours, total),
+            "covered": float(np.mean(inside)),
+            "r2": analysis.fit.r2,
+            "held out": analysis.fit.coverage,
+            "injected dummy": effects[DUMMY].total.mid,
+        }
+    )
+    last = last_accuracy(records.epochs)
+    x = unit_table(records, design.dimensions).loc[last.index].to_numpy()
+    full = records.trials.loc[last.index, "state"].eq("complete").to_numpy()
+    naive = fanova(names, x, last.to_numpy(), seed=design.seed)
+    rows.append(_score("naive fANOVA on the last accuracy", names, np.array([naive[n] for n in names]), first))
+    ped = ped_anova(names, x, last.to_numpy())
+    rows.append(_score("PED-ANOVA on the last accuracy", names, np.array([ped[n] for n in names]), first))
+    if full.sum() >= 4:
+        only = fanova(names, x[full], last.to_numpy()[full], seed=design.seed)
+        rows.append(_score("fANOVA on completed trials only", names, np.array([only[n] for n in names]), first))
+    return rows
+
+
+def _score(estimator: str, names: list[str], estimate: np.ndarray, truth: np.ndarray) -> dict[str, float | str | bool]:
+    share, true = estimate / max(estimate.sum(), 1e-12), truth / truth.sum()
+    return {
+        "estimator": estimator,
+        "MAE of shares": float(np.abs(share - true).mean()),
+        "Spearman": float(spearmanr(share, true).statistic),
+        "first is first": float(np.argmax(share) == np.argmax(true)),
+        "inert share": float(share[names.index("inert")]) if "inert" in names else float("nan"),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TruthArgs:
+    """The synthetic truth table."""
+
+    replicates: int = 10
+    """Made-up studies per design."""
+    design: str | None = None
+    """Only designs whose name contains this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeArgs:
+    """Reading and reporting time."""
+
+    trials: tuple[int, ...] = (100, 1000)
+    """Trials of the made-up studies, 30 epochs each."""
+    tracking_uri: str | None = None
+    """Write to and read from this MLflow server; a fresh SQLite file if left out."""
+
+
+def truth_table(args: TruthArgs) -> str:
+    """Run every design and give the table as Markdown."""
+    rows: list[dict[str, float | str | bool]] = []
+    for name, design in DESIGNS.items():
+        if args.design and args.design not in name:
+            continue
+        for replicate in range(args.replicates):
+            started = time.monotonic()
+            rows += [{"design": name, **row} for row in one_study(dataclasses.replace(design, seed=100 + replicate))]
+            print(f"{name}: {replicate + 1}/{args.replicates} ({time.monotonic() - started:.0f} s)", file=sys.stderr)
+    table = pd.DataFrame(rows).groupby(["design", "estimator"], sort=False).mean(numeric_only=True).reset_index()
+    return markdown(table)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A data frame as a Markdown table, numbers to three places."""
+    cells = [
+        [("" if value != value else f"{value:.3f}") if isinstance(value, float) else str(value) for value in row]
+        for row in table.itertuples(index=False)
+    ]
+    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in cells])
+
+
+def timing(args: TimeArgs) -> str:
+    """Time reading and the whole report for studies of given sizes."""
+    from analysis.sensitivity import Args
+    from analysis.sensitivity import main as report
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        uri = args.tracking_uri or f"sqlite:///{folder}/mlflow.db"
+        MlflowClient(uri)
+        for trials in args.trials:
+            study = Synthetic(
+                truth=ram_truth, dimensions=RAM_DIMENSIONS, trials=trials, arm="mixed", stop=True, default=RAM_DEFAULT
+            )
+            records = simulate(study)
+            records = records._replace(study=records.study._replace(name=f"timing-{trials}"))
+            write_mlflow(records, uri, artifacts=Path(folder) / "artifacts")
+            client = connect(uri)
+            started = time.monotonic()
+            read_study(client, find_study(list_studies(client), f"timing-{trials}"))
+            read = time.monotonic() - started
+            started = time.monotonic()
+            with contextlib.redirect_stdout(io.StringIO()):
+                code = report(Args(study=f"timing-{trials}", tracking_uri=uri, out=Path(folder) / str(trials)))
+            rows.append(
+                {
+                    "trials": str(trials),
+                    "read (s)": read,
+                    "read and report (s)": time.monotonic() - started,
+                    "exit": str(code),
+                }
+            )
+    return markdown(pd.DataFrame(rows))
+
+
+def print_truth(args: tyro.conf.OmitArgPrefixes[TruthArgs]) -> None:
+    """Print the synthetic truth table."""
+    print(truth_table(args))
+
+
+def print_timing(args: tyro.conf.OmitArgPrefixes[TimeArgs]) -> None:
+    """Print reading and reporting times."""
+    print(timing(args))
+
+
+if __name__ == "__main__":
+    tyro.extras.subcommand_cli_from_dict({"truth": print_truth, "time": print_timing}, description=__doc__)

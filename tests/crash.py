@@ -1,0 +1,361 @@
+"""Crash test: a serial seeded study, killed and disturbed again and again, must end as one that never was.
+
+Each session is a forked process that opens the study and works on it in one thread (engine, training, checkpoints,
+record; tracking in its own thread, as always) until a fault stops it or nothing is left to do. Faults are drawn from
+a seed: kill -9 at a named place of `study.faults`, or at any moment; a full disk; calls to MLflow that fail before or
+after they took effect, or hang; and between sessions, checkpoints cut short. At the end Optuna's storage, MLflow and
+the checkpoint folder are compared with those of an undisturbed study.
+
+    python -m tests.crash --faults 1000 --seed 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import optuna
+import torch
+
+from ramcore.config import Config
+from ramcore.data import TaskData, load_source, make_task
+from ramcore.train import Trainer
+from study import faults, outcome
+from study.checkpoints import open_folder
+from study.halving import default_halving
+from study.record import Record, RecordLost, StudySettings
+from study.searcher import Engine, guarded
+from study.space import Space, search_space
+from study.tracking import Origin, Tracker
+from study.trainable import SharedData, run_trial
+
+NAME = "crash"
+TRIALS, EPOCHS = 7, 3
+PLACES = (
+    "record.open", "record.open.rows", "record.open.asked", "record.start.before", "record.start.after",
+    "record.epoch.before", "record.epoch.between", "record.epoch.after",
+    "record.end.before", "record.end.between", "record.end.after",
+    "engine.started", "engine.decision.before", "engine.decision.after",
+    "trial.start", "file.write.before", "file.write.half", "file.rename.before", "file.rename.after",
+    "report.before", "report.after",
+    "tracking.before", "tracking.after", "tracking.run.before", "tracking.run.after",
+    "tracking.call.before", "tracking.call.after",
+)  # fmt: skip
+FULL_DISK = ("record.start.before", "record.epoch.before", "record.end.before", "file.write.before", "file.write.half")
+OUTAGE = ("tracking.run.before", "tracking.run.after", "tracking.call.before", "tracking.call.after")
+
+
+class Silent:
+    """A watcher that does not."""
+
+    def started(self, trial: Any) -> None: ...
+    def reported(self, trial: Any) -> None: ...
+    def ended(self, trial: Any) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+class _Stopped(BaseException):
+    """Ends a trial's training where Tune would end its actor's thread."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """The study under test: digits, so small that an epoch takes milliseconds."""
+
+    space: Space
+    settings: StudySettings
+    data: TaskData
+
+    @staticmethod
+    def make(epochs: int = EPOCHS) -> Study:
+        splits = {n: type(s)(s.images[:120], s.labels[:120]) for n, s in load_source("digits").items()}
+        data = make_task("digits", "original", splits)
+        base = Config(
+            data="digits", task="original", epochs=epochs, batch_size=40, hidden_size=16, glimpse_size=8,
+            learning_rate=3e-3, num_glimpses=2, patch_size=6, num_scales=1,
+        )  # fmt: skip
+        space = search_space(base)
+        settings = StudySettings(
+            study=NAME, task="original", data="digits", digest=data.digest, design="search", epochs=epochs,
+            seeds_per_trial=2, seed=0, space=space.describe(),
+        )  # fmt: skip
+        return Study(space=space, settings=settings, data=data)
+
+
+def work(study: Study, root: Path, trials: int = TRIALS) -> None:
+    """One session: continue the study until it is finished or cannot go on."""
+    shared = SharedData.of(study.data)
+    record = Record.open(root / NAME, study.settings, total=trials)
+    folder = open_folder(str(root), NAME)
+    engine = Engine(
+        record, space=study.space, halving=replace(default_halving(EPOCHS), eta=2), folder=folder, storage=str(root),
+        watcher=Silent(),
+    )  # fmt: skip
+    origin = Origin(settings={}, commit="none", dirty=True, params={"task": "original"})
+    tracker = Tracker(record, f"sqlite:///{root}/mlflow.db", origin, study.settings.space)
+    tracker.start()
+    while True:
+        job = None
+        with guarded(engine):
+            job = engine.next_job()
+        if job is None:
+            break
+        number = job.number
+
+        def report(result: dict[str, Any], number: int = number) -> None:
+            goes_on = True
+            with guarded(engine):
+                goes_on = engine.report(number, json.loads(json.dumps(result)))
+            if not goes_on or engine.stopping:
+                raise _Stopped
+
+        with contextlib.suppress(_Stopped):
+            run_trial(job, shared, report)
+    if engine.error is not None and not isinstance(engine.error, RecordLost):
+        raise engine.error
+    with contextlib.suppress(RecordLost):
+        if engine.finished:
+            outcome.read_best_test(record, folder, study.data)
+    untracked = tracker.finish("finished" if engine.finished else "stopped", patience=20)
+    record.close()
+    sys.stdout.flush()
+    os._exit(0 if engine.finished and untracked is None else 75)
+
+
+def _count_epochs(root: Path) -> None:
+    """Note every epoch that is trained, to see how many were trained twice."""
+    plain = Trainer.epoch
+
+    def noted(self: Trainer) -> Any:
+        result = plain(self)
+        with (root / "trained.log").open("a") as file:
+            file.write(f"{self.epochs_done}\n")
+        return result
+
+    Trainer.epoch = noted  # type: ignore[method-assign]
+
+
+def fork(body: Callable[[], None], *, kill_after: float | None = None, fault: str = "") -> int:
+    """Run a body in a forked process; returns its exit code, negative for a signal."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.environ[faults.VARIABLE] = fault
+            body()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def session(study: Study, root: Path, *, kill_after: float | None = None, fault: str = "") -> int:
+    """One session in a process of its own."""
+
+    def body() -> None:
+        _count_epochs(root)
+        work(study, root)
+
+    return fork(body, kill_after=kill_after, fault=fault)
+
+
+def draw_fault(rng: random.Random) -> tuple[str, float | None]:
+    """(a plan for `study.faults`, seconds until a kill from outside)."""
+    kind = rng.random()
+    if kind < 0.15:
+        return "", rng.uniform(0.0, 1.5)
+    if kind < 0.3:
+        return f"{rng.choice(FULL_DISK)}@{rng.randint(1, 4)}:full", None
+    if kind < 0.45:
+        # An outage is survived within the session, so several fit in.
+        places = {f"{rng.choice(OUTAGE)}@{rng.randint(1, 5)}" for _ in range(rng.randint(1, 3))}
+        return ",".join(f"{place}:{rng.choice(('full', 'hang=0.2'))}" for place in sorted(places)), None
+    return f"{rng.choice(PLACES)}@{rng.choice((1, 1, 2, 3, 5))}:kill", None
+
+
+def tear(rng: random.Random, root: Path) -> bool:
+    """Cut a newest checkpoint short, as a disk that lost its last writes may; returns whether there was one."""
+    newest = [sorted(folder.glob("epoch_*.pt"))[-1:] for folder in sorted((root / NAME / "trials").glob("*"))]
+    files = [path for paths in newest for path in paths]
+    if not files:
+        return False
+    path = rng.choice(files)
+    os.truncate(path, rng.randrange(path.stat().st_size))
+    return True
+
+
+@dataclass(kw_only=True)
+class Chain:
+    """What happened to one disturbed study."""
+
+    sessions: int = 0
+    faults: int = 0  # that took effect
+    torn: int = 0
+
+
+def disturbed(study: Study, root: Path, template: Path, rng: random.Random, most: int = 60) -> Chain:
+    """Run a study through faults until it is finished; at most so many of them."""
+    root.mkdir()
+    shutil.copy(template, root / "mlflow.db")
+    chain = Chain()
+    while True:
+        fault, kill_after = draw_fault(rng) if chain.sessions < most else ("", None)
+        code = session(study, root, kill_after=kill_after, fault=fault)
+        chain.sessions += 1
+        assert code in (0, 75, -signal.SIGKILL), f"session {chain.sessions} with {fault!r} ended with {code}"
+        if fault.endswith(("full", "hang=0.2")) and "tracking" in fault:
+            chain.faults += fault.count("@")
+        elif code != 0:
+            chain.faults += 1
+        if code == 0:
+            return chain
+        if rng.random() < 0.25 and tear(rng, root):
+            chain.torn += 1
+            chain.faults += 1
+
+
+# What a study left behind.
+
+
+def contents(root: Path) -> dict[str, Any]:
+    """Everything that must not depend on what happened in between, from Optuna's storage, MLflow and the files."""
+    return {"optuna": _optuna(root), "mlflow": _mlflow(root), "files": _files(root)}
+
+
+def _optuna(root: Path) -> list[Any]:
+    study = optuna.load_study(study_name=NAME, storage=f"sqlite:///{root / NAME / 'study.db'}")
+    found: list[Any] = []
+    for trial in study.get_trials():
+        attrs = {k: v for k, v in trial.user_attrs.items() if k != "started"}
+        for key, value in attrs.items():
+            if key.startswith("epoch "):
+                value["metrics"].pop("seconds")
+                value.pop("time")
+            if key == "end":
+                value.pop("time")
+        found.append((trial.number, trial.state.name, trial.value, trial.params, trial.intermediate_values, attrs))
+    found.append(sorted((k, v) for k, v in study.user_attrs.items() if k.startswith(("test", "totals", "settings"))))
+    return found
+
+
+_VARYING = {"epoch_seconds"}
+_TAGS = ("ram.kind", "ram.trial", "ram.arm", "ram.row", "ram.seeds", "ram.state", "ram.stop_reason", "ram.status")
+
+
+def _mlflow(root: Path) -> list[Any]:
+    client = mlflow.MlflowClient(f"sqlite:///{root}/mlflow.db")
+    experiment = client.get_experiment_by_name("ram-study")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    parents = [r for r in runs if r.data.tags["ram.kind"] == "study"]
+    assert len(parents) == 1, f"{len(parents)} parent runs"
+    found: list[Any] = []
+    for run in sorted(runs, key=lambda r: r.data.tags.get("ram.trial", "")):
+        assert run.data.tags.get("mlflow.parentRunId", parents[0].info.run_id) == parents[0].info.run_id
+        history: list[tuple[str, int, float]] = []
+        with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as database:
+            rows = database.execute("select key, step, value from metrics where run_uuid = ?", [run.info.run_id])
+            history = sorted((key, step, value) for key, step, value in rows)
+        once = {(key, step) for key, step, _ in history}
+        assert len(once) == len(history), f"doubled metrics in {run.info.run_name}"
+        history = [entry for entry in history if entry[0] not in _VARYING]
+        tags = {k: run.data.tags.get(k) for k in _TAGS}
+        found.append((run.info.run_name, run.info.status, tags, run.data.params, history))
+    return found
+
+
+def _files(root: Path) -> list[str]:
+    return sorted(str(p.relative_to(root)) for p in (root / NAME / "trials").glob("**/*") if p.is_file())
+
+
+def new_database(root: Path) -> Path:
+    """An MLflow database without runs; making one takes seconds."""
+    path = root / "empty.db"
+
+    def body() -> None:
+        mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+
+    assert fork(body) == 0
+    return path
+
+
+def reference(study: Study, root: Path, template: Path) -> dict[str, Any]:
+    """What an undisturbed study leaves behind."""
+    root.mkdir()
+    shutil.copy(template, root / "mlflow.db")
+    assert session(study, root) == 0
+    return contents(root)
+
+
+def check(root: Path, faults_wanted: int, seed: int, say: Callable[[str], None] = print) -> int:
+    """Disturb studies until so many faults have taken effect. Returns how many did.
+
+    Raises:
+        AssertionError: a study ended otherwise than the undisturbed one; the message names its seed.
+    """
+    torch.set_num_threads(1)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = Study.make()
+    Trainer(study.space.base, study.data)  # imports what the forked sessions would each import again
+    template = new_database(root)
+    expected = reference(study, root / "reference", template)
+    trained = len((root / "reference" / "trained.log").read_text().split())
+    total = sessions = 0
+    while total < faults_wanted:
+        started = time.monotonic()
+        folder = root / f"seed{seed}"
+        chain = disturbed(study, folder, template, random.Random(seed))
+        found = contents(folder)
+        for part, value in expected.items():
+            differing = [(a, b) for a, b in zip_longest(value, found[part]) if a != b]
+            assert not differing, (
+                f"seed {seed}: {part} differs, first in\nexpected {differing[0][0]}\nfound    {differing[0][1]}"
+            )
+        again = len((folder / "trained.log").read_text().split()) - trained
+        # One checkpoint interval (an epoch) a fault at most, a torn checkpoint costing the one before it as well.
+        assert again <= chain.faults + chain.torn, f"seed {seed}: {again} epochs trained twice in {chain}"
+        total, sessions = total + chain.faults, sessions + chain.sessions
+        seconds = time.monotonic() - started
+        say(
+            f"seed {seed}: {chain.faults} faults ({chain.torn} torn files) in {chain.sessions} sessions, "
+            f"{again} epochs trained again, equal; {seconds:.0f} s; {total} faults so far"
+        )
+        shutil.rmtree(folder)
+        seed += 1
+    return total
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description="Crash test of the study engine.")
+    parser.add_argument("--faults", type=int, default=200, help="how many faults to survive (default 200)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first disturbed study (default 0)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="ram-study-crash-") as root:
+        total = check(Path(root), arguments.faults, arguments.seed)
+    print(f"{total} faults survived")
+
+
+if __name__ == "__main__":
+    _main()

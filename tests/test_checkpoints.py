@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import io
+import pickle
+
+import pytest
+import torch
+
+from study.checkpoints import Checkpoints, LocalFolder, RemoteFolder, open_folder
+
+
+class Malicious:
+    def __reduce__(self):
+        return print, ("code in a checkpoint ran",)
+
+
+@pytest.fixture(params=["local", "remote"])
+def checkpoints(request, tmp_path):
+    """A folder of this machine, and pyarrow's view of one as it would see an object store."""
+    folder = LocalFolder(tmp_path) if request.param == "local" else RemoteFolder(tmp_path.as_uri())
+    (tmp_path / "trials" / "0007").mkdir(parents=True)
+    return Checkpoints(folder, 7)
+
+
+ME = {"config": {"patch_size": 8}, "seeds": [0, 1]}
+
+
+def state(epoch: int) -> dict:
+    return {"identity": ME, "trainer": {"weights": torch.full((50, 50), float(epoch))}, "history": [{"val": (0.1,)}]}
+
+
+def test_the_newest_of_the_two_last_is_loaded(checkpoints):
+    for epoch in (1, 2, 3):
+        checkpoints.save(epoch, state(epoch))
+    assert checkpoints.folder.names("trials/0007") == ["epoch_0002.pt", "epoch_0003.pt"]
+    loaded = checkpoints.load(ME)
+    assert loaded["trainer"]["weights"][0, 0] == 3 and loaded["history"] == [{"val": (0.1,)}]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
+def test_a_damaged_newest_one_falls_back_to_the_one_before(checkpoints, tmp_path, damage):
+    for epoch in (1, 2):
+        checkpoints.save(epoch, state(epoch))
+    path = tmp_path / "trials" / "0007" / "epoch_0002.pt"
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        content = content[: len(content) // 3]
+    elif damage == "flip":
+        content[len(content) // 2] ^= 1
+    else:
+        content.clear()
+    path.write_bytes(content)
+    assert checkpoints.load(ME)["trainer"]["weights"][0, 0] == 1
+
+
+def test_another_configurations_checkpoint_is_not_continued(checkpoints):
+    checkpoints.save(1, state(1))
+    assert checkpoints.load(ME | {"seeds": [5]}) is None
+
+
+def test_nothing_there_is_a_fresh_start(checkpoints):
+    assert checkpoints.load(ME) is None and checkpoints.load_best() is None
+
+
+def test_an_ended_trial_keeps_its_best_weights_only(checkpoints):
+    checkpoints.save(1, state(1))
+    checkpoints.save_best({"weights": {"w": torch.ones(2)}})
+    checkpoints.drop_epochs(keep_best=True)
+    assert checkpoints.folder.names("trials/0007") == ["best.pt"]
+    assert checkpoints.load_best()["weights"]["w"].tolist() == [1, 1]
+    checkpoints.drop_epochs(keep_best=False)
+    assert checkpoints.folder.names("trials/0007") == []
+
+
+def test_a_checkpoint_that_carries_code_is_refused(checkpoints, capsys):
+    from study.checkpoints import _pack
+
+    checkpoints.folder.write("trials/0007/best.pt", _pack({"weights": Malicious()}))
+    with pytest.raises(pickle.UnpicklingError):
+        checkpoints.load_best()
+    assert "code in a checkpoint ran" not in capsys.readouterr().out
+
+
+def test_a_full_disk_leaves_the_older_checkpoints_alone(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(LocalFolder(tmp_path), 7)
+    checkpoints.save(1, state(1))
+    monkeypatch.setenv("RAM_STUDY_FAULT", "file.write.half@1:full")
+    monkeypatch.setattr("study.faults._passed", type(__import__("collections").Counter())())
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.save(2, state(2))
+    assert [p.name for p in (tmp_path / "trials" / "0007").iterdir()] == ["epoch_0001.pt"]
+    assert checkpoints.load(ME)["trainer"]["weights"][0, 0] == 1
+
+
+def test_storage_is_a_path_or_a_uri(tmp_path):
+    local = open_folder(str(tmp_path), "study")
+    assert isinstance(local, LocalFolder) and local.root == tmp_path / "study"
+    assert isinstance(open_folder(tmp_path.as_uri(), "study"), RemoteFolder)
+
+
+def test_checkpoints_are_plain_torch_files_with_a_checksum(checkpoints, tmp_path):
+    checkpoints.save(1, state(1))
+    content = (tmp_path / "trials" / "0007" / "epoch_0001.pt").read_bytes()
+    assert torch.load(io.BytesIO(content[:-32]), weights_only=True)["identity"] == ME

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import pytest
+
+from ramcore.config import Config
+from study import designs
+from study.designs import Plan, published, search_arms
+from study.space import search_space
+
+
+@pytest.mark.parametrize(
+    ("total", "published_rows", "sobol", "tpe"),
+    [(40, 5, 16, 19), (100, 6, 40, 54), (24, 3, 16, 5), (12, 1, 9, 2), (6, 1, 4, 1), (3, 1, 2, 0), (1, 1, 0, 0)],
+)
+def test_arms_of_a_search(total, published_rows, sobol, tpe):
+    arms = search_arms([total], 6)
+    assert len(arms) == total
+    assert arms == ["published"] * published_rows + ["sobol"] * sobol + ["tpe"] * tpe
+
+
+def test_a_study_that_is_extended_keeps_the_arms_it_had_and_its_share_of_sobol_points():
+    before, after = search_arms([24], 6), search_arms([24, 100], 6)
+    assert after[:24] == before
+    assert after.count("sobol") == 40 and len(after) == 100
+    assert after[24:48] == ["sobol"] * 24
+
+
+def test_the_default_and_published_configurations_come_first():
+    rows = published(search_space(Config(task="translated")))
+    assert [row for row, _ in rows] == [
+        "default",
+        "published 6 gl 12x12 3 s",
+        "published 6 gl 16x16 3 s",
+        "published 8 gl 12x12 3 s",
+        "published 6 gl 8x8 3 s",
+        "published 6 gl 8x8 2 s",
+    ]
+    assert rows[1][1]["learning_rate"] == 3e-4
+
+
+def test_the_paper_design_is_table_1():
+    plans = designs.paper("mnist", ("translated", "cluttered"), 100, 3)
+    assert [p.row for p in plans] == [
+        "translated CNN",
+        "translated RAM 6 gl 8x8 2 s",
+        "translated RAM 6 gl 8x8 3 s",
+        "translated RAM 6 gl 12x12 3 s",
+        "translated RAM 8 gl 12x12 3 s",
+        "translated RAM 6 gl 16x16 3 s",
+        "cluttered CNN",
+        "cluttered RAM 6 gl 12x12 3 s",
+        "cluttered RAM 6 gl 12x12 4 s",
+        "cluttered RAM 8 gl 12x12 3 s",
+        "cluttered RAM 6 gl 16x16 3 s",
+        "cluttered RAM 6 gl 20x20 3 s",
+    ]
+    for plan in plans:
+        assert plan.arm == "paper" and not plan.stoppable and plan.seeds == (0, 1, 2)
+        assert (plan.config.learning_rate, plan.config.batch_size, plan.config.epochs) == (3e-4, 100, 100)
+        assert plan.config.location_std == 0.17 and plan.config.hidden_size == 256
+    assert plans[0].config.model == "cnn" and plans[6].config.task == "cluttered"
+    assert len(designs.paper("mnist", ("cluttered",), 100, 3)) == 6
+
+
+def test_one_factor_at_a_time_changes_one_factor_at_a_time():
+    space = search_space(Config())
+    best = space.default | {"patch_size": 16}
+    plans = designs.ofat(space, best, 3)
+    assert plans[0].row == "baseline best" and len({p.row for p in plans}) == len(plans)
+    baselines = {p.row: p.config for p in plans if ":" not in p.row}
+    assert baselines["baseline small patch"].patch_size == designs.SMALL_PATCH
+    for plan in plans:
+        baseline, _, changed = plan.row.partition(": ")
+        if changed:
+            name = changed.partition("=")[0]
+            differing = [n for n in space.names if getattr(plan.config, n) != getattr(baselines[baseline], n)]
+            assert differing == [name]
+    assert {name for p in plans for name in space.names if f": {name}=" in p.row} == set(space.names)
+
+
+def test_replicate_uses_seeds_that_no_search_has_seen():
+    space = search_space(Config())
+    plans = designs.replicate(space, space.default | {"patch_size": 20}, "translated-mnist-search", 5)
+    assert [p.row for p in plans][:2] == ["best of translated-mnist-search", "default"]
+    assert all(min(p.seeds) >= 1000 and len(p.seeds) == 5 for p in plans)
+    assert len({str(p.config) for p in plans}) == len(plans) == 2 + designs.SPREAD_POINTS
+
+
+def test_a_plan_survives_json():
+    plan = designs.paper("mnist", ("translated",), 100, 3)[1]
+    assert Plan.from_dict(plan.to_dict()) == plan

@@ -1,0 +1,378 @@
+"""Every line of "Nothing lost": real processes killed, a real Ray, a real MLflow server. Run with `-m slow`.
+
+Each test asserts on what Optuna's storage, MLflow and the checkpoint folder hold afterwards (`settled`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import crash
+import mlflow
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).resolve().parent.parent
+STUDY = ("--data", "digits", "--task", "original", "--study", "s", "--trials", "5", "--epochs", "3")
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1", **extra}
+
+
+def start(folder: Path, *flags: str, **extra: str) -> subprocess.Popen[str]:
+    """A study in a process of its own, its folder as working directory."""
+    command = [sys.executable, "-m", "study.run", *STUDY, *flags]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 400) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+def run(folder: Path, *flags: str, **extra: str) -> tuple[int, str, str]:
+    return finish(start(folder, *flags, **extra))
+
+
+def epochs_recorded(folder: Path) -> int:
+    path = folder / "runs" / "s" / "study.db"
+    if not path.exists():
+        return 0
+    with contextlib.closing(sqlite3.connect(path)) as database, contextlib.suppress(sqlite3.OperationalError):
+        return database.execute("select count(*) from trial_intermediate_values").fetchone()[0]
+    return 0
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 200) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, f"the study ended early: {process.communicate()}"
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def descendants(pid: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(entry.name))
+    found, todo = [], [pid]
+    while todo:
+        todo += (new := children.get(todo.pop(), []))
+        found += new
+    return found
+
+
+def workers(pid: int) -> list[int]:
+    """Ray's actors below a driver."""
+    found = []
+    for child in descendants(pid):
+        with contextlib.suppress(OSError):
+            if b"ray::ImplicitFunc" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(child)
+    return found
+
+
+def settled(folder: Path, trials: int = 5, uri: str | None = None, failed: int = 0) -> list[optuna.trial.FrozenTrial]:
+    """Assert that a study ended with everything once: in the record, in MLflow and on disk."""
+    study = optuna.load_study(study_name="s", storage=f"sqlite:///{folder}/runs/s/study.db")
+    stored = study.get_trials()
+    assert [t.number for t in stored] == list(range(trials))
+    assert all(t.state in ENDED for t in stored), [t.state for t in stored]
+    assert sum(t.state == TrialState.FAIL for t in stored) == failed
+    for trial in stored:
+        steps = sorted(trial.intermediate_values)
+        assert steps == list(range(1, len(steps) + 1))
+        assert len(steps) == 3 or trial.state != TrialState.COMPLETE
+    kept = sorted(p.relative_to(folder / "runs" / "s" / "trials") for p in (folder / "runs" / "s").glob("trials/*/*"))
+    assert kept == [Path(f"{t.number:04d}/best.pt") for t in stored if t.state == TrialState.COMPLETE]
+    tracked(folder, stored, uri or f"sqlite:///{folder}/mlflow.db")
+    return stored
+
+
+def tracked(folder: Path, stored: list[optuna.trial.FrozenTrial], uri: str) -> None:
+    """Assert that MLflow holds the record, every trial and epoch once."""
+    client = mlflow.MlflowClient(uri)
+    experiment = client.get_experiment_by_name("ram-study")
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [r for r in runs if r.data.tags["ram.kind"] == "study"]
+    assert parent.data.tags["ram.status"] == "finished" and parent.info.status == "FINISHED"
+    children = {int(r.data.tags["ram.trial"]): r for r in runs if r.data.tags["ram.kind"] == "trial"}
+    assert len(runs) == 1 + len(stored) and sorted(children) == [t.number for t in stored]
+    assert parent.data.metrics["trials_finished"] == len(stored)
+    for trial in stored:
+        child = children[trial.number]
+        expected = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
+        assert child.data.tags["ram.state"] == expected[trial.state]
+        assert child.info.status == ("FAILED" if trial.state == TrialState.FAIL else "FINISHED")
+        assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        history = client.get_metric_history(child.info.run_id, "val_accuracy")
+        assert {m.step: m.value for m in history} == pytest.approx(trial.intermediate_values)
+        assert len(history) == len(trial.intermediate_values)
+        for name, value in json.loads(json.dumps(trial.params)).items():
+            assert float(child.data.params[name]) == value
+
+
+def essence(stored: list[optuna.trial.FrozenTrial]) -> list[tuple]:
+    return [(t.number, t.state, t.params, t.intermediate_values, t.user_attrs["end"]["reason"]) for t in stored]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> list[tuple]:
+    """What a serial study ends with when nothing happens to it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    code, out, err = run(folder, "--max-concurrent", "1")
+    assert code == 0, err
+    assert "Best configuration" in out
+    return essence(settled(folder))
+
+
+def test_at_least_200_faults_in_serial_studies_change_nothing(tmp_path):
+    assert crash.check(tmp_path, 200, seed=1000) >= 200
+
+
+def test_a_killed_driver_is_continued_to_the_same_end(tmp_path, undisturbed):
+    for epochs in (0, 2, 5, 9):
+        process = start(tmp_path, "--max-concurrent", "1")
+        wait_for(lambda n=epochs: epochs_recorded(tmp_path) >= n and (tmp_path / "runs/s/study.db").exists(), process)
+        process.kill()
+        finish(process)
+    started = time.monotonic()
+    process = start(tmp_path, "--max-concurrent", "1")
+    before = epochs_recorded(tmp_path)
+    wait_for(lambda: epochs_recorded(tmp_path) > before, process)
+    print(f"the first epoch after a kill was recorded {time.monotonic() - started:.1f} s after the command")
+    code, _, err = finish(process)
+    assert code == 0, err
+    assert essence(settled(tmp_path)) == undisturbed
+
+
+def test_a_driver_killed_in_its_first_seconds_leaves_nothing_behind(tmp_path):
+    for seconds in (0.5, 2, 4, 6, 8, 10):
+        process = start(tmp_path)
+        time.sleep(seconds)
+        process.kill()
+        finish(process)
+    code, _, err = run(tmp_path)
+    assert code == 0, err
+    settled(tmp_path)
+
+
+def test_a_killed_worker_resumes_from_its_checkpoint(tmp_path, undisturbed):
+    process = start(tmp_path, "--max-concurrent", "1")
+    for epochs in (1, 5):
+        wait_for(lambda n=epochs: epochs_recorded(tmp_path) >= n and bool(workers(process.pid)), process)
+        for worker in workers(process.pid):
+            os.kill(worker, signal.SIGKILL)
+    code, _, err = finish(process)
+    assert code == 0, err
+    assert essence(settled(tmp_path)) == undisturbed
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_stop_a_study_that_the_same_command_continues(tmp_path, number, code):
+    process = start(tmp_path)
+    wait_for(lambda: epochs_recorded(tmp_path) >= 2, process)
+    process.send_signal(number)
+    started = time.monotonic()
+    found, out, err = finish(process)
+    assert found == code and "the same command continues" in err and "to be continued" in out
+    assert time.monotonic() - started < 30
+    assert run(tmp_path)[0] == 0
+    settled(tmp_path)
+
+
+def test_a_time_budget_stops_a_study_that_the_same_command_continues(tmp_path):
+    code, _, err = run(tmp_path, "--time-budget", "0.35")
+    assert code == 75 and "time budget" in err
+    assert run(tmp_path)[0] == 0
+    settled(tmp_path)
+
+
+def test_a_full_disk_under_the_checkpoints_stops_a_study_that_the_same_command_continues(tmp_path):
+    code, _, err = run(tmp_path, RAM_STUDY_FAULT="file.write.half@2:full")
+    assert code == 75 and "No space left" in err
+    code, _, err = run(tmp_path)
+    assert code == 0, err
+    settled(tmp_path)
+
+
+def test_a_full_disk_under_the_record_stops_a_study_that_the_same_command_continues(tmp_path):
+    code, _, err = run(tmp_path, RAM_STUDY_FAULT="record.epoch.before@4:full")
+    assert code == 75 and "the record cannot be written" in err
+    code, _, err = run(tmp_path)
+    assert code == 0, err
+    settled(tmp_path)
+
+
+def test_a_failed_trial_is_recorded_and_the_study_goes_on(tmp_path):
+    # Both workers' first trial fails; the third one does not, so it is not the program.
+    code, out, _ = run(tmp_path, RAM_STUDY_FAULT="trial.start@1:error")
+    assert code == 3 and "RuntimeError: injected at trial.start" in out
+    settled(tmp_path, failed=2)
+
+
+def test_a_programming_error_stops_the_study_early(tmp_path):
+    plan = ",".join(f"trial.start@{n}:error" for n in range(1, 9))
+    code, out, err = run(tmp_path, "--trials", "30", RAM_STUDY_FAULT=plan)
+    assert code == 1 and "failed alike: error: RuntimeError: injected at trial.start" in err
+    assert 3 <= out.count("failed: trial") <= 5
+
+
+def test_a_second_driver_is_refused(tmp_path):
+    process = start(tmp_path)
+    wait_for(lambda: epochs_recorded(tmp_path) >= 1, process)
+    code, _, err = run(tmp_path)
+    assert code == 2 and f"process {process.pid} is running s" in err
+    assert finish(process)[0] == 0
+    settled(tmp_path)
+
+
+# A real tracking server.
+
+
+class Server:
+    """`mlflow server` on loopback, to be stopped and started."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.folder = folder
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--workers",
+            "1",
+        ]
+        command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--serve-artifacts"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        with (self.folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log, start_new_session=True)
+        end = time.monotonic() + 120
+        while True:
+            try:
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
+                    return
+            except OSError:
+                assert time.monotonic() < end, (self.folder / "server.log").read_text()[-2000:]
+                time.sleep(0.5)
+
+    def signal(self, number: int) -> None:
+        assert self._process is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self.signal(signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture
+def server(tmp_path) -> Iterator[Server]:
+    server = Server(tmp_path)
+    server.start()
+    yield server
+    server.stop()
+
+
+def test_a_tracking_server_away_for_a_while_is_brought_up_to_date(tmp_path, server):
+    process = start(tmp_path, "--trials", "8", "--tracking-uri", server.uri)
+    wait_for(lambda: epochs_recorded(tmp_path) >= 3, process)
+    server.stop()
+    during = epochs_recorded(tmp_path)
+    wait_for(lambda: epochs_recorded(tmp_path) >= during + 4, process)  # training does not wait
+    server.start()
+    code, _, err = finish(process)
+    assert code == 0 and "tracking is interrupted" in err and "MLflow lacks" not in err, err
+    settled(tmp_path, trials=8, uri=server.uri)
+
+
+def test_a_tracking_server_that_hangs_does_not_hold_training_up(tmp_path, server):
+    process = start(tmp_path, "--tracking-uri", server.uri, MLFLOW_HTTP_REQUEST_TIMEOUT="3")
+    wait_for(lambda: epochs_recorded(tmp_path) >= 2, process)
+    server.signal(signal.SIGSTOP)
+    during = epochs_recorded(tmp_path)
+    wait_for(lambda: epochs_recorded(tmp_path) >= during + 4, process, timeout=90)
+    server.signal(signal.SIGCONT)
+    code, _, err = finish(process)
+    assert code == 0, err
+    if "MLflow lacks" in err:
+        assert run(tmp_path, "--tracking-uri", server.uri)[0] == 0
+    settled(tmp_path, uri=server.uri)
+
+
+def test_a_tracking_server_that_never_returns_is_told_and_made_good_by_the_next_run(tmp_path, server):
+    process = start(tmp_path, "--tracking-uri", server.uri)
+    wait_for(lambda: epochs_recorded(tmp_path) >= 2, process)
+    server.stop()
+    code, out, err = finish(process)
+    assert code == 0 and "MLflow lacks" in err and "Best configuration" in out
+    server.start()
+    code, _, err = run(tmp_path, "--tracking-uri", server.uri)
+    assert code == 0 and "MLflow lacks" not in err, err
+    settled(tmp_path, uri=server.uri)
+
+
+# Several nodes.
+
+
+def test_a_node_that_is_lost_costs_an_epoch_at_most(tmp_path):
+    script = f"""
+import os, sys, threading, time
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={{"num_cpus": 0, "include_dashboard": False}})
+nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+cluster.wait_for_nodes()
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from pathlib import Path
+from test_faults import epochs_recorded
+def lose():
+    while epochs_recorded(Path.cwd()) < 4:
+        time.sleep(0.1)
+    cluster.remove_node(nodes[0], allow_graceful=False)
+    print("node removed", file=sys.stderr, flush=True)
+    cluster.add_node(num_cpus=1)
+threading.Thread(target=lose, daemon=True).start()
+from study.run import Flags, main
+code = main(Flags(data="digits", task="original", study="s", trials=5, epochs=3, address=cluster.address))
+sys.stdout.flush(); sys.stderr.flush()
+os._exit(code)
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "node removed" in done.stderr, done.stderr
+    settled(tmp_path)

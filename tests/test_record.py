@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from ramcore.config import Config
+from study.designs import Plan
+from study.record import Record, RecordError, StudySettings, read_best, read_settings
+from study.space import search_space
+
+SPACE = search_space(Config(data="digits", task="original", epochs=3))
+SETTINGS = StudySettings(
+    study="s",
+    task="original",
+    data="digits",
+    digest="d" * 64,
+    design="search",
+    epochs=3,
+    seeds_per_trial=2,
+    seed=0,
+    space=SPACE.describe(),
+)
+
+
+def metrics(epoch: int, *accuracy: float) -> dict:
+    return {"epoch": epoch, "seconds": 1.0, "val_accuracy": accuracy, "seeds": [0, 1], "diverged": [False, False]}
+
+
+def plan(index: int = 0) -> Plan:
+    return Plan(config=SPACE.config(SPACE.sobol(index, 0)), arm="sobol", seeds=(0, 1))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "s"
+
+
+def open_record(folder, settings=SETTINGS, total=5, rows=None) -> Record:
+    return Record.open(folder, settings, total=total, rows=rows)
+
+
+def test_a_trial_is_whole_from_its_first_commit(folder):
+    with open_record(folder) as record:
+        trial = record.start(plan(), SPACE.distributions())
+        (stored,) = record.study.get_trials()
+    assert trial.number == 0 and stored.state == TrialState.RUNNING
+    assert stored.params == SPACE.sobol(0, 0)
+    assert stored.user_attrs["arm"] == "sobol" and stored.user_attrs["seeds"] == "0,1"
+
+
+def test_reports_become_intermediate_values_and_a_repeated_one_is_ignored(folder, caplog):
+    with open_record(folder) as record:
+        record.start(plan(), SPACE.distributions())
+        assert record.add_epoch(0, 1, metrics(1, 0.2, 0.4))
+        assert not record.add_epoch(0, 1, metrics(1, 0.2, 0.4))
+        assert "twice" not in caplog.text
+        assert not record.add_epoch(0, 1, metrics(1, 0.9, 0.9))
+        assert "twice" in caplog.text
+        assert record.add_epoch(0, 2, metrics(2, 0.5, 0.5))
+        (stored,) = record.study.get_trials()
+    assert stored.intermediate_values == {1: pytest.approx(0.3), 2: 0.5}
+
+
+@pytest.mark.parametrize(
+    ("state", "optuna_state", "value"),
+    [("complete", TrialState.COMPLETE, 0.3), ("pruned", TrialState.PRUNED, None), ("failed", TrialState.FAIL, None)],
+)
+def test_ends(folder, state, optuna_state, value):
+    with open_record(folder) as record:
+        record.start(plan(), SPACE.distributions())
+        record.add_epoch(0, 1, metrics(1, 0.2, 0.4))
+        record.end(0, state, "why")
+        record.end(0, "failed", "a second end is ignored")
+        (stored,) = record.study.get_trials()
+    assert stored.state == optuna_state and stored.user_attrs["end"]["reason"] == "why"
+    # A pruned trial's value is its last intermediate one in Optuna's own reading; it is never told as a final result.
+    assert stored.value == (pytest.approx(value) if value else stored.value)
+    with open_record(folder) as record:
+        trial = record.trials[0]
+        assert (trial.state, trial.reason, len(trial.epochs)) == (state, "why", 1)
+
+
+def test_a_nan_is_kept_as_an_epoch_but_not_told_as_a_value(folder):
+    with open_record(folder) as record:
+        record.start(plan(), SPACE.distributions())
+        record.add_epoch(0, 1, metrics(1, math.nan, 0.4))
+        (stored,) = record.study.get_trials()
+        assert stored.intermediate_values == {}
+    with open_record(folder) as record:
+        assert math.isnan(record.trials[0].epochs[0].value)
+
+
+def test_what_a_crash_cut_off_is_completed_on_opening(folder, monkeypatch):
+    with open_record(folder) as record:
+        record.start(plan(), SPACE.distributions())
+        record.add_epoch(0, 1, metrics(1, 0.2, 0.4))
+        with monkeypatch.context() as patch:
+            patch.setattr(Record, "_set_value", lambda *_: None)
+            record.add_epoch(0, 2, metrics(2, 0.4, 0.4))
+            patch.setattr(Record, "_set_state", lambda *_: None)
+            record.end(0, "complete", "finished")
+    with open_record(folder) as record:
+        (stored,) = record.study.get_trials()
+    assert stored.intermediate_values == {1: pytest.approx(0.3), 2: 0.4}
+    assert (stored.state, stored.value) == (TrialState.COMPLETE, 0.4)
+
+
+def test_the_test_reading_of_an_ended_trial_survives(folder):
+    with open_record(folder) as record:
+        record.start(plan(), SPACE.distributions())
+        record.end(0, "complete", "finished")
+        record.set_test(0, {"accuracy": [0.5]})
+    with open_record(folder) as record:
+        assert record.trials[0].test == {"accuracy": [0.5]}
+
+
+def test_more_trials_extend_and_fewer_do_not_shrink(folder):
+    with open_record(folder, total=5) as record:
+        assert record.totals == [5]
+    with open_record(folder, total=3) as record:
+        assert record.totals == [5]
+    with open_record(folder, total=9) as record:
+        assert record.totals == [5, 9]
+    with open_record(folder, total=None) as record:
+        assert record.totals == [5, 9]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"epochs": 4}, "epochs 3 there, 4 asked for"),
+        ({"data": "mnist"}, "data digits there, mnist asked for"),
+        ({"digest": "e" * 64}, "images (sha256 dddddddddddd there, eeeeeeeeeeee here)"),
+        ({"seeds_per_trial": 1}, "seeds_per_trial 2 there, 1 asked for"),
+        ({"design": "ofat"}, "design search there, ofat asked for"),
+    ],
+)
+def test_other_settings_under_the_same_name_are_refused_and_named(folder, change, said):
+    open_record(folder).close()
+    with pytest.raises(RecordError) as error:
+        open_record(folder, dataclasses.replace(SETTINGS, **change))
+    assert said in str(error.value) and "\n" not in str(error.value)
+    open_record(folder).close()  # the refusal let go of the lock
+
+
+def test_another_space_is_refused_and_named_but_a_reworded_reason_is_not(folder):
+    open_record(folder).close()
+    space = SPACE.describe()
+    space["dimensions"][1] |= {"high": 30, "reason": "another"}
+    with pytest.raises(RecordError, match=r"space: patch_size.high 14 there, 30 here"):
+        open_record(folder, dataclasses.replace(SETTINGS, space=space))
+    space = SPACE.describe()
+    space["dimensions"][1] |= {"reason": "another"}
+    open_record(folder, dataclasses.replace(SETTINGS, space=space)).close()
+
+
+def test_a_second_driver_is_refused_and_told_who_is_first(folder, tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from study.record import _lock; _lock(Path(sys.argv[1]));"
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    folder.mkdir()
+    command = [sys.executable, "-c", script, str(folder / "driver.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(RecordError, match=f"process {other.pid} is running s"):
+            open_record(folder)
+        other.kill()
+    open_record(folder).close()
+
+
+def test_a_file_that_is_no_record_is_refused(folder):
+    folder.mkdir()
+    (folder / "study.db").write_text("not a database, " * 100)
+    with pytest.raises(RecordError, match="must be an Optuna SQLite file"):
+        open_record(folder)
+
+
+def test_the_record_can_be_read_from_outside(folder):
+    assert read_settings(folder / "study.db") is None
+    with open_record(folder) as record:
+        for i, accuracy in enumerate((0.2, 0.6, 0.4)):
+            record.start(plan(i), SPACE.distributions())
+            record.add_epoch(i, 1, metrics(1, accuracy, accuracy))
+            record.end(i, "complete", "finished")
+    assert read_settings(folder / "study.db") == (SETTINGS, 5)
+    assert read_best(folder / "study.db") == dataclasses.asdict(plan(1).config)
+
+
+def test_commits_are_durable(folder):
+    with open_record(folder) as record, record._rdb.engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2  # FULL
+
+
+def test_optunas_own_tools_can_open_it(folder):
+    with open_record(folder) as record:
+        record.start(plan(), SPACE.distributions())
+        study = optuna.load_study(study_name="s", storage=f"sqlite:///{folder / 'study.db'}")
+        assert len(study.trials) == 1
