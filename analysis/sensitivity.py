@@ -1,4 +1,4 @@
-"""python -m analysis.sensitivity: which hyperparameters of a tracked study matter, by how much, and how sure that is."""
+"""python -m analysis.sensitivity: which hyperparameters of a tracked study matter, how much, how surely."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def parse_space(raw: Mapping[str, Any]) -> Space:
 
 def _parse_dimension(entry: Mapping[str, Any]) -> Dimension:
     kind, name = str(entry["type"]), str(entry["name"])
-    common = {
+    common: dict[str, Any] = {
         "name": name,
         "kind": kind,
         "unit": str(entry.get("unit") or ""),

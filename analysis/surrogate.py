@@ -5,10 +5,10 @@ Model, on the logit of validation accuracy, u = log(epoch) / log(full budget) in
     y(trial, seed, u) = m(u) + f(x, u) + b(trial) + s(trial, seed, u) + noise
 
 f is a sum of components, one for every set of one, two or three dimensions, each with mean zero over the dimensions it
-holds (a functional ANOVA, so variances of components are Sobol indices without Monte Carlo). A component is a product of
-basis functions with independent Gaussian weights; the weights move smoothly with u. b is what the smooth surface does
-not explain in a trial, s a seed's lasting luck, noise its luck of the epoch. The within-trial differences between seeds
-enter the likelihood exactly, so seed noise is measured, not guessed.
+holds (a functional ANOVA, so variances of components are Sobol indices without Monte Carlo). A component is a product
+of basis functions with independent Gaussian weights; the weights move smoothly with u. b is what the smooth surface
+does not explain in a trial, s a seed's lasting luck, noise its luck of the epoch. The within-trial differences between
+seeds enter the likelihood exactly, so seed noise is measured, not guessed.
 
 Nothing is fixed at an estimate: hyperparameters are sampled (elliptical slice sampling around a Laplace approximation)
 and each hyperparameter draw gives joint posterior draws of all weights (Matheron's rule).
@@ -18,6 +18,10 @@ kernels), Nishihara et al. 2014 (the sampler), Wilson et al. 2020 (Matheron's ru
 """
 
 from __future__ import annotations
+
+# pandas' own annotations are unions that its indexing never returns here, so these checks only raise false alarms.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportAssignmentType=false
 
 import itertools
 import math
@@ -36,14 +40,13 @@ MAIN, PAIR, TRIPLE = 8, 6, 3  # basis functions a dimension in components of one
 ROW_BUDGET = 640  # rows the process is fitted to; curves are averaged in bins of log epoch to stay within it
 MAX_BINS = 8  # epochs a curve is summarised by, at most
 JITTER = 1e-6
-LUCK_MEMORY = 1.0  # in u: how long a seed's luck lasts; e-fold from the first epoch to the last
 
 
 class Observations(NamedTuple):
     """What the process is fitted to: N rows of T trials, R seeds at most, B bins of log epoch.
 
     trials: (T,) trial numbers; x: (T, D) unit coordinates; trial_of: (N,) row -> trial; u: (N,) in [0, 1];
-    y: (N,) logit of accuracy, mean over seeds and over the bin; seeds: (N,) seeds averaged; epochs: (N,) epochs averaged;
+    y: (N,) logit of accuracy, mean over seeds and over the bin; seeds, epochs: (N,) how many were averaged;
     contrast_*: seeds' departures from their trial's mean, summed as outer products over seeds.
     """
 
@@ -94,7 +97,7 @@ def observe(epochs: pd.DataFrame, x: pd.DataFrame, budget: int, evaluation_size:
     table["u"] = np.log(table["epoch"]) / max(math.log(budget), 1e-9)
     bins = int(np.clip(ROW_BUDGET // max(table["trial"].nunique(), 1), 1, min(MAX_BINS, budget)))
     edges = np.unique(np.round(np.geomspace(1, budget, bins)))
-    # An epoch joins the nearest bin below the full budget; the last bin keeps the last tenth of the epochs only, so that
+    # An epoch joins the nearest bin below the full budget; the last bin keeps the last tenth only, so that
     # "at the full budget" means that.
     final = table["epoch"] > 0.9 * budget
     lower = np.log(edges[:-1]) if len(edges) > 1 else np.log(edges)
@@ -211,9 +214,9 @@ def _matern(distance: Array, length: float) -> Array:
 class Surface:
     """The process for a fixed list of dimensions: its likelihood, its sampler, its features.
 
-    Hyperparameters, all on log scale except the two slopes, in this order: weight of each dimension (D), roughness of each
-    (D), interaction strength, memory in u, change of signal with u, seed luck, epoch luck, trial misfit, change of luck
-    with u. Priors are `PRIOR_*`; y is scaled to unit variance first.
+    Hyperparameters, all on log scale except the two slopes, in this order: weight of each dimension (D), roughness of
+    each (D), interaction strength, memory in u, change of signal with u, seed luck, epoch luck, trial misfit, change of
+    luck with u, memory of a seed's luck in u. Their priors are Gaussian (`prior_mean`, `prior_sd`), for y scaled to unit variance.
     """
 
     def __init__(self, dimensions: Sequence[Dimension]) -> None:
@@ -225,10 +228,12 @@ class Surface:
         # Weights: most dimensions matter little (median share 4% of the variance each), any may matter a lot.
         # Interaction: a pair has about a third of the variance its two weights alone would give.
         self.prior_mean = torch.tensor(
-            [math.log(0.06)] * d + [0.0] * d + [math.log(0.35), math.log(1.0), 0.3, -1.6, -2.0, -2.5, 0.0],
+            [math.log(0.06)] * d + [0.0] * d + [math.log(0.35), math.log(1.0), 0.3, -1.6, -2.0, -2.5, 0.0, 0.7],
             dtype=torch.float64,
         )
-        self.prior_sd = torch.tensor([1.6] * d + [0.4] * d + [0.8, 0.5, 0.7, 1.0, 1.0, 1.0, 0.5], dtype=torch.float64)
+        self.prior_sd = torch.tensor(
+            [1.6] * d + [0.4] * d + [0.8, 0.5, 0.7, 1.0, 1.0, 1.0, 0.5, 1.0], dtype=torch.float64
+        )
 
     # ---- features: weights <-> values -------------------------------------------------------------------------
 
@@ -310,7 +315,7 @@ class Surface:
     def _noise_kernel(self, theta: Tensor, data: _Tensors) -> Tensor:
         """Covariance of rows beyond the surface; only rows of one trial share any, so just those are computed."""
         lasting, fresh, misfit = self._luck(theta, data.times)
-        memory = torch.exp(-(data.times[:, None] - data.times[None, :]).abs() / LUCK_MEMORY)
+        memory = torch.exp(-(data.times[:, None] - data.times[None, :]).abs() / torch.exp(theta[2 * self.size + 7]))
         seed = lasting[:, None] * lasting[None, :] * memory
         rows, columns = data.same
         shared = seed[data.time_of[rows], data.time_of[columns]] * (data.seeds[rows] * data.seeds[columns]).rsqrt()
@@ -340,7 +345,8 @@ class Surface:
             return torch.zeros((), dtype=torch.float64)
         here = data.contrast_epochs > 0
         lasting, fresh, _ = self._luck(theta, data.contrast_u)
-        memory = torch.exp(-(data.contrast_u[:, :, None] - data.contrast_u[:, None, :]).abs() / LUCK_MEMORY)
+        apart = (data.contrast_u[:, :, None] - data.contrast_u[:, None, :]).abs()
+        memory = torch.exp(-apart / torch.exp(theta[2 * self.size + 7]))
         both = here[:, :, None] & here[:, None, :]
         cov = torch.where(both, lasting[:, :, None] * lasting[:, None, :] * memory, 0.0)
         diagonal = torch.where(here, fresh**2 / data.contrast_epochs.clamp_min(1) + JITTER, 1.0)
@@ -369,7 +375,7 @@ class Surface:
         return torch.tensor(found.x)
 
     def spread(self, mode: Tensor, data: _Tensors) -> Tensor:
-        """Cholesky factor of the Laplace approximation's covariance, kept between a tenth and all of the prior's width."""
+        """Cholesky factor of the Laplace approximation's covariance, between a 20th and all of the prior's width."""
         size, step = len(mode), 1e-3
 
         def gradient(theta: Tensor) -> Tensor:
@@ -390,7 +396,7 @@ class Surface:
     def chain(
         self, data: _Tensors, mode: Tensor, spread: Tensor, steps: int, rng: np.random.Generator
     ) -> tuple[Tensor, float]:
-        """Elliptical slice sampling with the Laplace approximation as its Gaussian -> (steps, H), evaluations a step."""
+        """Elliptical slice sampling around the Laplace approximation -> (steps, H), evaluations a step."""
         evaluations, factor = 0, spread.numpy()
 
         def residual(whitened: Array) -> float:
@@ -497,7 +503,7 @@ class Surface:
         return posterior, (mode, spread)
 
     def predictive_sd(self, theta: Array, scale: float, seeds: float) -> Array:
-        """Standard deviation, in logits, of a new run's mean over seeds at the full budget around the surface -> (S,)."""
+        """Standard deviation (logits) of a new run's mean over seeds around the surface, full budget -> (S,)."""
         rows = torch.as_tensor(theta)
         one = torch.ones(1, dtype=torch.float64)
         total = [

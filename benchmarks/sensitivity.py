@@ -10,6 +10,10 @@ compared with true total Sobol indices, the others with true first-order shares,
 
 from __future__ import annotations
 
+# pandas' own annotations are unions that its indexing never returns here, so these checks only raise false alarms.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
+
 import contextlib
 import dataclasses
 import io
@@ -67,7 +71,7 @@ DESIGNS: dict[str, Synthetic] = {
 
 def true_indices(truth: Truth, dimensions: tuple[Dimension, ...], points: int = 2**15) -> tuple[np.ndarray, np.ndarray]:
     """First-order and total Sobol indices at the full budget, by pick-freeze on many points."""
-    both = qmc.Sobol(2 * len(dimensions), seed=0).random(points)
+    both = qmc.Sobol(2 * len(dimensions), rng=0).random(points)
     size = len(dimensions)
     a = np.column_stack([d.quantile(both[:, i]) for i, d in enumerate(dimensions)])
     b = np.column_stack([d.quantile(both[:, size + i]) for i, d in enumerate(dimensions)])
@@ -91,6 +95,7 @@ def one_study(design: Synthetic) -> list[dict[str, float | str | bool]]:
     analysis = analyse(records, seed=design.seed)
     effects = {e.name: e for e in analysis.effects}
     ours = np.array([effects[n].total.mid for n in names])
+    # Half a percent of slack: an interval of positive numbers cannot hold a truth of exactly zero.
     inside = [
         effects[n].total.low - 0.005 <= t <= effects[n].total.high + 0.005 for n, t in zip(names, total, strict=True)
     ]
@@ -98,6 +103,7 @@ def one_study(design: Synthetic) -> list[dict[str, float | str | bool]]:
         {
             **_score("ours: GP over configuration and epoch", names, ours, total),
             "covered": float(np.mean(inside)),
+            "covered, true index > 0.01": float(np.mean([i for i, t in zip(inside, total, strict=True) if t > 0.01])),
             "r2": analysis.fit.r2,
             "held out": analysis.fit.coverage,
             "injected dummy": effects[DUMMY].total.mid,

@@ -9,9 +9,11 @@ R replicates, B images of a batch, N training images.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -57,14 +59,24 @@ _STEPS_DRAWN = 50  # steps whose random numbers are drawn at once, which is far 
 _CNN_CHANNELS = 20  # dropped whole
 
 
+@contextmanager
+def _denormals_as_zero() -> Iterator[None]:
+    """Adam's moments of idle units decay into denormals, on which a CPU computes some 30 times slower (a step: 1.1)."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
 class Draws(NamedTuple):
     """Everything random in one step, each with leading dimension R; what the model does not use has no elements.
 
-    index: (R, B) images. placement: (R,) keys. first: (R, B, 2). noise: (R, T - 1, B, 2). classes: (R, B) and
+    images: (R, B) their numbers. placement: (R,) keys. first: (R, B, 2). noise: (R, T - 1, B, 2). classes: (R, B) and
     dropout: (R, B, channels), in [0, 1).
     """
 
-    index: Tensor
+    images: Tensor
     placement: Tensor
     first: Tensor
     noise: Tensor
@@ -132,9 +144,10 @@ class Trainer:
         if self._run_step is None:
             self._run_step = self._capture() if self.device.type == "cuda" else self._step
         self._meters.zero_()
-        for step, draws in enumerate(self._draws(self.epochs_done)):
-            self._set_learning_rate(self.epochs_done * steps + step)
-            self._run_step(draws)
+        with _denormals_as_zero():
+            for step, draws in enumerate(self._draws(self.epochs_done)):
+                self._set_learning_rate(self.epochs_done * steps + step)
+                self._run_step(draws)
         self.epochs_done += 1
         evaluation = evaluate(self.model, self.config, self.seeds, self.data, "validation", every_step=False)
         diverged = (~self._alive).tolist()
@@ -179,7 +192,7 @@ class Trainer:
             "seeds": list(self.seeds),
             "epochs_done": self.epochs_done,
             "weights": self._copy_weights(),
-            "adam": self._adam.state_dict(),
+            "adam": copy.deepcopy(self._adam.state_dict()),
             "alive": self._alive.clone(),
             "best_accuracy": self._best_accuracy.clone(),
             "best_epoch": self._best_epoch.clone(),
@@ -200,6 +213,10 @@ class Trainer:
                 raise ConfigError(f"a checkpoint continues the {name} it was made with, {found}; got {mine}")
         self.model.load_state_dict(state["weights"])
         self._adam.load_state_dict(state["adam"])
+        for group in self._adam.param_groups:  # a checkpoint may come from the other kind of device
+            rate = float(group["lr"])
+            group["capturable"] = self.device.type == "cuda"
+            group["lr"] = torch.tensor(rate, device=self.device) if group["capturable"] else rate
         self._alive = state["alive"].to(self.device)
         self._best_accuracy = state["best_accuracy"].clone()
         self._best_epoch = state["best_epoch"].clone()
@@ -254,7 +271,7 @@ class Trainer:
 
     def _losses(self, draws: Draws) -> Losses:
         config, data = self.config, self.data
-        images = data.render("train", draws.index, draws.placement)
+        images = data.render("train", draws.images, draws.placement)
         if isinstance(self.model, RAM):
             looks = self.model.look(self.model.retina.pyramid(images), draws.first, draws.noise)
             rollout = self.model.learn(looks, every_step=needs_every_step(config))
@@ -262,7 +279,7 @@ class Trainer:
             rollout = whole_image_rollout(self.model(images.float() / 255, draws.dropout))
         else:
             rollout = whole_image_rollout(self.model(images.float() / 255))
-        return hybrid_loss(config, rollout, data.train.labels[draws.index], draws.classes)
+        return hybrid_loss(config, rollout, data.train.labels[draws.images], draws.classes)
 
     def _set_learning_rate(self, steps_done: int) -> None:
         if self.config.schedule == "constant":

@@ -20,9 +20,8 @@ from torch import Tensor
 from ramcore.config import NUM_CLASSES, Config
 from ramcore.cost import cost
 from ramcore.data import TaskData
-from ramcore.evaluation import evaluate
+from ramcore.evaluation import build_model, evaluate
 from ramcore.pictures import draw_glimpses, glimpse_paths
-from study import served
 from study.checkpoints import Checkpoints, Folder
 from study.progress import accuracies, best_trial, percent
 from study.record import Record, TrialRecord
@@ -79,7 +78,8 @@ def read_best_test(record: Record, folder: Folder, data: TaskData) -> bool:
     if saved is None:
         return False
     config = best.plan.config
-    network = served.load_network(config, best.plan.seeds, saved["weights"])
+    network = build_model(config, torch.tensor(best.plan.seeds))
+    network.load_state_dict(saved["weights"])
     evaluation = evaluate(network, config, best.plan.seeds, replace(data, task=config.task), "test")
     record.set_test(
         best.number,
@@ -138,6 +138,8 @@ def publisher(outcome: Outcome, folder: Folder, data: TaskData) -> Publish:
 
 def _log_model(run_id: str, trial: TrialRecord, weights: dict[str, Tensor], scratch: Path) -> None:
     """The trial's networks as an MLflow model of the run; see `study.served` for how to load it."""
+    import mlflow.pyfunc  # takes seconds, at the end of a study only
+
     config = trial.plan.config
     torch.save({"weights": weights}, scratch / "weights.pt")
     described = {"config": asdict(config), "seeds": list(trial.plan.seeds)}
@@ -148,7 +150,7 @@ def _log_model(run_id: str, trial: TrialRecord, weights: dict[str, Tensor], scra
         warnings.filterwarnings("ignore", message=".*An input example was not provided", category=UserWarning)
         mlflow.pyfunc.log_model(
             name="model",
-            python_model=served.__file__,
+            python_model=Path(__file__).with_name("served.py"),
             artifacts={"weights": str(scratch / "weights.pt"), "config": str(scratch / "config.json")},
             signature=ModelSignature(inputs=Schema([canvas]), outputs=Schema([classes])),
             pip_requirements=[f"{name}=={version(name)}" for name in ("torch", "numpy", "mlflow")],

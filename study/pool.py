@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -93,6 +94,7 @@ def ray_running(address: str | None) -> Iterator[None]:
     Args:
         address: of a cluster; None for this machine. A bare `ray.init` would join whatever happens to run here.
     """
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": False}
     if address is None:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nothing listens beyond this machine
@@ -115,19 +117,20 @@ def ray_running(address: str | None) -> Iterator[None]:
                 "run `ray status` there, or leave --address out for this machine"
             ) from error
     try:
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there, which ends the process on the spot
         yield
     finally:
         ray.shutdown()
 
 
-def run_trials(engine: Engine, data: SharedData, pool: Pool) -> None:
+def run_trials(engine: Engine, data: SharedData, pool: Pool, work: Callable[..., None] = tune_trial) -> None:
     """Train what the engine wants trained; returns when it has no more or wants to stop. Raises what broke the
     engine.
     """
     slots = pool.slots
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)  # else a cluster would grow by one node at a time
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # its errors reach us as results
-    work = partial(tune_trial, cpus=pool.cpus_per_trial, gpus=pool.gpus_per_trial)
+    work = partial(work, cpus=pool.cpus_per_trial, gpus=pool.gpus_per_trial)
     trainable = tune.with_resources(
         tune.with_parameters(work, data=data), {"cpu": pool.cpus_per_trial, "gpu": pool.gpus_per_trial}
     )

@@ -19,17 +19,10 @@ import numpy as np
 import torch
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from ramcore.config import Config
 from ramcore.evaluation import BATCH_SIZE, build_model, class_log_probs
-
-
-def load_network(config: Config, seeds: tuple[int, ...], weights: dict[str, Tensor]) -> nn.Module:
-    """The R networks of a trial with given weights."""
-    model = build_model(config, torch.tensor(seeds))
-    model.load_state_dict(weights)
-    return model
 
 
 class ServedModel(PythonModel):
@@ -41,7 +34,8 @@ class ServedModel(PythonModel):
         described = json.loads(Path(context.artifacts["config"]).read_text())
         self.config = Config(**described["config"])
         self.seeds = tuple(described["seeds"])
-        self.network = load_network(self.config, self.seeds, saved["weights"])
+        self.network = build_model(self.config, torch.tensor(self.seeds))
+        self.network.load_state_dict(saved["weights"])
 
     def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> Any:
         """Probabilities (B, R, 10) of canvases (B, S, S) in [0, 1]. Where image i first looks is a function of i."""

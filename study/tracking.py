@@ -56,7 +56,6 @@ import mlflow  # noqa: E402
 import sqlalchemy.exc  # noqa: E402
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
-from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # noqa: E402
 
 _OUTAGE = (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError)  # what an absent or broken tracking server raises
 
@@ -409,6 +408,8 @@ def _connect(uri: str) -> mlflow.MlflowClient:
     MLflow makes its tables in some fifty migrations; a process killed among them leaves a database that it never opens
     again.
     """
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
     path = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not path.exists():
         for leftover in path.parent.glob(f".{path.name}.*.new*"):

@@ -70,7 +70,7 @@ RAM_DEFAULT: dict[str, Any] = {
 
 
 def ram_truth(x: np.ndarray, u: float) -> np.ndarray:
-    """A response shaped like the real one: patch first, a learning-rate optimum, curves that cross, inert dimensions."""
+    """Shaped like the real response: patch first, a learning-rate optimum, curves that cross, inert dimensions."""
     glimpses, patch, scales, std, rate = x[:, 0], x[:, 1], x[:, 2], x[:, 3], x[:, 4]
     best_rate = 0.75 - 0.20 * u  # fast rates win early, moderate ones late
     end = (
@@ -86,7 +86,7 @@ def ram_truth(x: np.ndarray, u: float) -> np.ndarray:
 def simulate(study: Synthetic) -> Records:
     """Run the made-up study and give its tables as `analysis.records.read_study` would."""
     rng = np.random.default_rng(study.seed)
-    points = qmc.Sobol(len(study.dimensions), seed=rng).random(2 ** int(np.ceil(np.log2(max(study.trials, 2)))))
+    points = qmc.Sobol(len(study.dimensions), rng=rng).random(2 ** int(np.ceil(np.log2(max(study.trials, 2)))))
     cut = {"sobol": study.trials, "tpe": min(8, study.trials), "mixed": study.trials // 2}[study.arm]
     grid = np.log(np.arange(1, study.epochs + 1)) / max(np.log(study.epochs), 1e-9)
     rungs = [r for r in (1, 3, 9, 27) if r < study.epochs]

@@ -1,0 +1,396 @@
+"""python -m analysis.paper: the published tables and figures, ours beside theirs."""
+
+from __future__ import annotations
+
+# pandas' own annotations are unions that its indexing never returns here, so these checks only raise false alarms.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportAssignmentType=false
+import json
+import logging
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import mlflow.artifacts
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from scipy.stats import t
+
+from analysis import figures
+from analysis.importance import INTERVAL
+from analysis.records import (
+    Records,
+    RecordsError,
+    StudyRun,
+    connect,
+    find_study,
+    list_studies,
+    progress_line,
+    read_study,
+    tracking_uri,
+)
+from ramcore.config import Config, Data, Task
+from ramcore.data import DataError, TaskData, load_task
+from ramcore.pictures import GlimpsePath, draw_canvas, draw_glimpses, glimpse_paths
+
+log = logging.getLogger(__name__)
+
+
+class Published(NamedTuple):
+    """One published result. Test accuracy in %; a RAM row has glimpses, patch (pixels) and scales."""
+
+    source: str
+    task: str
+    model: str  # ram, ram-random, cnn, conv or fc
+    label: str
+    accuracy: float
+    glimpses: int = 0
+    patch: int = 0
+    scales: int = 0
+    epoch: int | None = None
+
+
+CASE_STUDY = "Fang, Tian and Yang"  # its Table 1: one seed, Adam 3e-4, 100 epochs, best validation epoch
+MNIH = "Mnih et al. 2014"  # arXiv 1406.6247, Tables 1 and 2, published as error
+
+
+def _case(task: str, accuracy: float, epoch: int, *sizes: int) -> Published:
+    if not sizes:
+        return Published(CASE_STUDY, task, "cnn", "CNN", accuracy, epoch=epoch)
+    glimpses, patch, scales = sizes
+    return Published(CASE_STUDY, task, "ram", _ram(*sizes), accuracy, glimpses, patch, scales, epoch)
+
+
+def _mnih(task: str, error: float, label: str, *sizes: int, model: str = "ram") -> Published:
+    glimpses, patch, scales = sizes or (0, 0, 0)
+    return Published(MNIH, task, model, label or _ram(*sizes), round(100 - error, 2), glimpses, patch, scales)
+
+
+def _ram(glimpses: int, patch: int, scales: int) -> str:
+    return f"RAM, {glimpses} glimpses, {patch}x{patch}, {scales} scale{'s' if scales > 1 else ''}"
+
+
+PUBLISHED: tuple[Published, ...] = (
+    _case("translated", 96.66, 96),
+    _case("translated", 79.98, 57, 6, 8, 2),
+    _case("translated", 81.22, 96, 6, 8, 3),
+    _case("translated", 94.35, 92, 6, 12, 3),
+    _case("translated", 92.52, 63, 8, 12, 3),
+    _case("translated", 96.87, 69, 6, 16, 3),
+    _case("cluttered", 93.50, 96),
+    _case("cluttered", 85.65, 72, 6, 12, 3),
+    _case("cluttered", 85.11, 52, 6, 12, 4),
+    _case("cluttered", 86.07, 67, 8, 12, 3),
+    _case("cluttered", 91.26, 95, 6, 16, 3),
+    _case("cluttered", 93.01, 96, 6, 20, 3),
+    _mnih("original", 1.69, "fully connected, 2 layers of 256", model="fc"),
+    _mnih("original", 1.21, "convolutional, 2 layers", model="conv"),
+    *(
+        _mnih("original", error, "", glimpses, 8, 1)
+        for glimpses, error in ((2, 3.79), (3, 1.51), (4, 1.54), (5, 1.34), (6, 1.12), (7, 1.07))
+    ),
+    _mnih("translated", 6.42, "fully connected, 2 layers of 64", model="fc"),
+    _mnih("translated", 2.63, "fully connected, 2 layers of 256", model="fc"),
+    _mnih("translated", 1.62, "convolutional, 2 layers", model="conv"),
+    *(_mnih("translated", error, "", glimpses, 12, 3) for glimpses, error in ((4, 1.54), (6, 1.22), (8, 1.20))),
+    _mnih("cluttered", 28.58, "fully connected, 2 layers of 64", model="fc"),
+    _mnih("cluttered", 11.96, "fully connected, 2 layers of 256", model="fc"),
+    _mnih("cluttered", 8.09, "convolutional, 2 layers", model="conv"),
+    *(_mnih("cluttered", error, "", glimpses, 12, 3) for glimpses, error in ((4, 4.96), (6, 4.08), (8, 4.04))),
+    _mnih("cluttered", 14.4, "RAM, 8 random glimpses, 12x12, 3 scales", 8, 12, 3, model="ram-random"),
+    _mnih("cluttered-100", 14.35, "convolutional, 2 layers", model="conv"),
+    *(_mnih("cluttered-100", error, "", glimpses, 12, 4) for glimpses, error in ((4, 9.41), (6, 8.31), (8, 8.11))),
+)
+
+
+# ---- the table -----------------------------------------------------------------------------------------------
+
+
+class Ours(NamedTuple):
+    """What we measured of one row: test accuracy in %."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+    data: str
+    epochs: int
+    note: str
+
+
+def paper_table(records: Sequence[Records]) -> pd.DataFrame:
+    """Every published row with ours beside it: columns source, task, model, published, ours, low, high, seeds, data,
+    epochs, note. A row that no `paper` study has run yet says so."""
+    rows = []
+    for published in PUBLISHED:
+        ours = _measured(published, records)
+        rows.append(
+            {
+                "source": published.source,
+                "task": published.task,
+                "model": published.label,
+                "published": published.accuracy,
+                "ours": ours.mean,
+                "low": ours.low,
+                "high": ours.high,
+                "seeds": ours.seeds,
+                "data": ours.data,
+                "epochs": ours.epochs,
+                "note": ours.note,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _measured(row: Published, records: Sequence[Records]) -> Ours:
+    for one in records:  # newest first
+        for _, trial in one.trials.iterrows():
+            if trial["arm"] != "paper" or not _same(row, trial):
+                continue
+            values = 100 * np.array(trial["test_accuracies"], dtype=float)
+            values = values[np.isfinite(values)]
+            data, epochs = str(trial.get("data", "")), int(trial.get("epochs", 0))
+            if len(values):
+                mean, half = float(values.mean()), math.nan
+                if len(values) > 1:
+                    spread = float(values.std(ddof=1)) / math.sqrt(len(values))
+                    half = float(t.ppf((1 + INTERVAL) / 2, len(values) - 1)) * spread
+                return Ours(mean, mean - half, mean + half, len(values), data, epochs, "")
+            state = {"running": "running", "failed": f"failed: {trial['stop_reason']}"}.get(trial["state"], "not tested")
+            return Ours(math.nan, math.nan, math.nan, 0, data, epochs, state)
+    return Ours(math.nan, math.nan, math.nan, 0, "", 0, "not run yet")
+
+
+def _same(row: Published, trial: pd.Series) -> bool:
+    if trial.get("task") != row.task or trial.get("model") != row.model:
+        return False
+    if row.model == "fc":
+        return str(trial.get("hidden_size")) in row.label
+    if not row.glimpses:
+        return True
+    sizes = (trial.get("num_glimpses"), trial.get("patch_size"), trial.get("num_scales"))
+    return sizes == (row.glimpses, row.patch, row.scales)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """The table as Markdown, one part a source."""
+    parts = []
+    for source, rows in table.groupby("source", sort=False):
+        lines = [f"## {source}", "", "| task | model | published % | ours % (90% interval) | seeds | data, epochs |"]
+        lines.append("|---|---|---|---|---|---|")
+        for _, row in rows.iterrows():
+            ours = row["note"] if row["note"] else f"{row['ours']:.2f}"
+            if row["low"] == row["low"]:
+                ours += f" ({row['low']:.2f} to {row['high']:.2f})"
+            setting = f"{row['data']}, {row['epochs']}" if row["data"] else ""
+            cells = (row["task"], row["model"], f"{row['published']:.2f}", ours, row["seeds"] or "", setting)
+            lines.append("| " + " | ".join(str(c).replace("|", "/") for c in cells) + " |")
+        parts.append("\n".join(lines))
+    return "# Published results and ours\n\nTest accuracy.\n\n" + "\n\n".join(parts) + "\n"
+
+
+def table_figure(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Published accuracy and ours with its interval, for every row."""
+    rows = table.iloc[::-1].reset_index(drop=True)
+    ax = ax or figures.new_axes(7.2, 1.2 + 0.24 * len(rows))
+    for y, row in rows.iterrows():
+        ax.plot(row["published"], y, "D", color=figures.BLACK if row["source"] == CASE_STUDY else figures.GREY, ms=4.5)
+        if row["low"] == row["low"]:
+            ax.plot([row["low"], row["high"]], [y, y], color=figures.BLUE, lw=2.5, solid_capstyle="butt")
+        if row["ours"] == row["ours"]:
+            ax.plot(row["ours"], y, "o", color=figures.BLUE, ms=5.5, mec="white", mew=0.6)
+    for label, colour, marker in (
+        ("case study", figures.BLACK, "D"),
+        ("Mnih et al.", figures.GREY, "D"),
+        ("ours, 90% interval", figures.BLUE, "o"),
+    ):
+        ax.plot([], [], marker, color=colour, label=label)
+    ax.set_yticks(range(len(rows)), [f"{task}: {model}" for task, model in zip(rows["task"], rows["model"], strict=True)])
+    ax.tick_params(axis="y", labelsize=8)
+    ax.set_xlabel("test accuracy (%)")
+    ax.xaxis.grid(True, color=figures.PALE, lw=0.6)
+    ax.set_axisbelow(True)
+    ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, fontsize=9)
+    return ax
+
+
+# ---- the pictures --------------------------------------------------------------------------------------------
+
+
+def sample_digits(tasks: Sequence[TaskData], count: int = 6) -> Figure:
+    """A row a task: its first test images (the case study's Figures 2 and 3)."""
+    figure = Figure(figsize=(1.15 * count, 1.35 * len(tasks)), layout="constrained")
+    axes = figure.subplots(len(tasks), count, squeeze=False)
+    for row, task in zip(axes, tasks, strict=True):
+        index = torch.arange(count)[None]
+        images = task.render("test", index, task.placement_keys("test", torch.zeros(1, dtype=torch.int64), 0))
+        for i, ax in enumerate(row):
+            ax.imshow(images[0, i].numpy(), cmap="gray", vmin=0, vmax=255)
+            ax.set(xticks=[], yticks=[])
+        row[0].set_title(f"{task.task}, {images.shape[-1]}x{images.shape[-1]}", fontsize=8.5, loc="left")
+    return figure
+
+
+class SavedModel(NamedTuple):
+    """A tracked network: its configuration and one replicate's weights."""
+
+    study: str
+    config: Config
+    weights: dict[str, torch.Tensor]
+
+
+def load_model(uri: str, study: StudyRun) -> SavedModel | None:
+    """The RAM that a study saved, its first seed; None if it saved none."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path = mlflow.artifacts.download_artifacts(
+                artifact_uri=f"runs:/{study.run_id}/model", dst_path=folder, tracking_uri=uri
+            )
+        except (MlflowException, OSError):
+            return None
+        weights, described = next(Path(path).rglob("weights.pt"), None), next(Path(path).rglob("config.json"), None)
+        if weights is None or described is None:
+            return None
+        config = Config(**json.loads(described.read_text())["config"])
+        saved = torch.load(weights, weights_only=True, map_location="cpu")["weights"]
+    if config.model != "ram":
+        return None
+    return SavedModel(study.name, config, {name: value[:1] for name, value in saved.items()})
+
+
+def glimpse_animation(config: Config, paths: Sequence[GlimpsePath]) -> FuncAnimation:
+    """The glimpses of a few images one after the other; the figure is the animation's."""
+    figure = Figure(figsize=(2.0 * len(paths), 2.3), layout="constrained")
+    axes = figure.subplots(1, len(paths), squeeze=False)[0]
+
+    def frame(step: int) -> list[Any]:
+        for ax, path in zip(axes, paths, strict=True):
+            ax.clear()
+            part = path._replace(locations=path.locations[: step + 1])
+            draw_canvas(part, config, ax)
+            best = int(path.probabilities[step].argmax())
+            ax.set_title(f"a {path.label}; after {step + 1}: {best} ({path.probabilities[step, best]:.0%})", fontsize=8)
+        return []
+
+    return FuncAnimation(figure, frame, frames=config.num_glimpses, interval=700)
+
+
+# ---- the command ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Write the published tables and figures with ours beside them."""
+
+    study: str | None = None
+    """Take the rows from this study only; all studies of the paper design, newest first, if left out."""
+    model_study: str | None = None
+    """Draw glimpses with the model this study saved; the newest one with a model if left out."""
+    tracking_uri: str | None = None
+    """MLflow tracking server; $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db, if left out."""
+    data_dir: Path | None = None
+    """Where MNIST's files are; the usual places are searched if left out."""
+    out: Path = Path("reports/paper")
+    """Folder for tables and figures."""
+
+
+def main(args: Args) -> int:
+    """Write table.md, table.csv and figures. Gives 0, or 2 after a one-line message."""
+    try:
+        uri = tracking_uri(args.tracking_uri)
+        client = connect(uri)
+        studies = list_studies(client)
+        records = _paper_records(client, studies, args.study)
+        table = paper_table(records)
+        args.out.mkdir(parents=True, exist_ok=True)
+        text = markdown(table)
+        (args.out / "table.md").write_text(text, encoding="utf-8")
+        table.to_csv(args.out / "table.csv", index=False)
+        with mpl.rc_context(figures.STYLE):
+            figure = table_figure(table).figure
+            for kind in ("png", "svg"):
+                figure.savefig(args.out / f"table.{kind}")
+        model = _find_model(uri, studies, args.model_study)
+        for line in draw_pictures(args.out, model, _source(studies, records, model), args.data_dir):
+            _say(line)
+    except RecordsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: the results must be writable; {error}. Choose another folder with --out", file=sys.stderr)
+        return 2
+    print(text)
+    print(f"tables and figures: {args.out}")
+    return 0
+
+
+def draw_pictures(out: Path, model: SavedModel | None, source: Data, data_dir: Path | None) -> list[str]:
+    """Sample digits, glimpses and their animation into `out`; what could not be drawn is told in the lines given."""
+    said: list[str] = []
+    try:
+        tasks: tuple[Task, ...] = ("original", "translated", "cluttered", "cluttered-100")
+        sample_digits([load_task(Config(data=source, task=task), data_dir) for task in tasks]).savefig(
+            out / "samples.png", dpi=170
+        )
+        if model is None:
+            said.append("no study has saved a RAM yet, so no glimpses are drawn; run python -m study.run first")
+            return said
+        paths = glimpse_paths(model.config, model.weights, load_task(model.config, data_dir))
+    except DataError as error:
+        return [f"no pictures of {source}: {error}"]
+    draw_glimpses(model.config, paths).savefig(out / "glimpses.png", dpi=170)
+    glimpse_animation(model.config, paths).save(out / "glimpses.gif", writer=PillowWriter(fps=1.5), dpi=110)
+    return [f"glimpses of the best model of {model.study}"]
+
+
+def _paper_records(client: MlflowClient, studies: Sequence[StudyRun], name: str | None) -> list[Records]:
+    chosen = [find_study(studies, name)] if name else [s for s in studies if s.params.get("design") == "paper"]
+    return [read_study(client, study, progress_line(f"reading {study.name}")) for study in chosen]
+
+
+def _find_model(uri: str, studies: Sequence[StudyRun], name: str | None) -> SavedModel | None:
+    chosen = [find_study(studies, name)] if name else sorted(studies, key=lambda s: s.params.get("design") != "paper")
+    for study in chosen[:10]:
+        model = load_model(uri, study)
+        if model is not None:
+            return model
+    return None
+
+
+def _source(studies: Sequence[StudyRun], records: Sequence[Records], model: SavedModel | None) -> Data:
+    if model is not None:
+        return model.config.data
+    named = [one.study.params.get("data") for one in records] + [study.params.get("data") for study in studies]
+    known: tuple[Data, ...] = ("mnist", "fashion-mnist", "digits")
+    return next((source for source in known if named and named[0] == source), "digits")
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def cli() -> int:
+    """Entry point: parse the flags, quieten the libraries, run."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    return main(tyro.cli(Args, description=__doc__))
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

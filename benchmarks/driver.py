@@ -1,0 +1,184 @@
+"""Does the driver hold? Thousands of trivial trials over many slots, through Ray Tune, the record and MLflow.
+
+    python -m benchmarks.driver                                  # 2,000 trials x 20 reports over 64 slots, about 12 minutes
+    python -m benchmarks.driver --trials 300 --seconds 0.5       # a shorter one
+
+The trials wait instead of training; everything else is what `study.run` does (with tracking on), early stopping being
+computed at each rung but not obeyed, so that every trial sends all its reports. Printed: how long a report waited for its
+commit, what each trial cost beyond its waiting, how far tracking was behind at the end, and the driver's memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from ramcore.config import Config
+from study.halving import Halving
+from study.pool import Pool, ray_running, run_trials
+from study.record import Record, StudySettings, TrialRecord
+from study.searcher import Engine
+from study.space import search_space
+from study.tracking import Origin, Tracker
+from study.trainable import SharedData
+
+
+class NeverStops(Halving):
+    """Early stopping that is computed and then ignored."""
+
+    def stops(self, value: float, others: Collection[float]) -> bool:
+        super().stops(value, others)
+        return False
+
+
+class Quiet:
+    """A watcher that prints a line a minute."""
+
+    def __init__(self) -> None:
+        self.ended_trials = 0
+        self._said = time.monotonic()
+
+    def started(self, trial: TrialRecord) -> None: ...
+    def reported(self, trial: TrialRecord) -> None: ...
+    def note(self, text: str) -> None: ...
+
+    def ended(self, trial: TrialRecord) -> None:
+        self.ended_trials += 1
+        if time.monotonic() - self._said > 60:
+            self._said = time.monotonic()
+            print(f"  {self.ended_trials} trials ended, driver at {_megabytes():.0f} MB", flush=True)
+
+
+def _waiting_trial(seconds: float) -> Any:
+    """A trainable that sends plausible reports; defined inside, so that workers import neither torch nor study."""
+
+    def work(config: dict[str, Any], data: Any, cpus: float, gpus: float) -> None:
+        import json as text
+        import random
+        import time as clock
+
+        from ray import tune
+
+        rng = random.Random(config["number"])
+        top = rng.random()
+        for epoch in range(1, config["config"]["epochs"] + 1):
+            clock.sleep(seconds)
+            accuracy = [top * (1 - 0.5**epoch), top * (1 - 0.5**epoch) + 0.01]
+            metrics = {
+                name: accuracy
+                for name in (
+                    "train_loss", "train_accuracy", "reward", "baseline_error", "gradient_norm", "val_loss", "val_accuracy",
+                )  # fmt: skip
+            }
+            metrics |= {"epoch": epoch, "seconds": seconds, "seeds": [0, 1], "diverged": [False, False]}
+            metrics["sent"] = clock.time()
+            tune.report({"result": text.dumps({"epoch": epoch, "metrics": metrics})})
+
+    return work
+
+
+def _megabytes() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, default=2000)
+    parser.add_argument("--reports", type=int, default=20)
+    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=1.0, help="between two reports of a trial (default 1)")
+    flags = parser.parse_args()
+    space = search_space(Config(data="digits", task="translated", epochs=flags.reports))
+    settings = StudySettings(
+        study="driver", task="translated", data="digits", digest="0" * 64, design="search", epochs=flags.reports,
+        seeds_per_trial=2, seed=0, space=space.describe(),
+    )  # fmt: skip
+    data = SharedData(data="digits", digest="0" * 64, arrays={})
+    with tempfile.TemporaryDirectory(prefix="ram-study-driver-") as root:
+        record = Record.open(Path(root) / "driver", settings, total=flags.trials)
+        from study.checkpoints import open_folder
+
+        engine = Engine(
+            record, space=space, halving=NeverStops(min_epochs=2), folder=open_folder(root, "driver"), storage=root,
+            watcher=Quiet(),
+        )  # fmt: skip
+        asked: list[float] = []
+        ask = engine.next_job
+
+        def timed() -> Any:
+            began = time.monotonic()
+            job = ask()
+            asked.append(time.monotonic() - began)
+            return job
+
+        engine.next_job = timed  # type: ignore[method-assign]
+        tracker = Tracker(record, f"sqlite:///{root}/mlflow.db", Origin(settings={}, commit="-", dirty=True), {})
+        import os
+
+        cores = os.cpu_count() or 1
+        pool = Pool(cpus_per_trial=cores / flags.slots, gpus_per_trial=0, max_concurrent=flags.slots)
+        started_with = _megabytes()
+        with ray_running(None):
+            tracker.start()
+            peak = [0.0]
+            stop = threading.Event()
+
+            def watch_memory() -> None:
+                while not stop.wait(1):
+                    peak[0] = max(peak[0], _megabytes())
+
+            threading.Thread(target=watch_memory, daemon=True).start()
+            run_trials(engine, data, pool, work=_waiting_trial(flags.seconds))
+            ended = time.monotonic()
+            untracked = tracker.finish("finished", patience=60)
+            behind = time.monotonic() - ended
+            stop.set()
+        trials = list(record.trials.values())
+        record.close()
+        if untracked:
+            print(f"untracked: {untracked}")
+        print("\n".join(_figures(flags, trials, asked, behind, started_with, peak[0])))
+
+
+def _figures(
+    flags: argparse.Namespace, trials: list[TrialRecord], asked: list[float], behind: float, before: float, peak: float
+) -> list[str]:
+    waits = sorted(epoch.time / 1000 - epoch.metrics["sent"] for trial in trials for epoch in trial.epochs)
+    begin = min(t.started for t in trials) / 1000
+    # The slots fill once: what comes before all of them have sent a report is Ray starting workers.
+    full = sorted(t.epochs[0].time / 1000 for t in trials)[min(flags.slots, len(trials)) - 1]
+    end = max(t.ended or 0 for t in trials) / 1000
+    steady = [t for t in trials if t.started / 1000 > full]
+    beyond = sorted((t.ended or 0) / 1000 - t.started / 1000 - flags.reports * flags.seconds for t in steady)
+    epochs = sum(len(t.epochs) for t in trials)
+
+    def quantiles(values: list[float]) -> str:
+        if not values:
+            return "-"
+        at = [values[min(len(values) - 1, int(len(values) * q))] for q in (0.5, 0.95, 0.99, 1.0)]
+        return " / ".join(f"{1000 * v:.0f}" for v in at) + " ms (median / 95% / 99% / most)"
+
+    return [
+        f"{len(trials)} trials, {epochs} reports over {flags.slots} slots, a report every {flags.seconds:g} s a slot",
+        f"all slots working after {full - begin:.0f} s; the rest took {end - full:.0f} s, "
+        f"{(epochs - flags.slots) / max(end - full, 1e-9):.0f} reports/s "
+        f"(slots that wait for nothing: {flags.slots / flags.seconds:.0f})",
+        f"a report waited for its commit   {quantiles(waits)}",
+        f"choosing a configuration took    {quantiles(sorted(asked))}",
+        f"a trial cost beyond its waiting  {quantiles(beyond)}, {flags.reports} reports each",
+        f"tracking was behind by           {behind:.1f} s when the last trial had ended",
+        f"memory of the driver             {before:.0f} MB at first, {peak:.0f} MB at most",
+        json.dumps({"reports_per_second": (epochs - flags.slots) / max(end - full, 1e-9), "wait_median": statistics.median(waits)}),
+    ]
+
+
+if __name__ == "__main__":
+    main()

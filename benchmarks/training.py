@@ -1,0 +1,319 @@
+"""How fast ramcore trains: python -m benchmarks.training, at 6 glimpses, 12x12, 3 scales, hidden 256, batch 100, 60x60.
+
+Three things are timed in turns, round after round, so that a noisy machine is noisy for all; ratios are medians over
+the rounds' ratios:
+
+(a) ramcore's training step, all included from drawing random numbers and canvases to Adam, for R seeds at once;
+(b) `benchmarks.plain_ram`, the same model as public repositories write it, its canvases rendered beforehand;
+(c) the floor: the matrix products of ramcore's step alone, for one seed, at their shapes, on contiguous operands,
+    results discarded. T glimpses, B images. Forward: T products of B rows for each of what, code and input, T - 1 for
+    recurrent (the first state is zero). Backward: one product over T * B rows for the gradient of each of the four
+    weights and of the code and the paths; T - 1 of B rows for that of the state. Products with 2, 10 or 1 columns or
+    rows (where, location, action, baseline; under 1% of the operations) are left out.
+
+Images are random, so nothing is downloaded: speed depends on their number and size alone. The weights stay close to
+their initial values; in a long run idle units' Adam moments become denormal, which the trainer flushes and the plain
+RAM suffers.
+
+Tried in ramcore, without a gain that stood out from noise, each by itself: 32-bit indices in the retina; the pyramid
+in cache-sized strips; torch.take or indexing for index_select; transposed weights copied for the backward products;
+torch.mm per replicate for the batched product; a flat gradient buffer; torch._foreach_norm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.plain_ram import PlainTrainer
+from ramcore.config import Config, Task
+from ramcore.data import Split, TaskData, make_task
+from ramcore.evaluation import evaluate
+from ramcore.retina import Retina
+from ramcore.rng import Stream, key
+from ramcore.train import Draws, Trainer
+
+CONFIG = Config()
+TRAIN_IMAGES = 50_000
+EVALUATION_IMAGES = 1_000
+PLAIN, FLOOR = "plain RAM", "matrix products alone"
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Measure, print, and write what --out asks for; returns what it writes."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description="How fast ramcore trains.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="interleaved rounds; medians are over these (default 15)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="3 short rounds and fewer images: a check, not a measurement"
+    )
+    parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU that torch can use; found none")
+    torch.set_num_threads(args.threads)
+    rounds, seconds, images = (3, 0.05, 2_000) if args.quick else (args.rounds, 0.3, TRAIN_IMAGES)
+    device = torch.device(args.device)
+
+    data = synthetic(CONFIG.task, images)
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine(),
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "rounds": rounds,
+        "steps": step_times(data.to(device), device, rounds, seconds),
+        "set_up_seconds": set_up_seconds(data, device),
+        "rendering_share": rendering_share(images, device, rounds),
+        "evaluation_images_per_second": evaluation_speed(data.to(device), device),
+        "retina_ms_per_100_images": retina_times(device, rounds),
+        "memory_mib": memory_mib(device),
+    }
+    print(table(result))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def synthetic(task: Task, images: int) -> TaskData:
+    """A task of random sparse 28x28 images."""
+    generator = torch.Generator().manual_seed(0)
+
+    def split(count: int) -> Split:
+        pixels = torch.randint(0, 256, (count, 28, 28), dtype=torch.uint8, generator=generator)
+        ink = torch.rand(count, 28, 28, generator=generator) < 0.2
+        return Split(pixels * ink, torch.randint(0, 10, (count,), generator=generator))
+
+    return make_task(
+        CONFIG.data,
+        task,
+        {"train": split(images), "validation": split(EVALUATION_IMAGES), "test": split(EVALUATION_IMAGES)},
+    )
+
+
+def step_times(data: TaskData, device: torch.device, rounds: int, seconds: float) -> dict[str, dict[str, float]]:
+    """Milliseconds a step (a seed and step for ramcore) and ratios to the plain RAM and to the floor, medians."""
+    replicates = (1, 4, 8, 32) if device.type == "cuda" else (1, 4, 8)
+    cases: dict[str, tuple[Callable[[], object], int]] = {
+        PLAIN: (plain_step(data, device), 1),
+        FLOOR: (floor(device), 1),
+    }
+    for count in replicates:
+        cases[f"ramcore, {count} seed{'s' if count > 1 else ''}"] = (ramcore_step(data, device, count), count)
+    times = interleaved({name: case for name, (case, _) in cases.items()}, device, rounds, seconds)
+    per_seed = {name: [1e3 * t / cases[name][1] for t in values] for name, values in times.items()}
+    return {
+        name: {
+            "ms": statistics.median(values),
+            "images_x_seeds_per_second": 1e3 * CONFIG.batch_size / statistics.median(values),
+            "times_plain": _ratio(per_seed[PLAIN], values),
+            "share_of_floor": _ratio(per_seed[FLOOR], values),
+        }
+        for name, values in per_seed.items()
+    }
+
+
+def _ratio(numerators: list[float], denominators: list[float]) -> float:
+    """Median over rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+def interleaved(
+    cases: dict[str, Callable[[], object]], device: torch.device, rounds: int, seconds: float
+) -> dict[str, list[float]]:
+    """Seconds a call of each case, one value a round, each round timing every case for about `seconds`."""
+    repeats = {}
+    for name, case in cases.items():
+        _timed(case, 3, device)
+        repeats[name] = max(1, round(seconds / _timed(case, 2, device)))
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, case in cases.items():
+            times[name].append(_timed(case, repeats[name], device))
+    return times
+
+
+def _timed(case: Callable[[], object], repeats: int, device: torch.device) -> float:
+    _synchronize(device)
+    started = time.perf_counter()
+    for _ in range(repeats):
+        case()
+    _synchronize(device)
+    return (time.perf_counter() - started) / repeats
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def ramcore_step(data: TaskData, device: torch.device, replicates: int) -> Callable[[], object]:
+    """One training step of the trainer, its random numbers included."""
+    trainer = Trainer(CONFIG, data, seeds=range(replicates), device=device)
+    run = trainer._capture() if device.type == "cuda" else trainer._step
+
+    def draws() -> Iterator[Draws]:
+        epoch = 0
+        while True:
+            yield from trainer._draws(epoch)
+            epoch += 1
+
+    endless = draws()
+    return lambda: run(next(endless))
+
+
+def plain_step(data: TaskData, device: torch.device) -> Callable[[], object]:
+    """One training step of the plain RAM on a batch that is ready."""
+    index = torch.arange(CONFIG.batch_size, device=device)[None]
+    keys = data.placement_keys("train", torch.zeros(1, dtype=torch.int64, device=device), 0)
+    images = data.render("train", index, keys)[0, :, None].float() / 255
+    labels = data.train.labels[index[0]]
+    trainer = PlainTrainer(CONFIG, device)
+    return lambda: trainer.step(images, labels)
+
+
+def floor(device: torch.device) -> Callable[[], object]:
+    """The large matrix products of one step for one seed (see the module's docstring)."""
+    steps, batch, hidden = CONFIG.num_glimpses, CONFIG.batch_size, CONFIG.hidden_size
+    # what, code, input, recurrent: (inputs, outputs, glimpses)
+    sizes = [
+        (CONFIG.glimpse_pixels, CONFIG.glimpse_size, steps),
+        (2 * CONFIG.glimpse_size, hidden, steps),
+        (hidden, hidden, steps),
+        (hidden, hidden, steps - 1),
+    ]
+    layers = [
+        (
+            torch.randn(count * batch, inputs, device=device),
+            torch.randn(inputs, outputs, device=device),
+            torch.randn(count * batch, outputs, device=device),
+        )
+        for inputs, outputs, count in sizes
+    ]
+
+    def products() -> None:
+        for x, weight, _ in layers:
+            for rows in x.split(batch):
+                torch.mm(rows, weight)
+        for x, _, gradient in layers:
+            torch.mm(x.T, gradient)
+        for _, weight, gradient in layers[1:3]:
+            torch.mm(gradient, weight.T)
+        _, weight, gradient = layers[3]
+        for rows in gradient.split(batch):
+            torch.mm(rows, weight.T)
+
+    return products
+
+
+def set_up_seconds(data: TaskData, device: torch.device) -> float:
+    """Seconds from data in memory to a trainer ready for its first step."""
+    started = time.perf_counter()
+    trainer = Trainer(CONFIG, data, seeds=(0,), device=device)
+    next(trainer._draws(0))
+    _synchronize(device)
+    return time.perf_counter() - started
+
+
+def rendering_share(images: int, device: torch.device, rounds: int) -> dict[str, float]:
+    """Share of a training step that draws canvases, fresh places and clutter included, one seed."""
+    shares = {}
+    tasks: tuple[Task, ...] = ("translated", "cluttered")
+    for task in tasks:
+        data = synthetic(task, images).to(device)
+        seeds = torch.zeros(1, dtype=torch.int64, device=device)
+        index = torch.randint(0, images, (1, CONFIG.batch_size), device=device)
+        keys = key(seeds, Stream.PLACEMENT, 0)
+        cases: dict[str, Callable[[], object]] = {"render": lambda d=data, i=index, k=keys: d.render("train", i, k)}
+        cases["step"] = ramcore_step_of(task, data, device)
+        times = interleaved(cases, device, rounds, 0.05)
+        shares[task] = _ratio(times["render"], times["step"])
+    return shares
+
+
+def ramcore_step_of(task: Task, data: TaskData, device: torch.device) -> Callable[[], object]:
+    """As `ramcore_step`, one seed, of another task."""
+    trainer = Trainer(replace(CONFIG, task=task), data, device=device)
+    run = trainer._capture() if device.type == "cuda" else trainer._step
+    draws = next(trainer._draws(0))
+    return lambda: run(draws)
+
+
+def evaluation_speed(data: TaskData, device: torch.device) -> float:
+    """Images a second, one seed, following the policy's mean."""
+    trainer = Trainer(CONFIG, data, device=device)
+    case = lambda: evaluate(trainer.model, CONFIG, (0,), data, "validation", every_step=False)  # noqa: E731
+    case()
+    return EVALUATION_IMAGES / statistics.median(_timed(case, 1, device) for _ in range(5))
+
+
+def retina_times(device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds a batch at three canvas sizes: the pyramid, once, grows with the canvas; a glimpse does not."""
+    cases: dict[str, Callable[[], object]] = {}
+    for size in (28, 60, 100):
+        retina = Retina(patch_size=12, num_scales=3, canvas_size=size)
+        images = torch.randint(0, 256, (1, CONFIG.batch_size, size, size), dtype=torch.uint8, device=device)
+        location = torch.rand(1, CONFIG.batch_size, 2, device=device) * 2 - 1
+        pyramid = retina.pyramid(images)
+        cases[f"pyramid {size}"] = lambda r=retina, i=images: r.pyramid(i)
+        cases[f"glimpse {size}"] = lambda r=retina, p=pyramid, x=location: r.glimpse(p, x)
+    times = interleaved(cases, device, rounds, 0.02)
+    return {
+        str(size): {part: 1e3 * statistics.median(times[f"{part} {size}"]) for part in ("pyramid", "glimpse")}
+        for size in (28, 60, 100)
+    }
+
+
+def memory_mib(device: torch.device) -> float:
+    """Peak memory so far: the device's, or the whole process' resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures for people."""
+    lines = [
+        f"{result['device']}, CPU threads: {result['threads']}, torch {result['torch']}, "
+        f"medians of {result['rounds']} interleaved rounds",
+        "6 glimpses, 12x12, 3 scales, hidden 256, batch 100, canvas 60x60",
+        "",
+        f"{'training step':24}{'ms a step':>12}{'images x seeds':>16}{'times':>12}{'share of':>12}",
+        f"{'':24}{'and seed':>12}{'a second':>16}{'plain RAM':>12}{'floor':>12}",
+    ]
+    for name, row in result["steps"].items():
+        lines.append(
+            f"{name:24}{row['ms']:12.2f}{row['images_x_seeds_per_second']:16,.0f}"
+            f"{row['times_plain']:12.2f}{row['share_of_floor']:12.2f}"
+        )
+    shares = result["rendering_share"]
+    lines += [
+        "",
+        f"setting up a run, data in memory      {result['set_up_seconds']:8.3f} s",
+        f"drawing translated canvases           {100 * shares['translated']:8.1f} % of a step",
+        f"drawing cluttered canvases            {100 * shares['cluttered']:8.1f} % of a step",
+        f"evaluation                            {result['evaluation_images_per_second']:8,.0f} images/s",
+        f"peak memory                           {result['memory_mib']:8,.0f} MiB",
+        "",
+        "retina, ms a batch of 100      canvas    pyramid (once)    glimpse (each)",
+    ]
+    for size, row in result["retina_ms_per_100_images"].items():
+        lines.append(f"{size + ' x ' + size:>37}{row['pyramid']:18.2f}{row['glimpse']:18.2f}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import torch
+
+from benchmarks import training
+from benchmarks.plain_ram import PlainTrainer, Retina
+from ramcore import retina
+from ramcore.config import Config
+
+
+def test_the_plain_retina_sees_what_ours_sees():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(20, 60, 60, generator=generator)
+    location = torch.rand(20, 2, generator=generator) * 2 - 1
+    ours = retina.Retina(patch_size=12, num_scales=3, canvas_size=60).see(images, location).flatten(1)
+    torch.testing.assert_close(Retina(12, 3, 2).foveate(images[:, None], location), ours)
+
+
+def test_the_plain_ram_trains():
+    torch.manual_seed(0)
+    config = dataclasses.replace(Config(), hidden_size=64, glimpse_size=32, learning_rate=3e-3, task="original")
+    labels = torch.arange(40) % 10
+    images = (labels / 9)[:, None, None, None].expand(-1, 1, 28, 28)  # the brighter, the higher the class
+    trainer = PlainTrainer(config)
+    accuracies = [trainer.step(images, labels).item() for _ in range(300)]
+    assert sum(accuracies[:10]) / 10 < 0.35
+    assert sum(accuracies[-10:]) / 10 > 0.6
+
+
+def test_a_quick_benchmark_prints_and_writes_its_figures(tmp_path, capsys, monkeypatch):
+    small = dataclasses.replace(
+        training.CONFIG, hidden_size=16, glimpse_size=8, patch_size=4, num_glimpses=2, batch_size=10
+    )
+    monkeypatch.setattr(training, "CONFIG", small)
+    threads = torch.get_num_threads()
+    try:
+        result = training.main(["--quick", "--out", str(tmp_path / "figures" / "cpu.json")])
+    finally:
+        torch.set_num_threads(threads)
+    assert json.loads((tmp_path / "figures" / "cpu.json").read_text()) == result
+    assert result["steps"][training.PLAIN]["times_plain"] == 1
+    assert result["set_up_seconds"] < 1
+    assert "ramcore, 8 seeds" in capsys.readouterr().out

@@ -1,0 +1,165 @@
+"""The reader: what was tracked comes back as it was, and what cannot be read is said in one line."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import requests
+from mlflow import MlflowClient
+
+from analysis import records as reader
+from analysis.space import Dimension, Rule, Space, SpaceError, parse_space
+from tests.synthetic import RAM_DIMENSIONS, Synthetic, ram_truth, simulate, space_json, write_mlflow
+
+STUDY = Synthetic(
+    truth=ram_truth,
+    dimensions=RAM_DIMENSIONS[:5],
+    trials=5,
+    epochs=4,
+    arm="mixed",
+    stop=True,
+    fail=lambda x: float(x[4] > 0.3),
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, reader.Records]:
+    folder = tmp_path_factory.mktemp("store")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    records = simulate(STUDY)
+    write_mlflow(records, uri, artifacts=folder / "artifacts")
+    other = records._replace(study=records.study._replace(name="newer"))
+    write_mlflow(other, uri, artifacts=folder / "artifacts", space=None)
+    return uri, records
+
+
+def read(uri: str, name: str) -> reader.Records:
+    client = reader.connect(uri)
+    return reader.read_study(client, reader.find_study(reader.list_studies(client), name))
+
+
+def assert_same(ours: reader.Records, truth: reader.Records) -> None:
+    columns = ["trial", "seed", "epoch", "val_accuracy"]
+    expected = truth.epochs[columns].sort_values(columns[:3]).reset_index(drop=True)
+    pd.testing.assert_frame_equal(ours.epochs[columns], expected, check_dtype=False)
+    for column in ("arm", "state", "stop_reason", "seeds", "learning_rate", "patch_size", "epochs_seen"):
+        assert list(ours.trials[column]) == list(truth.trials[column]), column
+
+
+def test_a_study_comes_back_as_it_was_tracked(store: tuple[str, reader.Records]) -> None:
+    ours = read(store[0], "synthetic-0")
+    assert_same(ours, store[1])
+    assert ours.epochs["val_accuracy"].isna().any(), "a diverged seed's NaN is kept, not dropped"
+    assert ours.space is not None
+    assert ours.space.dimensions == RAM_DIMENSIONS[:5]
+    assert ours.settings["sizes"]["validation"] == 360
+
+
+def test_one_request_a_curve_gives_the_same_as_bulk(
+    store: tuple[str, reader.Records], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "_bulk_history", lambda *_: None)
+    assert_same(read(store[0], "synthetic-0"), store[1])
+
+
+def test_reading_over_http(store: tuple[str, reader.Records], tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store[0], "--port", str(port)]
+    command += ["--workers", "1", "--artifacts-destination", str(tmp_path)]
+    with (tmp_path / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
+        try:
+            for _ in range(200):
+                try:
+                    if requests.get(f"http://127.0.0.1:{port}/health", timeout=1).ok:
+                        break
+                except requests.ConnectionError:
+                    time.sleep(0.2)
+            uri = f"http://127.0.0.1:{port}"
+            client = reader.connect(uri)
+            store_of = client._tracking_client.store
+            assert not hasattr(store_of, "get_metric_history_bulk"), "this is the HTTP path"
+            runs = [r.info.run_id for r in client.search_runs(["1"], filter_string="tags.`ram.kind` = 'trial'")]
+            assert reader._bulk_history(client, runs, "val_accuracy"), "the server has the bulk endpoint"
+            assert_same(read(uri, "synthetic-0"), store[1])
+        finally:
+            server.terminate()
+
+
+def test_the_newest_study_is_the_default_and_an_unknown_name_says_what_exists(
+    store: tuple[str, reader.Records],
+) -> None:
+    studies = reader.list_studies(reader.connect(store[0]))
+    assert reader.find_study(studies, None).name == "newer"
+    with pytest.raises(reader.RecordsError, match="got 'nope'. There is: newer, synthetic-0"):
+        reader.find_study(studies, "nope")
+
+
+def test_a_missing_space_is_a_problem_told_not_a_crash(store: tuple[str, reader.Records]) -> None:
+    ours = read(store[0], "newer")
+    assert ours.space is None
+    assert ours.space_problem is not None and "space.json is missing" in ours.space_problem
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    missing = tmp_path / "none.db"
+    with pytest.raises(reader.RecordsError, match="there is no .*none.db"):
+        reader.connect(f"sqlite:///{missing}")
+    assert not missing.exists(), "looking must not create a database"
+    uri = f"sqlite:///{tmp_path}/empty.db"
+    MlflowClient(uri).create_experiment("Default-2")
+    with pytest.raises(reader.RecordsError, match="holds none"):
+        reader.list_studies(reader.connect(uri))
+    records = simulate(STUDY)
+    nothing = records._replace(trials=records.trials.iloc[:0], epochs=records.epochs.iloc[:0])
+    write_mlflow(nothing, uri, artifacts=tmp_path / "artifacts", status="running")
+    with pytest.raises(reader.RecordsError, match=r"synthetic-0 \(running\) has none yet"):
+        read(uri, "synthetic-0")
+
+
+def test_an_unreachable_server_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(reader.RecordsError, match="must answer; http://127.0.0.1:9 does not") as caught:
+        reader.connect("http://127.0.0.1:9")
+    assert "\n" not in str(caught.value)
+
+
+def test_dimensions_map_to_the_unit_interval_and_back() -> None:
+    log = Dimension(name="rate", kind="float", low=1e-4, high=1e-2, log=True)
+    assert log.to_unit([1e-4, 1e-3, 1e-2]) == pytest.approx([0, 0.5, 1])
+    assert log.from_unit(np.array([0.5])) == pytest.approx([1e-3])
+    whole = Dimension(name="patch_size", kind="int", low=4, high=20, unit="pixels")
+    assert whole.from_unit(whole.to_unit([4, 12, 20])) == [4, 12, 20]
+    assert set(whole.from_unit(whole.quantile(np.linspace(0, 0.999, 500)))) == set(range(4, 21))
+    kind = Dimension(name="core", kind="categorical", choices=("rnn", "gru"))
+    assert kind.to_unit(["rnn", "gru"]).tolist() == [0, 1]
+    assert np.isnan(kind.to_unit(["lstm"])[0])
+    assert Dimension(name="num_glimpses", kind="int", unit="glimpses").label == "number of glimpses"
+    assert whole.label == "patch size (pixels)"
+
+
+def test_rules_are_arithmetic_and_nothing_else() -> None:
+    rule = Rule(rule="patch_size * scale_factor**(num_scales - 1) <= 120")
+    assert rule.holds({"patch_size": 15, "scale_factor": 2, "num_scales": 4})
+    assert not rule.holds({"patch_size": 16, "scale_factor": 2, "num_scales": 4})
+    for hostile in ("__import__('os').system('true')", "(lambda: 1)()", "patch_size.real <= 1", "2 **"):
+        with pytest.raises(SpaceError):
+            Rule(rule=hostile).holds({"patch_size": 1})
+
+
+def test_a_saved_space_is_read_back_and_nonsense_is_refused() -> None:
+    records = simulate(STUDY)
+    raw = space_json(records)
+    assert parse_space(raw) == records.space
+    assert isinstance(parse_space({**raw, "constraints": [{"rule": "1 <= 2", "reason": "so"}]}), Space)
+    for bad in ({}, {"dimensions": [{"name": "a", "type": "float", "low": 0.0, "high": 1.0, "log": True}]}):
+        with pytest.raises(SpaceError):
+            parse_space(bad)
