@@ -9,7 +9,6 @@ from __future__ import annotations
 # pandas' own annotations are unions that its indexing never returns here, so these checks only raise false alarms.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportAssignmentType=false
-
 import math
 import re
 from collections.abc import Sequence

@@ -169,7 +169,9 @@ def _measured(row: Published, records: Sequence[Records]) -> Ours:
                     spread = float(values.std(ddof=1)) / math.sqrt(len(values))
                     half = float(t.ppf((1 + INTERVAL) / 2, len(values) - 1)) * spread
                 return Ours(mean, mean - half, mean + half, len(values), data, epochs, "")
-            state = {"running": "running", "failed": f"failed: {trial['stop_reason']}"}.get(trial["state"], "not tested")
+            state = {"running": "running", "failed": f"failed: {trial['stop_reason']}"}.get(
+                trial["state"], "not tested"
+            )
             return Ours(math.nan, math.nan, math.nan, 0, data, epochs, state)
     return Ours(math.nan, math.nan, math.nan, 0, "", 0, "not run yet")
 
@@ -218,7 +220,9 @@ def table_figure(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ("ours, 90% interval", figures.BLUE, "o"),
     ):
         ax.plot([], [], marker, color=colour, label=label)
-    ax.set_yticks(range(len(rows)), [f"{task}: {model}" for task, model in zip(rows["task"], rows["model"], strict=True)])
+    ax.set_yticks(
+        range(len(rows)), [f"{task}: {model}" for task, model in zip(rows["task"], rows["model"], strict=True)]
+    )
     ax.tick_params(axis="y", labelsize=8)
     ax.set_xlabel("test accuracy (%)")
     ax.xaxis.grid(True, color=figures.PALE, lw=0.6)

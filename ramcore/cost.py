@@ -51,8 +51,8 @@ def _ram_cost(config: Config) -> Cost:
         (2, path),
         (2 * path, hidden),
         (hidden, gates * hidden),
-        (hidden, gates * hidden),
     ]
+    recurrent = (hidden, gates * hidden)  # not at the first glimpse, whose state before is zero
     width = config.location_hidden
     location = [(hidden, width), (width, 2)] if width else [(hidden, 2)]
     action, baseline = (hidden, NUM_CLASSES), (hidden, 1)
@@ -61,8 +61,9 @@ def _ram_cost(config: Config) -> Cost:
         norms = 1 + (2 * gates if config.core == "gru" else gates)
     decisions = config.num_glimpses - 1 if config.model == "ram" else 0
     return Cost(
-        parameters=sum((i + 1) * o for i, o in [*glimpse, *location, action, baseline]) + norms * 2 * hidden,
+        parameters=sum((i + 1) * o for i, o in [*glimpse, recurrent, *location, action, baseline]) + norms * 2 * hidden,
         macs=config.num_glimpses * sum(i * o for i, o in glimpse)
+        + (config.num_glimpses - 1) * recurrent[0] * recurrent[1]
         + decisions * sum(i * o for i, o in location)
         + action[0] * action[1],
     )

@@ -12,6 +12,7 @@ import re
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -324,12 +325,21 @@ class TuneScheduler(_Unsaved, FIFOScheduler):
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Its worker died once too often, or never came up."""
+        """Its worker died, or never came up: Tune tries again, on another node if need be, up to a point."""
         with guarded(self._engine):
-            cause = trial.get_pickled_error() or trial.get_error() or "its worker died"
-            lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-            message = f"{type(cause).__name__}: {lines[-1] if lines else ''}" if not isinstance(cause, str) else cause
-            self._engine.worker_lost(trial.config["number"], message)
+            number = trial.config["number"]
+            if trial.should_recover():
+                self._engine.watcher.note(f"trial {number:04d}: its worker died; it is started again")
+            else:
+                self._engine.worker_lost(number, f"its worker died {trial.num_failures} times; {_last_line(trial)}")
+
+
+def _last_line(trial: Any) -> str:
+    """What Ray said last about a trial's death."""
+    path = trial.error_file
+    lines = Path(path).read_text().split("\n") if path and Path(path).is_file() else []
+    said = [line.strip() for line in lines if line.strip()]
+    return said[-1][:300] if said else "no message"
 
 
 class TuneStopper(_Unsaved, tune.Stopper):

@@ -26,6 +26,7 @@ def test_parameters_and_macs_are_those_counted(config):
     model = build_model(config, seeds)
     assert cost(config).parameters == sum(p.numel() for p in model.parameters())
     images = torch.zeros(1, 2, config.canvas_size, config.canvas_size, dtype=torch.uint8)
+    model.requires_grad_(False)  # the counter follows modules by their gradients otherwise
     with FlopCounterMode(display=False) as counter:
         class_log_probs(model, config, seeds, images, torch.arange(2))
     assert cost(config).macs == counter.get_total_flops() // 2 // 2  # 2 images, 2 operations a MAC

@@ -365,7 +365,6 @@ def lose():
         time.sleep(0.1)
     cluster.remove_node(nodes[0], allow_graceful=False)
     print("node removed", file=sys.stderr, flush=True)
-    cluster.add_node(num_cpus=1)
 threading.Thread(target=lose, daemon=True).start()
 from study.run import Flags, main
 code = main(Flags(data="digits", task="original", study="s", trials=5, epochs=3, address=cluster.address))

@@ -203,7 +203,9 @@ def test_too_little_to_answer_is_said_in_one_line() -> None:
             epochs=records.epochs.assign(val_accuracy=np.nan), trials=records.trials.assign(state="failed")
         ),
         "every trial of synthetic-0 has the same": records._replace(
-            trials=records.trials.assign(num_glimpses=4, patch_size=8, num_scales=2, location_std=0.1, learning_rate=1e-3)
+            trials=records.trials.assign(
+                num_glimpses=4, patch_size=8, num_scales=2, location_std=0.1, learning_rate=1e-3
+            )
         ),
         "needs the search space": records._replace(space=None, space_problem="it is missing"),
     }

@@ -57,7 +57,9 @@ def metrics(epoch: int, *accuracy: float) -> dict:
     return {"epoch": epoch, "seconds": 1.5, "seeds": [0, 1], "val_accuracy": list(accuracy), **values}
 
 
-def trial(record: Record, *accuracies: tuple[float, float], end: str | None = "complete", test: dict | None = None) -> None:
+def trial(
+    record: Record, *accuracies: tuple[float, float], end: str | None = "complete", test: dict | None = None
+) -> None:
     index = len(record.trials)
     record.start(Plan(config=SPACE.config(SPACE.sobol(index, 0)), arm="sobol", seeds=(0, 1)), SPACE.distributions())
     for epoch, accuracy in enumerate(accuracies, start=1):
@@ -96,7 +98,9 @@ def test_the_layout_is_the_contract_with_the_analysis(record, uri):
     tags = parent.data.tags
     assert (tags["ram.kind"], tags["ram.study"], tags["ram.schema"]) == ("study", "a study", "1")
     assert (tags["ram.status"], tags["ram.commit"], tags["ram.commit_dirty"]) == ("stopped", "abc", "false")
-    assert parent.data.metrics["trials_finished"] == 2 and parent.data.metrics["best_val_accuracy"] == pytest.approx(0.6)
+    assert parent.data.metrics["trials_finished"] == 2 and parent.data.metrics["best_val_accuracy"] == pytest.approx(
+        0.6
+    )
     (dataset,) = parent.inputs.dataset_inputs
     assert dataset.dataset.name == "digits" and "d" * 64 in dataset.dataset.source
     client = mlflow.MlflowClient(uri)

@@ -1,0 +1,96 @@
+"""The published tables beside ours, and the paper's figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from analysis import paper
+from analysis.records import Records
+from ramcore.config import Config
+from ramcore.data import load_task
+from ramcore.evaluation import build_model
+from tests.synthetic import RAM_DIMENSIONS, Synthetic, ram_truth, simulate, write_mlflow
+
+
+@pytest.fixture(scope="module")
+def records() -> Records:
+    """Two rows of the case study: one tested on three seeds, one still running; and one Mnih row by configuration."""
+    made = simulate(Synthetic(truth=ram_truth, dimensions=RAM_DIMENSIONS[:5], trials=2, epochs=2, seeds=3))
+    trials = made.trials.assign(
+        arm="paper",
+        task="translated",
+        model="ram",
+        data="digits",
+        epochs=2,
+        num_glimpses=[6, 8],
+        patch_size=12,
+        num_scales=3,
+        state=["complete", "running"],
+        test_accuracies=[(0.90, 0.92, 0.94), ()],
+        test_accuracy=[0.92, np.nan],
+    )
+    return made._replace(trials=trials)
+
+
+def test_ours_stands_beside_theirs_with_interval_and_seeds(records: Records) -> None:
+    table = paper.paper_table([records])
+    row = table[(table["task"] == "translated") & (table["model"] == "RAM, 6 glimpses, 12x12, 3 scales")]
+    assert list(row["published"]) == [94.35, 98.78], "the case study's and Mnih's"
+    for _, one in row.iterrows():
+        assert one["ours"] == pytest.approx(92.0)
+        half = 2.92 * 2.0 / np.sqrt(3)  # t quantile 0.95, 2 degrees of freedom
+        assert one["high"] - one["ours"] == pytest.approx(half, rel=1e-3)
+        assert one["seeds"] == 3
+        assert one["data"] == "digits"
+
+
+def test_a_row_not_run_says_so(records: Records) -> None:
+    table = paper.paper_table([records]).set_index(["source", "task", "model"])["note"]
+    assert table[paper.CASE_STUDY, "cluttered", "CNN"] == "not run yet"
+    assert table[paper.CASE_STUDY, "translated", "RAM, 8 glimpses, 12x12, 3 scales"] == "running"
+    text = paper.markdown(paper.paper_table([records]))
+    assert "| translated | RAM, 6 glimpses, 12x12, 3 scales | 94.35 | 92.00 (88.63 to 95.37) | 3 | digits, 2 |" in text
+    assert "not run yet" in text
+
+
+def test_published_numbers_are_those_of_the_papers() -> None:
+    case = [p for p in paper.PUBLISHED if p.source == paper.CASE_STUDY]
+    assert [p.accuracy for p in case] == [
+        96.66, 79.98, 81.22, 94.35, 92.52, 96.87, 93.50, 85.65, 85.11, 86.07, 91.26, 93.01,
+    ]  # fmt: skip
+    mnih = {
+        (p.task, p.glimpses, p.model): round(100 - p.accuracy, 2) for p in paper.PUBLISHED if p.source == paper.MNIH
+    }
+    assert mnih["translated", 8, "ram"] == 1.20
+    assert mnih["cluttered", 8, "ram-random"] == 14.4
+    assert mnih["cluttered-100", 8, "ram"] == 8.11
+    assert mnih["original", 7, "ram"] == 1.07
+
+
+def test_pictures_of_every_task_and_of_a_network_looking(tmp_path: Path) -> None:
+    config = Config(data="digits", task="translated", num_glimpses=2, patch_size=8, num_scales=2, hidden_size=16)
+    weights = {k: v.detach() for k, v in build_model(config, torch.zeros(1, dtype=torch.int64)).state_dict().items()}
+    said = paper.draw_pictures(tmp_path, paper.SavedModel("made up", config, weights), "digits", None)
+    assert said == ["glimpses of the best model of made up"]
+    for name in ("samples.png", "glimpses.png", "glimpses.gif"):
+        assert (tmp_path / name).stat().st_size > 1000, name
+    assert (tmp_path / "glimpses.gif").read_bytes().startswith(b"GIF89a")
+    assert load_task(config).sizes["test"] > 4
+    assert "no glimpses are drawn" in paper.draw_pictures(tmp_path, None, "digits", None)[0]
+
+
+def test_the_command_writes_tables_and_figures(
+    records: Records, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    write_mlflow(records, uri, artifacts=tmp_path / "artifacts", params={"design": "paper"})
+    assert paper.main(paper.Args(tracking_uri=uri, out=tmp_path / "out")) == 0
+    assert "92.00 (88.63 to 95.37)" in capfd.readouterr().out
+    for name in ("table.md", "table.csv", "table.png", "table.svg", "samples.png"):
+        assert (tmp_path / "out" / name).is_file(), name
+    assert paper.main(paper.Args(tracking_uri=uri, study="nope", out=tmp_path / "out")) == 2
+    assert "There is: " in capfd.readouterr().err

@@ -1,0 +1,146 @@
+"""python -m analysis.sensitivity from end to end, and every way it can be asked for too much."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+
+from analysis.importance import SEARCHED
+from analysis.records import Records
+from analysis.sensitivity import Args, folder_name, main
+from tests.synthetic import RAM_DEFAULT, RAM_DIMENSIONS, Synthetic, ram_truth, simulate, write_mlflow
+
+STUDY = Synthetic(
+    truth=ram_truth, dimensions=RAM_DIMENSIONS[:5], trials=12, epochs=4, arm="mixed", stop=True, default=RAM_DEFAULT
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with the tables made; each test adds a study of its own."""
+    folder = tmp_path_factory.mktemp("sensitivity")
+    add(folder, simulate(STUDY), "good")
+    return folder
+
+
+def add(folder: Path, records: Records, name: str, **options: object) -> str:
+    named = records._replace(study=records.study._replace(name=name))
+    return write_mlflow(named, uri_of(folder), artifacts=folder / "artifacts", **options)  # type: ignore[arg-type]
+
+
+def uri_of(folder: Path) -> str:
+    return f"sqlite:///{folder}/mlflow.db"
+
+
+def test_from_tracked_study_to_report(store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code = main(Args(study="good", tracking_uri=uri_of(store), out=tmp_path / "out"))
+    shown = capfd.readouterr()
+    assert code == 0
+    assert "Sensitivity of good" in shown.out
+    assert "patch_size" in shown.out and str(tmp_path / "out" / "report.html") in shown.out
+    assert "fitting" in shown.err and "fitting" not in shown.out, "progress goes to stderr"
+    for name in ("report.html", "importance.csv", "verdicts.json", "diagnostics.json", "epochs.csv"):
+        assert (tmp_path / "out" / name).is_file(), name
+    client = MlflowClient(uri_of(store))
+    run = client.search_runs(["1"], filter_string="tags.`ram.study` = 'good' and tags.`ram.kind` = 'study'")[0]
+    attached = {entry.path for entry in client.list_artifacts(run.info.run_id, "sensitivity")}
+    assert {"sensitivity/report.html", "sensitivity/importance.csv", "sensitivity/figures"} <= attached
+
+
+def test_it_imports_neither_ray_nor_study_nor_ramcore(tmp_path: Path) -> None:
+    code = "import sys, analysis.sensitivity; print(sorted({m.split('.')[0] for m in sys.modules}))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert not {"ray", "study", "ramcore"} & set(eval(shown.stdout))
+
+
+def one_trial(records: Records) -> Records:
+    return records._replace(trials=records.trials.iloc[:1], epochs=records.epochs[records.epochs["trial"] == 0])
+
+
+def all_failed(records: Records) -> Records:
+    trials = records.trials.assign(state="failed", stop_reason="error: disk full")
+    return records._replace(trials=trials, epochs=records.epochs.iloc[:0])
+
+
+def all_nan(records: Records) -> Records:
+    return records._replace(epochs=records.epochs.assign(val_accuracy=np.nan))
+
+
+def same_everywhere(records: Records) -> Records:
+    names = [d.name for d in STUDY.dimensions]
+    return records._replace(trials=records.trials.assign(**{n: records.trials[n].iloc[0] for n in names}))
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (one_trial, {}, "needs at least 8 trials"),
+        (all_failed, {}, "12 failed"),
+        (all_nan, {}, "needs at least 8 trials"),
+        (same_everywhere, {}, "same configuration"),
+        (lambda r: r, {"space": None}, "needs the search space"),
+        (lambda r: r, {"space": {"dimensions": "nonsense"}}, "needs the search space"),
+        (lambda r: r, {"space": {"dimensions": []}}, "needs a parameter that varies"),
+    ],
+)
+def test_what_cannot_be_answered_is_one_line_and_exit_2(
+    store: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    change: Callable[[Records], Records],
+    options: dict[str, object],
+    message: str,
+    request: pytest.FixtureRequest,
+) -> None:
+    name = f"bad {request.node.callspec.id}"
+    add(store, change(simulate(STUDY)), name, **options)
+    code = main(Args(study=name, tracking_uri=uri_of(store), out=tmp_path / "out"))
+    error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert code == 2
+    assert len(error) == 1 and message in error[0], error
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_name_and_missing_store(store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(Args(study="nope", tracking_uri=uri_of(store))) == 2
+    assert "There is: " in capfd.readouterr().err
+    assert main(Args(tracking_uri=f"sqlite:///{tmp_path}/no.db")) == 2
+    assert "there is no" in capfd.readouterr().err
+
+
+def test_a_running_study_gets_a_partial_report(store: Path, tmp_path: Path) -> None:
+    records = simulate(STUDY)
+    trials = records.trials.assign(state=["complete"] * 9 + ["running"] * 3)
+    add(store, records._replace(trials=trials), "still going", status="running")
+    assert main(Args(study="still going", tracking_uri=uri_of(store), out=tmp_path)) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "still running" in page
+    assert "<td>running</td><td>3</td>" in page
+
+
+def test_an_unwritable_folder_is_one_line(store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(Args(study="good", tracking_uri=uri_of(store), out=tmp_path / "file" / "out")) == 2
+    assert "must be writable" in capfd.readouterr().err
+
+
+def test_an_ofat_study_is_reported_without_a_ranking(store: Path, tmp_path: Path) -> None:
+    records = simulate(STUDY)
+    rows = ["baseline best"] + [f"baseline best: patch_size={i}" for i in range(11)]
+    ofat = records._replace(trials=records.trials.assign(arm="ofat", row=rows, state="complete"))
+    add(store, ofat, "ofat", params={"design": "ofat", "epochs": "4"})
+    assert main(Args(study="ofat", tracking_uri=uri_of(store), out=tmp_path)) == 0
+    assert "One factor at a time" in (tmp_path / "report.html").read_text()
+    assert "ofat" not in SEARCHED
+
+
+def test_folder_names() -> None:
+    assert folder_name("a/b <c>") == "a-b-c"
+    assert folder_name("../..") == "study"

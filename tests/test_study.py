@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import optuna
+import pytest
+import torch
+
+from ramcore.config import Config
+from ramcore.data import load_task
+from study import designs, run
+from study.outcome import pareto_front
+from study.progress import duration, percent, time_left
+from study.record import Epoch, TrialRecord
+from study.run import Flags, main
+from study.space import search_space
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """A working directory of its own; nothing may reach for the network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path
+
+
+def refused(capsys, **flags) -> str:
+    """The one line with which a command is refused."""
+    assert main(Flags(**{"data": "digits", **flags})) == run.USAGE
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.strip().splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"trials": 0}, "--trials must be at least 1; got 0"),
+        ({"epochs": -3}, "--epochs must be at least 1; got -3"),
+        ({"seeds_per_trial": 0}, "--seeds-per-trial must be at least 1; got 0"),
+        ({"max_concurrent": 0}, "--max-concurrent must be at least 1; got 0"),
+        ({"cpus_per_trial": 0.0}, "--cpus-per-trial must be above 0; got 0"),
+        ({"cpus_per_trial": 4096.0}, "a trial must fit on the machine; --cpus-per-trial is 4096"),
+        ({"gpus_per_trial": -0.5}, "--gpus-per-trial must be at least 0; got -0.5"),
+        ({"time_budget": 0.0}, "--time-budget must be above 0; got 0"),
+        ({"money_budget": 5.0}, "a money budget needs a price"),
+        ({"study": "../escape"}, "a study's name is a folder's name"),
+        ({"design": "paper", "task": "original"}, "on translated and cluttered; got --task original"),
+        ({"design": "ofat"}, "this design starts from a search's best configuration; runs holds no search"),
+        ({"design": "replicate"}, "this design starts from a search's best configuration; runs holds no search"),
+        ({"data": "mnist", "data_dir": Path("/no/such/folder")}, "--data-dir must be a folder"),
+        ({"tracking_uri": "./mlruns"}, "tracking must be a server or a database"),
+        ({"tracking_uri": "http://127.0.0.1:9"}, "the tracking server must answer when a study starts"),
+        (
+            {"tracking_uri": "sqlite:////no/such/folder/mlflow.db"},
+            "the tracking database must lie in a writable folder",
+        ),
+    ],
+)
+def test_bad_input_is_refused_in_one_line_before_anything_starts(here, capsys, flags, said):
+    assert said in refused(capsys, **flags)
+    assert not list(here.iterdir())
+
+
+def test_a_storage_that_cannot_be_written_is_refused(here, capsys):
+    (here / "file").write_text("")
+    assert "--storage must be a folder that can be written" in refused(capsys, storage="file/runs")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() and os.environ.get("RAM_GPU") is not None, reason="a GPU is there")
+def test_a_gpu_that_is_not_there_is_refused(here, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is there")
+    assert "a trial must fit on the machine; --gpus-per-trial is 0.5 and there are 0" in refused(
+        capsys, gpus_per_trial=0.5
+    )
+
+
+def test_a_dry_run_prints_the_plan_and_makes_nothing(here, capsys):
+    assert main(Flags(data="digits", dry_run=True, trials=40)) == run.DONE
+    out = capsys.readouterr().out
+    assert "Study translated-digits-search: new" in out
+    assert "40: 5 published, 16 sobol, 19 tpe" in out
+    assert "patch_size" in out and "multiply-adds an image" in out and "sqlite:///mlflow.db" in out
+    assert not list(here.iterdir())
+
+
+def test_a_dry_run_of_the_paper_lists_its_rows(here, capsys):
+    assert main(Flags(data="digits", design="paper", dry_run=True)) == run.DONE
+    out = capsys.readouterr().out
+    assert "Study translated-cluttered-digits-paper: new" in out and "100 epochs, 3 seeds" in out
+    assert "cluttered RAM 6 gl 20x20 3 s" in out and "translated CNN" in out
+
+
+# What a person reads.
+
+
+def trial(number: int, *accuracy: float, arm: designs.Arm = "sobol", state: str = "complete", **values) -> TrialRecord:
+    space = search_space(Config(epochs=4))
+    plan = designs.Plan(config=space.config(space.default | values), arm=arm, seeds=(0, 1))
+    epochs = [Epoch(time=0, value=a, metrics={"val_accuracy": [a - 0.01, a + 0.01], "seconds": 10.0}) for a in accuracy]
+    return TrialRecord(number=number, trial_id=number, plan=plan, started=0, epochs=epochs, state=state)  # type: ignore[arg-type]
+
+
+def test_the_pareto_front_holds_what_nothing_beats_in_both():
+    trials = [
+        trial(0, 0.9, num_glimpses=8),
+        trial(1, 0.8, num_glimpses=4),
+        trial(2, 0.7, num_glimpses=6),
+        trial(3, 0.99, num_glimpses=2, state="pruned"),
+        trial(4, 0.6, num_glimpses=2),
+    ]
+    assert [t.number for t in pareto_front(trials)] == [4, 1, 0]
+
+
+def test_the_time_left_is_a_range_that_knows_about_early_stopping():
+    arms = ["sobol"] * 2 + ["tpe"] * 2
+    done = [trial(0, 0.1, 0.1, 0.1, 0.1), trial(1, 0.1, 0.1, 0.1, 0.1), trial(2, 0.1, arm="tpe", state="pruned")]
+    low, high = time_left(done, arms, 4, slots=1) or (0, 0)
+    # One TPE trial is left: as short as the one before it, or all four epochs of 10 s, give or take.
+    assert low == pytest.approx(10 * 0.8) and high == pytest.approx(40 * 1.25)
+    assert time_left([], arms, 4, slots=1) is None
+    assert time_left([*done, trial(3, 0.1, arm="tpe", state="pruned")], arms, 4, slots=1) == (0, 0)
+
+
+def test_how_figures_are_written():
+    assert percent((0.96, 0.98)) == "97.00 +- 1.41 %" and percent((0.5,)) == "50.00 %" and percent(()) == "-"
+    assert [duration(s) for s in (5, 600, 12_000)] == ["5 s", "10 min", "3.3 h"]
+
+
+# The whole thing.
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A small real study, run as a person would."""
+    folder = tmp_path_factory.mktemp("study")
+    return folder, command(folder, "--data", "digits", "--task", "original", "--trials", "4", "--epochs", "2")
+
+
+def command(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"} | {"PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-m", "study.run", *flags]
+    return subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, timeout=250)
+
+
+def test_a_study_ends_with_its_results_on_stdout_and_its_progress_on_stderr(finished):
+    folder, done = finished
+    assert done.returncode == 0, done.stderr
+    for said in (
+        "Best configuration: trial",
+        "test accuracy",
+        "read once",
+        "mlflow ui",
+        "analysis.sensitivity --study",
+    ):
+        assert said in done.stdout
+    assert done.stderr.count("; finished; ") + done.stderr.count("stopped by successive halving") == 4
+    for noise in ("╭", "Trial status", "INFO", "Warning", "\x1b"):
+        assert noise not in done.stdout + done.stderr
+    assert sorted(p.name for p in folder.iterdir()) == ["mlflow.db", "mlruns", "runs"]
+
+
+def test_the_same_command_again_reports_the_finished_study(finished):
+    folder, done = finished
+    again = command(folder, "--study", "original-digits-search")  # its name says it all
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == done.stdout
+    study = optuna.load_study(
+        study_name="original-digits-search", storage=f"sqlite:///{folder}/runs/original-digits-search/study.db"
+    )
+    assert len(study.trials) == 4
+
+
+def test_another_study_under_the_same_name_is_refused(finished, monkeypatch, capsys):
+    folder, _ = finished
+    monkeypatch.chdir(folder)
+    said = refused(capsys, task="original", epochs=5)
+    assert "original-digits-search differs in epochs 2 there, 5 asked for" in said
+    said = refused(capsys, task="translated", study="original-digits-search")
+    assert "task original there, translated asked for" in said
+
+
+def test_the_best_model_loads_with_one_call_and_reproduces_its_score(finished, monkeypatch):
+    folder, _ = finished
+    monkeypatch.chdir(folder)
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("ram-study")
+    (parent,) = client.search_runs([experiment.experiment_id], "tags.`ram.kind` = 'study'")
+    artifacts = {a.path for a in client.list_artifacts(parent.info.run_id)}
+    assert artifacts >= {"study.json", "space.json", "best_config.json", "glimpses.png"}
+    best = mlflow.artifacts.load_dict(f"runs:/{parent.info.run_id}/best_config.json")
+
+    model = mlflow.pyfunc.load_model(f"runs:/{parent.info.run_id}/model")
+
+    data = load_task(Config(**best["config"]))
+    index = torch.arange(data.sizes["test"])
+    images = data.render("test", index[None], data.placement_keys("test", torch.tensor([0]), 0))[0]
+    probabilities = model.predict(images.numpy().astype(np.float32) / 255)
+    hits = probabilities.argmax(-1) == data.test.labels.numpy()[:, None]
+    assert hits.mean(0).tolist() == pytest.approx(best["test"]["accuracy"])
+    assert model.metadata.signature is not None
+    with contextlib.closing(open(folder / "runs/original-digits-search/driver.lock")):
+        pass  # the lock is free again
+    mlflow.set_tracking_uri(None)
