@@ -324,8 +324,8 @@ def _write_page(
         paths += [out / "figures" / f"{name}.png", out / "figures" / f"{name}.svg"]
     records.epochs.to_csv(out / "epochs.csv", index=False)
     # A field may hold text in one trial and a number in another (a setting that changed type): Parquet wants one.
-    mixed = records.epochs.select_dtypes("object")
-    records.epochs.astype({c: str for c in mixed.columns}).to_parquet(out / "epochs.parquet", index=False)
+    mixed = [c for c in records.epochs.columns if len(set(map(type, records.epochs[c]))) > 1]
+    records.epochs.astype({c: str for c in mixed}).to_parquet(out / "epochs.parquet", index=False)
     _plain(records.trials).to_csv(out / "trials.csv")
     (out / "report.html").write_text(render(records.study, sentences, page, images), encoding="utf-8")
     return [out / name for name in ("report.html", "trials.csv", "epochs.csv", "epochs.parquet")] + paths

@@ -215,7 +215,8 @@ class Surface:
 
     Hyperparameters, all on log scale except the two slopes, in this order: weight of each dimension (D), roughness of
     each (D), interaction strength, memory in u, change of signal with u, seed luck, epoch luck, trial misfit, change of
-    luck with u, memory of a seed's luck in u. Their priors are Gaussian (`prior_mean`, `prior_sd`), for y scaled to unit variance.
+    luck with u, memory of a seed's luck in u. Their priors are Gaussian (`prior_mean`, `prior_sd`), for y scaled to
+    unit variance.
     """
 
     def __init__(self, dimensions: Sequence[Dimension]) -> None:

@@ -86,7 +86,7 @@ def _megabytes() -> float:
 
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Does the driver hold?")
     parser.add_argument("--trials", type=int, default=2000)
     parser.add_argument("--reports", type=int, default=20)
     parser.add_argument("--slots", type=int, default=64)

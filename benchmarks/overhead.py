@@ -19,7 +19,7 @@ import optuna
 
 def main() -> None:
     """Read and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="How much of a study is training?")
     parser.add_argument("study", type=Path, help="folder of a study, with its study.db")
     parser.add_argument("--slots", type=int, help="trials at a time (default: the most that ran at once)")
     flags = parser.parse_args()

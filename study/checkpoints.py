@@ -106,7 +106,12 @@ class RemoteFolder:
         return str(PurePosixPath(self._root) / name)
 
     def write(self, name: str, content: bytes) -> None:
-        with self._fs.open_output_stream(self._path(name)) as stream:
+        try:
+            stream = self._fs.open_output_stream(self._path(name))
+        except FileNotFoundError:  # not an object store but a file:// URI, whose folders have to be made
+            self._fs.create_dir(str(PurePosixPath(self._path(name)).parent), recursive=True)
+            stream = self._fs.open_output_stream(self._path(name))
+        with stream:
             stream.write(content)
 
     def read(self, name: str) -> bytes:

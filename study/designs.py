@@ -101,7 +101,7 @@ def published(space: Space) -> list[tuple[str, Values]]:
     points = [("default", space.default)]
     for glimpses, patch, scales in _PUBLISHED[space.base.task]:
         sizes = {"num_glimpses": glimpses, "patch_size": patch, "num_scales": scales}
-        points.append((f"published {glimpses} gl {patch}x{patch} {scales} s", paper_values | sizes))
+        points.append((f"{glimpses} gl {patch}x{patch} {scales} s", paper_values | sizes))
     return [(row, values) for row, values in points if space.contains(values)]
 
 

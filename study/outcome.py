@@ -144,7 +144,7 @@ def _log_model(run_id: str, trial: TrialRecord, weights: dict[str, Tensor], scra
     torch.save({"weights": weights}, scratch / "weights.pt")
     described = {"config": asdict(config), "seeds": list(trial.plan.seeds)}
     (scratch / "config.json").write_text(json.dumps(described, indent=1))
-    canvas = TensorSpec(np.dtype(np.float32), (-1, config.canvas_size, config.canvas_size), "images")
+    canvas = TensorSpec(np.dtype(np.float32), (-1, config.canvas_size, config.canvas_size))
     classes = TensorSpec(np.dtype(np.float32), (-1, len(trial.plan.seeds), NUM_CLASSES))
     with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*An input example was not provided", category=UserWarning)

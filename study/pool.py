@@ -47,10 +47,13 @@ class Pool:
     cpus_per_trial: float
     gpus_per_trial: float
     max_concurrent: int | None
+    autoscales: bool = False  # a cluster, whose workers may not be there yet
 
     @property
     def slots(self) -> int:
-        """Trials at a time."""
+        """Trials at a time. Told how many there may be, a cluster may yet have to grow to it."""
+        if self.max_concurrent is not None and self.autoscales:
+            return self.max_concurrent
         return count_slots(ray.cluster_resources(), self)
 
     @property
@@ -97,14 +100,12 @@ def ray_running(address: str | None) -> Iterator[None]:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": False}
     if address is None:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nothing listens beyond this machine
         have = local_resources()
         ray.init(
             address="local",
             num_cpus=int(have["CPU"]),
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE,
-            _node_ip_address="127.0.0.1",
             **common,
         )
     else:

@@ -14,8 +14,10 @@ from ramcore.config import Config, Data, Task
 from ramcore.data import DataMissing, TaskData, load_task
 from ramcore.recipes import TUNED
 from study import designs
+from study.checkpoints import open_folder
 from study.designs import Design, Plan
 from study.record import RecordError, StudySettings, read_best, read_settings
+from study.snapshots import fetch, is_remote, record_folder
 from study.space import Space, search_space
 
 if TYPE_CHECKING:
@@ -53,7 +55,8 @@ def prepare(flags: Flags) -> Prepared:
         UsageError, ConfigError, DataError, RecordError: one line each.
     """
     _check_numbers(flags)
-    known = read_settings(_record_folder(flags.storage, flags.study) / "study.db") if flags.study else None
+    _check_writable(flags.storage)
+    known = _read(flags.storage, flags.study) if flags.study else None
     if known is None:
         design: Design = flags.design or "search"
         tasks: tuple[Task, ...] = (flags.task,) if flags.task else ("translated",)
@@ -72,8 +75,8 @@ def prepare(flags: Flags) -> Prepared:
     task_data, warnings = _load(wanted, tasks[0], flags.data_dir)
     data: Data = task_data.data  # type: ignore[assignment]
     name = flags.study or f"{'-'.join(tasks)}-{data}-{design}"
-    folder = _record_folder(flags.storage, name)
-    known = known or read_settings(folder / "study.db")
+    folder = record_folder(flags.storage, name)
+    known = known or _read(flags.storage, name)
 
     source = _source(flags.storage, tasks[0], data, needed=design in ("ofat", "replicate") and known is None)
     epochs = flags.epochs or (known[0].epochs if known else source[0].epochs if source else None)
@@ -102,7 +105,6 @@ def prepare(flags: Flags) -> Prepared:
             f"a study's name stands for one space, task and data; {name} differs in {'; '.join(differences)}: "
             "pass another --study, or the same settings"
         )
-    _check_writable(flags.storage)
     return Prepared(
         settings=settings,
         space=space,
@@ -110,7 +112,7 @@ def prepare(flags: Flags) -> Prepared:
         total=total,
         data=task_data,
         folder=folder,
-        storage=flags.storage if "://" in flags.storage else str(Path(flags.storage).absolute()),
+        storage=flags.storage if is_remote(flags.storage) else str(Path(flags.storage).absolute()),
         exists=known is not None,
         warnings=tuple(warnings),
     )
@@ -145,7 +147,7 @@ def _source(storage: str, task: str, data: str, *, needed: bool) -> tuple[StudyS
     if not needed:
         return None
     found: list[tuple[float, StudySettings, dict[str, Any]]] = []
-    for path in _record_folder(storage, ".").glob("*/study.db"):
+    for path in record_folder(storage, "any").parent.glob("*/study.db"):
         known = read_settings(path)
         if known and (known[0].design, known[0].task, known[0].data) == ("search", task, data):
             best = read_best(path)
@@ -200,12 +202,28 @@ def _check_numbers(flags: Flags) -> None:
         )
 
 
-def _record_folder(storage: str, study: str) -> Path:
-    return Path(storage).absolute() / study
+def _read(storage: str, study: str) -> tuple[StudySettings, int] | None:
+    """What is known of a study of that name."""
+    try:
+        fetch(storage, study)
+    except OSError as error:
+        raise UsageError(_unreachable(storage, error)) from error
+    return read_settings(record_folder(storage, study) / "study.db")
+
+
+def _unreachable(storage: str, error: Exception) -> str:
+    reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+    return f"--storage must be within reach; {storage} did not answer ({reason}): check its name and its credentials"
 
 
 def _check_writable(storage: str) -> None:
-    if "://" in storage:
+    if is_remote(storage):
+        try:
+            folder = open_folder(storage, ".probe")
+            folder.write("probe", b"")
+            folder.delete("probe")
+        except (OSError, ValueError) as error:  # pyarrow's ValueError: no such kind of storage
+            raise UsageError(_unreachable(storage, error)) from error
         return
     path = Path(storage).absolute()
     while not path.exists():

@@ -42,6 +42,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from study.designs import Plan
 from study.faults import fault_point
+from study.snapshots import Snapshots
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +147,7 @@ class Record:
         self._dirty: set[int] = set()
         self.created: int = study.user_attrs["created"]  # ms since 1970
         self.uid: str = study.user_attrs["uid"]  # tells two studies of one name apart in MLflow
+        self.snapshots: Snapshots | None = None  # of a record whose storage is elsewhere
         self._lock = lock
         self._rdb = rdb
         self._storage = study._storage  # with Optuna's cache of ended trials in front of the database
@@ -168,9 +170,30 @@ class Record:
         Raises:
             RecordError: another process holds it, or it is a study with other settings.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder / "driver.lock")
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = _lock(folder / "driver.lock")
+        except OSError as error:
+            raise RecordError(
+                f"a study's folder must be one that can be written; {folder}: {error.strerror}: pass another --storage"
+            ) from error
+        try:
+            return cls._open(folder, settings, lock, total=total, rows=rows)
+        except BaseException:
+            os.close(lock)
+            raise
+
+    @classmethod
+    def _open(
+        cls,
+        folder: Path,
+        settings: StudySettings,
+        lock: int,
+        *,
+        total: int | None,
+        rows: Callable[[], list[Plan]] | None,
+    ) -> Self:
+        with _write_errors():
             study, rdb = _open_storage(folder / "study.db", settings.study)
             assert study is not None
             attrs = study.user_attrs
@@ -193,12 +216,9 @@ class Record:
                 study.set_user_attr("settings", asdict(settings))
             record._load()
             return record
-        except BaseException:
-            os.close(lock)
-            raise
 
     def _ask_for(self, total: int | None, rows: Callable[[], list[Plan]] | None) -> None:
-        attrs = self.study.user_attrs
+        attrs: dict[str, Any] = self.study.user_attrs
         if "settings" not in attrs:  # new, or a crash came before it was complete: what is there counts for nothing
             attrs = {"rows": [plan.to_dict() for plan in rows()]} if rows is not None else {}
             for name, value in attrs.items():
@@ -261,6 +281,7 @@ class Record:
             fault_point("record.start.before")
             trial_id = self._storage.create_new_trial(self.study._study_id, template_trial=template)
             number = self._storage.get_trial_number_from_id(trial_id)
+            self._push(now=True)
         fault_point("record.start.after")
         trial = TrialRecord(number=number, trial_id=trial_id, plan=plan, started=now)
         self.trials[number] = trial
@@ -293,6 +314,8 @@ class Record:
             )
         fault_point("record.epoch.between")
         self._set_value(trial, epoch, value)
+        with _write_errors():
+            self._push(now=False)
         fault_point("record.epoch.after")
         trial.epochs.append(entry)
         self._touch(number)
@@ -310,6 +333,8 @@ class Record:
         fault_point("record.end.between")
         _apply_end(trial, end)
         self._set_state(trial)
+        with _write_errors():
+            self._push(now=True)
         fault_point("record.end.after")
         self._touch(number)
 
@@ -319,8 +344,13 @@ class Record:
         """
         with _write_errors():
             self.study.set_user_attr(_test_key(number), test)
+            self._push(now=True)
         self.trials[number].test = test
         self._touch(number)
+
+    def _push(self, *, now: bool) -> None:
+        if self.snapshots is not None:
+            self.snapshots.push(now=now)
 
     def _set_value(self, trial: TrialRecord, epoch: int, value: float) -> None:
         if math.isfinite(value):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import secrets
 import shlex
 import signal
 import subprocess
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DONE, BROKEN, USAGE, SOME_FAILED, STOPPED = 0, 1, 2, 3, 75
+_FAILURES_SHOWN = 10
 DEFAULT_TRACKING = "sqlite:///mlflow.db"
 _REFUSALS = (UsageError, ConfigError, DataError, RecordError)
 
@@ -99,12 +101,20 @@ def main(flags: Flags) -> int:
         return _refuse(error)
     for warning in prepared.warnings:
         _say(f"warning: {warning}")
+    if flags.address is None and "ray" not in sys.modules:
+        # Even on one machine Ray's workers listen on every interface; a token of this run's own keeps others out. Ray
+        # reads it when it is imported.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     # These bring Ray, torch and MLflow with them, seconds that a refusal need not wait for.
     from study import pool, tracking
 
     uri = tracking.tracking_uri(flags.tracking_uri)
     wanted = pool.Pool(
-        cpus_per_trial=flags.cpus_per_trial, gpus_per_trial=flags.gpus_per_trial, max_concurrent=flags.max_concurrent
+        cpus_per_trial=flags.cpus_per_trial,
+        gpus_per_trial=flags.gpus_per_trial,
+        max_concurrent=flags.max_concurrent,
+        autoscales=flags.address is not None,
     )
     try:
         slots = None if flags.address else pool.count_slots(pool.local_resources(), wanted)
@@ -116,6 +126,9 @@ def main(flags: Flags) -> int:
         record = Record.open(prepared.folder, prepared.settings, total=prepared.total, rows=prepared.rows)
     except (*_REFUSALS, tracking.TrackingError, pool.PoolError) as error:
         return _refuse(error)
+    except RecordLost as error:
+        _say(f"stopped ({error}); the same command continues: {_command()}")
+        return STOPPED
     with record:
         return _run(flags, prepared, record, wanted, uri)
 
@@ -126,10 +139,13 @@ def _run(flags: Flags, prepared: Prepared, record: Record, wanted: Any, uri: str
     from study.halving import default_halving
     from study.progress import Progress
     from study.searcher import Engine
+    from study.snapshots import Snapshots, is_remote
     from study.trainable import SharedData
 
     settings = record.settings
     folder = open_folder(prepared.storage, settings.study)
+    if is_remote(prepared.storage):
+        record.snapshots = Snapshots(prepared.folder / "study.db", folder)
     devices: dict[str, float] = pool.local_resources() if flags.address is None else {}
     progress = Progress(study=settings.study, epochs=settings.epochs)
     engine = Engine(
@@ -152,7 +168,8 @@ def _run(flags: Flags, prepared: Prepared, record: Record, wanted: Any, uri: str
                     devices = wanted.devices
                     tracker = _start_tracker(flags, prepared, record, uri, devices)
                     progress.outage = lambda: tracker.outage if tracker else None
-                    pool.run_trials(engine, SharedData.of(prepared.data), wanted)
+                    if not engine.should_stop():  # a signal may have come while Ray started
+                        pool.run_trials(engine, SharedData.of(prepared.data), wanted)
         except pool.PoolError as error:
             return _refuse(error)
         except RecordLost as error:
@@ -162,7 +179,10 @@ def _run(flags: Flags, prepared: Prepared, record: Record, wanted: Any, uri: str
             tracker = _start_tracker(flags, prepared, record, uri, devices)
         done = code in (DONE, SOME_FAILED)
         if done:
-            outcome.read_best_test(record, folder, prepared.data)
+            try:
+                outcome.read_best_test(record, folder, prepared.data)
+            except RecordLost as error:
+                _say(f"warning: {error}; the test accuracy is read by the next run of the same command")
         found = outcome.conclude(record)
         publish = outcome.publisher(found, folder, prepared.data) if found and done else None
         status = "finished" if done else "failed" if code == BROKEN else "stopped"
@@ -188,18 +208,20 @@ def _report(prepared: Prepared, engine: Any, found: Any, uri: str, untracked: st
     states = [t.state for t in record.trials.values()]
     name = record.settings.study
     if code == BROKEN:
-        _say(f"error: {engine.stopping}: mend it and run the same command; failed trials stay failed, others are added")
+        _say(f"error: {engine.stopping}: mend it and run the same command; failed trials stay failed, the rest are run")
     elif code not in (DONE, SOME_FAILED):
-        _say(f"stopped ({engine.stopping}); the same command continues: {_command()}")
+        _say(f"stopped ({engine.stopping or 'Ray Tune ended early'}); the same command continues: {_command()}")
     print(
         f"Study {name}: {states.count('complete')} trials finished, {states.count('pruned')} stopped early, "
         f"{states.count('failed')} failed, {states.count('running')} to be continued, of {engine.total}"
     )
     if found is not None:
         print("\n".join(describe(found, prepared.space.names if prepared.space else ())))
-    for trial in record.trials.values():
-        if trial.state == "failed":
-            print(f"  failed: trial {trial.number:04d}: {trial.reason}")
+    failed = [t for t in record.trials.values() if t.state == "failed"]
+    for trial in failed[:_FAILURES_SHOWN]:
+        print(f"  failed: trial {trial.number:04d}: {trial.reason}")
+    if len(failed) > _FAILURES_SHOWN:
+        print(f"  and {len(failed) - _FAILURES_SHOWN} more")
     print(f"Record: {prepared.folder / 'study.db'}; tracked in {uri}")
     print("Next:")
     default = uri == DEFAULT_TRACKING
@@ -340,8 +362,18 @@ def _command() -> str:
     return shlex.join(["python", "-m", "study.run", *sys.argv[1:]])
 
 
+class _ToStderr(logging.StreamHandler[Any]):
+    """To what sys.stderr is at the moment: the live display stands in for it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def _configure_logging() -> None:
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    handler = _ToStderr()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("study").setLevel(logging.INFO)
     for noisy in ("mlflow", "alembic", "optuna", "ray"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 SAME_FAILURES = 3  # this many first trials that fail alike stop the study: it is the program, not the configuration
 MAX_WORKER_DEATHS = 5  # of one trial; a sixth makes it a failed trial (its configuration may be what kills workers)
+_TIDIED_AGAIN = 20  # ended trials whose leftovers are looked for when a study is continued
 _RESAMPLES = 20  # tries of TPE for a feasible point before the last one is clamped
 
 
@@ -115,8 +116,10 @@ class Engine:
         self._lost = sorted((t.number for t in record.trials.values() if t.state == "running"), reverse=True)
         for trial in record.trials.values():
             self._note_rungs(trial)
-            if trial.state != "running":
-                self._tidy(trial)
+        # A crash may have come between a trial's end and its tidying; only the latest ones can be concerned.
+        ended = sorted((t for t in record.trials.values() if t.ended is not None), key=lambda t: t.ended or 0)
+        for trial in ended[-_TIDIED_AGAIN:]:
+            self._tidy(trial)
 
     @property
     def total(self) -> int:

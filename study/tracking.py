@@ -305,7 +305,8 @@ class Tracker:
                 ended=run.info.status in ("FINISHED", "FAILED"),
                 tested="test_accuracy" in run.data.metrics,
             )
-        self._pending |= {t.number for t in self.record.trials.values() if not self._is_tracked(t)}
+        # list: the driver adds trials meanwhile
+        self._pending |= {t.number for t in list(self.record.trials.values()) if not self._is_tracked(t)}
         self._experiment_id = experiment_id
         self._describe(client, parent)
 

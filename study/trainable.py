@@ -88,6 +88,9 @@ def run_trial(job: Job, data: SharedData, report: Callable[[dict[str, Any]], Non
     of the designs that read the test images; or, instead, {"error": one line, "details": traceback} when training
     failed, or {"interrupted": one line} when its surroundings did (full disk).
     """
+    if device != "cpu":  # actors are reused: the memory of the trial before is given back before more is taken
+        gc.collect()
+        torch.cuda.empty_cache()
     try:
         _train(job, data, report, device)
     except Exception as error:  # the boundary: whatever a trial raises is that trial's failure, told to the driver
@@ -96,10 +99,6 @@ def run_trial(job: Job, data: SharedData, report: Callable[[dict[str, Any]], Non
         else:
             lines = (str(error) or "no message").splitlines()
             report({"error": f"{type(error).__name__}: {lines[0]}", "details": traceback.format_exc()})
-    finally:
-        if device != "cpu":  # actors are reused: a trainer's tensors must not hold the memory of the next one's
-            gc.collect()
-            torch.cuda.empty_cache()
 
 
 def _train(job: Job, data: SharedData, report: Callable[[dict[str, Any]], None], device: str) -> None:

@@ -29,11 +29,11 @@ def test_the_default_and_published_configurations_come_first():
     rows = published(search_space(Config(task="translated")))
     assert [row for row, _ in rows] == [
         "default",
-        "published 6 gl 12x12 3 s",
-        "published 6 gl 16x16 3 s",
-        "published 8 gl 12x12 3 s",
-        "published 6 gl 8x8 3 s",
-        "published 6 gl 8x8 2 s",
+        "6 gl 12x12 3 s",
+        "6 gl 16x16 3 s",
+        "8 gl 12x12 3 s",
+        "6 gl 8x8 3 s",
+        "6 gl 8x8 2 s",
     ]
     assert rows[1][1]["learning_rate"] == 3e-4
 

@@ -24,7 +24,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDY = ("--data", "digits", "--task", "original", "--study", "s", "--trials", "5", "--epochs", "3")
@@ -38,9 +38,24 @@ def environment(**extra: str) -> dict[str, str]:
 def start(folder: Path, *flags: str, **extra: str) -> subprocess.Popen[str]:
     """A study in a process of its own, its folder as working directory."""
     command = [sys.executable, "-m", "study.run", *STUDY, *flags]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command, cwd=folder, env=environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+    _started.append(process)
+    return process
+
+
+_started: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    yield
+    for process in _started:
+        if process.poll() is None:  # a test has failed
+            process.kill()
+            process.communicate()
+    _started.clear()
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 400) -> tuple[int, str, str]:
@@ -61,7 +76,7 @@ def epochs_recorded(folder: Path) -> int:
     return 0
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 200) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 300) -> None:
     end = time.monotonic() + timeout
     while not condition():
         assert process.poll() is None, f"the study ended early: {process.communicate()}"
@@ -279,7 +294,7 @@ class Server:
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log, start_new_session=True)
-        end = time.monotonic() + 120
+        end = time.monotonic() + 240
         while True:
             try:
                 with urllib.request.urlopen(f"{self.uri}/health", timeout=2):

@@ -141,8 +141,14 @@ def test_a_constant_column_changes_nothing() -> None:
 
 
 def test_halving_a_range_halves_a_linear_effect() -> None:
-    whole = Synthetic(truth=lambda x, u: 0.6 * x[:, 0] + 0.3 * x[:, 1] + 0 * u, dimensions=unit_dimensions(2), trials=24,
-                      epochs=2, trial_sd=0.01, epoch_sd=0.01)  # fmt: skip
+    whole = Synthetic(
+        truth=lambda x, u: 0.6 * x[:, 0] + 0.3 * x[:, 1] + 0 * u,
+        dimensions=unit_dimensions(2),
+        trials=24,
+        epochs=2,
+        trial_sd=0.01,
+        epoch_sd=0.01,
+    )
     half = dataclasses.replace(whole, truth=lambda x, u: 0.3 * x[:, 0] + 0.3 * x[:, 1] + 0 * u)
     before, after = (
         {e.name: e.effect.mid for e in analyse(simulate(study), hyperdraws=FEW).effects} for study in (whole, half)

@@ -52,9 +52,15 @@ def companions() -> Companions:
 @pytest.fixture(scope="module")
 def study() -> tuple[Records, Analysis]:
     made = Synthetic(
-        truth=ram_truth, dimensions=RAM_DIMENSIONS[:5], trials=24, epochs=9, arm="mixed", stop=True, default=RAM_DEFAULT,
+        truth=ram_truth,
+        dimensions=RAM_DIMENSIONS[:5],
+        trials=24,
+        epochs=9,
+        arm="mixed",
+        stop=True,
+        default=RAM_DEFAULT,
         fail=lambda x: float(x[4] > 0.85),
-    )  # fmt: skip
+    )
     records = simulate(made)
     records = records._replace(
         study=records.study._replace(name=HOSTILE, params={"task": "<b>t</b>", "data": "digits"})
@@ -73,7 +79,7 @@ def folder(study: tuple[Records, Analysis], companions: Companions, tmp_path_fac
 
 
 def test_every_file_is_there_and_holds_what_it_says(folder: Path, study: tuple[Records, Analysis]) -> None:
-    records, analysis = study
+    records, _ = study
     importance = pd.read_csv(folder / "importance.csv")
     assert set(importance["parameter"]) == {DUMMY, *(d.name for d in RAM_DIMENSIONS[:5])}
     assert (importance["total_low"] <= importance["total"]).all() and (

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -77,7 +76,6 @@ def test_a_storage_that_cannot_be_written_is_refused(here, capsys):
     assert "--storage must be a folder that can be written" in refused(capsys, storage="file/runs")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() and os.environ.get("RAM_GPU") is not None, reason="a GPU is there")
 def test_a_gpu_that_is_not_there_is_refused(here, capsys):
     if torch.cuda.is_available():
         pytest.skip("a GPU is there")
@@ -211,6 +209,4 @@ def test_the_best_model_loads_with_one_call_and_reproduces_its_score(finished, m
     hits = probabilities.argmax(-1) == data.test.labels.numpy()[:, None]
     assert hits.mean(0).tolist() == pytest.approx(best["test"]["accuracy"])
     assert model.metadata.signature is not None
-    with contextlib.closing(open(folder / "runs/original-digits-search/driver.lock")):
-        pass  # the lock is free again
     mlflow.set_tracking_uri(None)
