@@ -120,17 +120,18 @@ def known_rectified(y: Tensor, *layers: tuple[Linear, Tensor]) -> Tensor:
 
 
 class LayerNorm(nn.Module):
-    """Normalise the last dimension (Ba, Kiros, Hinton 2016); gain and bias per replicate."""
+    """Normalise each of some groups of units (Ba, Kiros, Hinton 2016); gain and bias per replicate."""
 
-    def __init__(self, weights: Weights, size: int) -> None:
+    def __init__(self, weights: Weights, size: int, groups: int = 1) -> None:
         super().__init__()
-        self.size = size
-        self.gain = weights.constant((1, size), 1.0)
-        self.bias = weights.constant((1, size), 0.0)
+        self.shape = (groups, size)
+        self.gain = weights.constant((1, groups * size), 1.0)
+        self.bias = weights.constant((1, groups * size), 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (R, N, size)."""
-        return torch.addcmul(self.bias, functional.layer_norm(x, (self.size,)), self.gain)
+        """x: (R, N, groups * size)."""
+        normalised = functional.layer_norm(x.unflatten(-1, self.shape), self.shape[1:]).flatten(-2)
+        return torch.addcmul(self.bias, normalised, self.gain)
 
 
 class Conv(nn.Module):

@@ -106,9 +106,11 @@ class CoreNetwork(nn.Module):
         gates = {"rnn": 1, "gru": 3, "lstm": 4}[config.core]
         self.input = Linear(weights, self.size, gates * self.size)
         self.recurrent = Linear(weights, self.size, gates * self.size)
-        # A GRU's candidate resets its recurrent part, so there the two parts are normalised apart.
-        norms = (2 * gates if config.core == "gru" else gates) if config.layer_norm else 0
-        self.norms = nn.ModuleList(LayerNorm(weights, self.size) for _ in range(norms))
+        # A GRU's candidate resets its recurrent part, so there the two parts are normalised apart; else their sum is.
+        norms = 2 if config.core == "gru" else 1
+        self.norms = nn.ModuleList(
+            LayerNorm(weights, self.size, gates) if config.layer_norm else nn.Identity() for _ in range(norms)
+        )
 
     def start(self, h: Tensor) -> State:
         """The state before the first glimpse: zeros, shaped as h (R, B, H)."""
@@ -123,23 +125,17 @@ class CoreNetwork(nn.Module):
             state: before the step.
         """
         if self.kind == "gru":
-            reset, update, candidate = self._gates(from_input, 0)
-            reset_h, update_h, candidate_h = self._gates(from_h, 3)
+            reset, update, candidate = self.norms[0](from_input).split(self.size, dim=-1)
+            reset_h, update_h, candidate_h = self.norms[1](from_h).split(self.size, dim=-1)
             update = torch.sigmoid(update + update_h)
             candidate = torch.tanh(candidate + torch.sigmoid(reset + reset_h) * candidate_h)
             return (torch.lerp(candidate, state[0], update),)
-        gates = self._gates(from_input + from_h, 0)
+        pre = self.norms[0](from_input + from_h)
         if self.kind == "rnn":
-            return (gates[0].relu(),)
-        enter, forget, candidate, leave = gates
+            return (pre.relu(),)
+        enter, forget, candidate, leave = pre.split(self.size, dim=-1)
         cell = torch.sigmoid(forget) * state[1] + torch.sigmoid(enter) * torch.tanh(candidate)
         return torch.sigmoid(leave) * torch.tanh(cell), cell
-
-    def _gates(self, pre: Tensor, first_norm: int) -> tuple[Tensor, ...]:
-        gates = pre.split(self.size, dim=-1)
-        if not self.norms:
-            return gates
-        return tuple(self.norms[first_norm + i](gate) for i, gate in enumerate(gates))
 
 
 class LocationNetwork(nn.Module):

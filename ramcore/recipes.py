@@ -11,6 +11,7 @@ PAPER = Config(epochs=100)
 TUNED = Config(
     core="gru",
     location_hidden=128,
+    layer_norm=True,
     reward="probability",
     step_supervision=0.5,
     reinforce_weight=0.1,

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import dataclasses
+import errno
+
+import numpy as np
+import pytest
+import torch
+
+from study.checkpoints import Checkpoints, open_folder
+from study.trainable import Job, SharedData, run_trial
+
+
+class Stopped(BaseException):
+    """How a worker is stopped: the report does not return."""
+
+
+@pytest.fixture
+def job(tiny, tmp_path) -> Job:
+    config = dataclasses.replace(tiny[0], epochs=3)
+    return Job(number=7, config=config, seeds=(0, 1), arm="sobol", held=0, storage=str(tmp_path), study="s")
+
+
+@pytest.fixture
+def data(tiny) -> SharedData:
+    return SharedData.of(tiny[1])
+
+
+def reports(job: Job, data: SharedData, *, stop_after: int | None = None, device: str = "cpu") -> list[dict]:
+    """What a worker reports; stopped after so many reports."""
+    found: list[dict] = []
+
+    def report(result: dict) -> None:
+        found.append(result)
+        if len(found) == stop_after:
+            raise Stopped
+
+    try:
+        run_trial(job, data, report, device)
+    except Stopped:
+        pass
+    return found
+
+
+def without_time(results: list[dict]) -> list[dict]:
+    return [r | {"metrics": {k: v for k, v in r["metrics"].items() if k != "seconds"}} for r in results]
+
+
+def test_the_images_are_shared_and_not_copied(data, tiny):
+    task = data.task("translated")
+    assert task.task == "translated" and task.digest == tiny[1].digest
+    assert np.shares_memory(task.train.images.numpy(), data.arrays["train.images"])
+    assert np.shares_memory(data.arrays["train.images"], tiny[1].train.images.numpy())
+
+
+def test_read_only_memory_is_trained_on_without_a_warning(job, data):
+    for array in data.arrays.values():
+        array.flags.writeable = False  # as Ray hands it out
+    assert len(reports(job, data)) == 3
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_a_resumed_trial_reports_what_one_that_was_never_stopped_does(job, data, tmp_path, stop_after):
+    whole = without_time(reports(dataclasses.replace(job, number=8), data))
+    first = without_time(reports(job, data, stop_after=stop_after))
+    again = without_time(reports(dataclasses.replace(job, held=stop_after), data))
+    assert first == whole[:stop_after]
+    assert again == whole[stop_after - 1 :]  # the newest held one is told again, for the decision about it
+    assert without_time(reports(job, data)) == whole  # a restarted worker that does not know what is held tells all
+
+
+def test_an_epoch_is_checkpointed_before_it_is_reported(job, data, tmp_path):
+    reports(job, data, stop_after=2)
+    names = open_folder(str(tmp_path), "s").names("trials/0007")
+    assert names == ["epoch_0001.pt", "epoch_0002.pt"]
+
+
+def test_the_last_report_leaves_the_best_weights(job, data, tmp_path):
+    last = reports(job, data)[-1]
+    saved = Checkpoints(open_folder(str(tmp_path), "s"), 7).load_best()
+    assert saved is not None and len(saved["epoch"]) == 2 and "test" not in last
+    assert {w.shape[0] for w in saved["weights"].values()} == {2}
+
+
+def test_paper_and_replicate_trials_read_the_test_images_once_at_the_end(job, data):
+    results = reports(dataclasses.replace(job, arm="paper"), data)
+    assert ["test" in r for r in results] == [False, False, True]
+    test = results[-1]["test"]
+    assert len(test["accuracy"]) == len(test["epoch"]) == 2 and all(0 <= a <= 1 for a in test["accuracy"])
+
+
+def test_an_error_is_told_in_one_line(job, data):
+    (result,) = reports(dataclasses.replace(job, seeds=(3, 3)), data)
+    assert result["error"].startswith("ConfigError: seeds must be different") and "\n" not in result["error"]
+    assert "Traceback" in result["details"]
+
+
+def test_a_full_disk_is_not_the_trials_fault(job, data, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "epoch_0001.pt")
+
+    monkeypatch.setattr(Checkpoints, "save", full)
+    assert reports(job, data) == [{"interrupted": "No space left on device: epoch_0001.pt"}]
+
+
+def test_a_job_survives_its_journey(job):
+    assert Job.from_dict(job.to_dict()) == job
+
+
+@pytest.mark.gpu
+def test_a_reused_worker_gives_the_gpus_memory_back(job, data):
+    reports(job, data, device="cuda")
+    first = torch.cuda.memory_reserved()
+    for number in range(8, 12):
+        reports(dataclasses.replace(job, number=number), data, device="cuda")
+    assert torch.cuda.memory_reserved() <= 1.1 * first
