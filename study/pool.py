@@ -28,12 +28,18 @@ for _name, _value in _SETTINGS.items():
 
 import ray  # noqa: E402
 from ray import tune  # noqa: E402
+from ray.exceptions import RayError  # noqa: E402
+from ray.tune.error import TuneError  # noqa: E402
 
 from study.searcher import MAX_WORKER_DEATHS, Engine, TuneScheduler, TuneSearcher, TuneStopper  # noqa: E402
 from study.trainable import SharedData, tune_trial  # noqa: E402
 
 logger = logging.getLogger(__name__)
 _OBJECT_STORE = 512 * 2**20  # bytes on a single machine: the images of any task, with room
+
+
+class PoolLost(RuntimeError):
+    """Ray or Tune broke down; what it ran can be taken up again in a new one."""
 
 
 class PoolError(ValueError):
@@ -153,6 +159,17 @@ def run_trials(engine: Engine, data: SharedData, pool: Pool, work: Callable[...,
                 verbose=0,
             ),
         )
-        tuner.fit()
+        try:
+            tuner.fit()
+        except (RuntimeError, TuneError, RayError) as error:
+            # Not every death of a worker is one that Tune survives: Ray's own killing of it for lack of memory is not.
+            raise PoolLost(_reason(error)) from error
     if engine.error is not None:
         raise engine.error
+
+
+def _reason(error: BaseException) -> str:
+    """The first telling line of what Ray says in pages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "killed due to" in line or "Error" in line]
+    return ((telling or lines or [type(error).__name__])[0].removeprefix("Caught unexpected exception: "))[:300]

@@ -362,6 +362,11 @@ class Record:
         with _write_errors():
             self._storage.set_trial_state_values(trial.trial_id, _OPTUNA_STATE[trial.state], values)
 
+    @property
+    def epochs(self) -> int:
+        """Epochs of all trials together."""
+        return sum(len(t.epochs) for t in self.trials.values())
+
     # Following.
 
     def _touch(self, number: int) -> None:

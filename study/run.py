@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 DONE, BROKEN, USAGE, SOME_FAILED, STOPPED = 0, 1, 2, 3, 75
 _FAILURES_SHOWN = 10
+_BREAKDOWNS = 3  # of Ray, without an epoch between, after which a run gives up
 DEFAULT_TRACKING = "sqlite:///mlflow.db"
 _REFUSALS = (UsageError, ConfigError, DataError, RecordError)
 
@@ -162,14 +163,25 @@ def _run(flags: Flags, prepared: Prepared, record: Record, wanted: Any, uri: str
         progress.resume(list(record.trials.values()), engine.arms)
         code = DONE
         try:
-            if not engine.finished:
-                with pool.ray_running(flags.address):
-                    progress.slots = wanted.slots
-                    devices = wanted.devices
-                    tracker = _start_tracker(flags, prepared, record, uri, devices)
-                    progress.outage = lambda: tracker.outage if tracker else None
-                    if not engine.should_stop():  # a signal may have come while Ray started
-                        pool.run_trials(engine, SharedData.of(prepared.data), wanted)
+            breakdowns = 0
+            while not engine.finished and not engine.should_stop():
+                before = record.epochs
+                try:
+                    with pool.ray_running(flags.address):
+                        progress.slots, devices = wanted.slots, wanted.devices
+                        if tracker is None:
+                            tracker = _start_tracker(flags, prepared, record, uri, devices)
+                            progress.outage = lambda followed=tracker: followed.outage
+                        if not engine.should_stop():  # a signal may have come while Ray started
+                            pool.run_trials(engine, SharedData.of(prepared.data), wanted)
+                    break
+                except pool.PoolLost as error:
+                    breakdowns = 1 if record.epochs > before else breakdowns + 1
+                    if breakdowns == _BREAKDOWNS:
+                        engine.stop(f"Ray broke down {breakdowns} times without an epoch between: {error}")
+                    else:
+                        progress.note(f"Ray broke down and is started again: {error}")
+                        engine.take_up_lost()
         except pool.PoolError as error:
             return _refuse(error)
         except RecordLost as error:

@@ -112,8 +112,8 @@ class Engine:
             self.arms: list[Arm] = search_arms(record.totals, len(self._published))
         else:
             self.arms = [plan.arm for plan in record.rows[: record.totals[-1]]]
-        # Nobody else holds the record, so a trial that it calls running was lost: it is taken up again, first of all.
-        self._lost = sorted((t.number for t in record.trials.values() if t.state == "running"), reverse=True)
+        self._lost: list[int] = []
+        self.take_up_lost()
         for trial in record.trials.values():
             self._note_rungs(trial)
         # A crash may have come between a trial's end and its tidying; only the latest ones can be concerned.
@@ -145,6 +145,10 @@ class Engine:
         if self.stopping is None and (reason := self._deadline()):
             self.stop(reason)
         return self.stopping is not None
+
+    def take_up_lost(self) -> None:
+        """Hand out again, first of all, what the record calls running: nobody else holds the record, so it was lost."""
+        self._lost = sorted((t.number for t in self.record.trials.values() if t.state == "running"), reverse=True)
 
     # What is next.
 
@@ -342,7 +346,8 @@ def _last_line(trial: Any) -> str:
     path = trial.error_file
     lines = Path(path).read_text().split("\n") if path and Path(path).is_file() else []
     said = [line.strip() for line in lines if line.strip()]
-    return said[-1][:300] if said else "no message"
+    telling = [line for line in said if "killed due to" in line]  # lack of memory, on which Ray has a page to say
+    return (telling or said or ["no message"])[-1][:300]
 
 
 class TuneStopper(_Unsaved, tune.Stopper):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -13,12 +14,13 @@ import torch
 
 from ramcore.config import Config
 from ramcore.data import load_task
-from study import designs, run
+from study import designs, pool, run
 from study.outcome import pareto_front
 from study.progress import duration, percent, time_left
 from study.record import Epoch, TrialRecord
 from study.run import Flags, main
 from study.space import search_space
+from study.trainable import run_trial
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -134,6 +136,47 @@ def test_the_time_left_is_a_range_that_knows_about_early_stopping():
 def test_how_figures_are_written():
     assert percent((0.96, 0.98)) == "97.00 +- 1.41 %" and percent((0.5,)) == "50.00 %" and percent(()) == "-"
     assert [duration(s) for s in (5, 600, 12_000)] == ["5 s", "10 min", "3.3 h"]
+
+
+# Ray breaking down.
+
+
+@pytest.fixture
+def fragile(here, monkeypatch) -> list[str]:
+    """Ray replaced by one that breaks down so often as there are entries in this list, and then trains in turn."""
+    breakdowns: list[str] = []
+
+    def run_trials(engine, data, wanted):
+        if breakdowns:
+            engine.next_job()
+            raise pool.PoolLost(breakdowns.pop())
+        while job := engine.next_job():
+            run_trial(job, data, lambda result, number=job.number: engine.report(number, result))
+
+    monkeypatch.setattr(pool, "ray_running", lambda address: contextlib.nullcontext())
+    monkeypatch.setattr(pool.Pool, "slots", 1)
+    monkeypatch.setattr(pool.Pool, "devices", {})
+    monkeypatch.setattr(pool, "run_trials", run_trials)
+    return breakdowns
+
+
+SMALL = Flags(data="digits", task="original", trials=2, epochs=1, seeds_per_trial=1, study="s")
+
+
+def test_a_ray_that_breaks_down_is_started_again(fragile, capsys):
+    fragile.extend(["a worker was killed", "a worker was killed"])
+    assert main(SMALL) == run.DONE
+    captured = capsys.readouterr()
+    assert captured.err.count("Ray broke down and is started again: a worker was killed") == 2
+    assert "trial 0000 is continued after epoch 0" in captured.err and "2 trials finished" in captured.out
+
+
+def test_a_ray_that_keeps_breaking_down_ends_the_run_and_the_same_command_continues(fragile, capsys):
+    fragile.extend(["killed"] * 5)
+    assert main(SMALL) == run.STOPPED
+    assert "Ray broke down 3 times without an epoch between: killed" in capsys.readouterr().err
+    fragile.clear()
+    assert main(SMALL) == run.DONE
 
 
 # The whole thing.
