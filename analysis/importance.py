@@ -31,7 +31,8 @@ from analysis.surrogate import (
 SEARCHED = frozenset({"published", "sobol", "tpe"})  # arms of a search; the others are fixed designs
 DUMMY = "dummy (no effect)"
 INTERVAL = 0.90  # every interval holds this much posterior probability
-MIN_TRIALS = 8  # below this a surface over several dimensions is a guess
+MIN_TRIALS = 5  # below this nothing can be cross-validated
+MIN_RANKED = 8  # trials; below this a surface over several dimensions is a guess, whatever its fit
 MIN_R2 = 0.5  # grouped cross-validated R2 below which nothing is ranked: less than half of the variance is understood
 TIE = (0.05, 0.95)  # P(i matters more than j) inside: tied
 FOLDS = 5
@@ -215,10 +216,10 @@ def analyse(
     varied = sorted((d for d in space.dimensions if d.name not in constant), key=lambda d: d.name)
     if len(seen) < MIN_TRIALS:
         raise ImportanceError(
-            f"a ranking needs at least {MIN_TRIALS} trials of the search with results; {records.study.name} has "
+            f"a report needs at least {MIN_TRIALS} trials of the search with results; {records.study.name} has "
             f"{len(seen)} "
             f"of {len(trials)} (state: {_states(trials)}). Run more: python -m study.run --study {records.study.name} "
-            f"--trials {max(3 * len(space.dimensions), 2 * MIN_TRIALS)}"
+            f"--trials {max(3 * len(space.dimensions), 2 * MIN_RANKED)}"
         )
     if not varied:
         raise ImportanceError(
@@ -300,7 +301,7 @@ def analyse(
     arms = {str(k): int(v) for k, v in trials["arm"].value_counts().items()}
     biased = arms.get("sobol", 0) < 0.25 * sum(arms.get(a, 0) for a in ("sobol", "tpe"))
     mixing = float(np.nanmax(posterior.rhat)) if np.isfinite(posterior.rhat).any() else math.nan
-    ranked = fit.r2 >= MIN_R2
+    ranked = fit.r2 >= MIN_R2 and len(observations.trials) >= MIN_RANKED
     return Analysis(
         name=records.study.name,
         space=space,
@@ -340,6 +341,16 @@ def analyse(
         mixing=mixing,
         evaluations=posterior.evaluations,
         totals={d.name: indices.total[i] for i, d in enumerate(dimensions)},
+    )
+
+
+def why_not_ranked(analysis: Analysis) -> str:
+    """Why a study that is not ranked is not, as half a sentence."""
+    if analysis.counts.used < MIN_RANKED:
+        return f"{analysis.counts.used} trials are too few to tell parameters apart, and {MIN_RANKED} the least"
+    return (
+        f"predicting trials it has not seen, the fitted surface explains {max(analysis.fit.r2, 0):.0%} of the "
+        f"differences in accuracy (R² = {analysis.fit.r2:.2f}), and below {MIN_R2:.0%} a ranking would be guesswork"
     )
 
 
@@ -703,7 +714,7 @@ def cross_validate(
     for row, trial in enumerate(observations.trial_of):
         last[trial] = row  # rows are sorted by bin, so the trial's last stays
     final = observations.u[last] > observations.u.max() - 0.1
-    targets = np.flatnonzero(final) if final.sum() >= MIN_TRIALS else np.arange(len(last))
+    targets = np.flatnonzero(final) if final.sum() >= MIN_RANKED else np.arange(len(last))
     r2, coverage, observed, predicted, sd, ceiling = _folds(surface, observations, warm, targets, last, rng, keep=1.0)
     half = _folds(surface, observations, warm, targets, last, rng, keep=0.5)[0] if r2 < MIN_R2 + 0.2 else math.nan
     needed = trials_needed(r2, half, len(observations.trials), ceiling)

@@ -34,6 +34,7 @@ from analysis.importance import (
     Effect,
     Interval,
     outcome,
+    why_not_ranked,
 )
 from analysis.records import Records, StudyRun
 from analysis.space import words
@@ -84,9 +85,7 @@ def answer(analysis: Analysis, verdicts: Sequence[Verdict]) -> list[str]:
                 "more trials."
             )
         return [
-            f"These {runs} do not support a ranking: predicting trials it has not seen, the fitted surface explains "
-            f"{max(analysis.fit.r2, 0):.0%} of the differences in accuracy, and below {MIN_R2:.0%} a ranking would be "
-            "guesswork.",
+            f"These {runs} do not support a ranking: {why_not_ranked(analysis)}.",
             f"What would help: more trials spread over the whole space.{more}{ceiling}",
             f"The best configuration tried is expected to reach {span(analysis.best_accuracy)} points of validation "
             "accuracy.",
@@ -498,9 +497,7 @@ def cautions(analysis: Analysis) -> list[str]:
     found: list[str] = []
     if not analysis.ranked:
         found.append(
-            f"No ranking: on trials it has not seen the surface explains R² = {analysis.fit.r2:.2f} of the "
-            f"differences, and {MIN_R2} is needed. What is "
-            "drawn shows what can be said so far, not an order."
+            f"No ranking: {why_not_ranked(analysis)}. What is drawn shows what can be said so far, not an order."
         )
     if analysis.biased:
         found.append(

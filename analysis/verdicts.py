@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from analysis.importance import MIN_R2, Analysis, Interval, interval
+from analysis.importance import MIN_R2, Analysis, Interval, interval, why_not_ranked
 
 SURE = 0.95  # posterior probability needed to confirm, and its complement to refute: the usual one-in-twenty
 HARDLY = (
@@ -43,8 +43,7 @@ def judge(analysis: Analysis) -> tuple[Verdict, ...]:
 
 def _decide(analysis: Analysis, claim: str, probability: float, evidence: str, estimate: Interval | None) -> Verdict:
     if not analysis.ranked:
-        why = f"the surface explains too little to judge (cross-validated R2 {analysis.fit.r2:.2f}, needed {MIN_R2})"
-        return Verdict(claim, "undecided", None, why, None)
+        return Verdict(claim, "undecided", None, why_not_ranked(analysis), None)
     verdict = "confirmed" if probability >= SURE else "refuted" if probability <= 1 - SURE else "undecided"
     return Verdict(claim, verdict, probability, evidence, estimate)
 

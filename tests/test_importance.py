@@ -19,6 +19,7 @@ from analysis.importance import (
     analyse,
     count_trials,
     trials_needed,
+    why_not_ranked,
 )
 from analysis.records import Records
 from analysis.space import Dimension
@@ -204,7 +205,7 @@ def study_of(trials: int) -> Records:
 def test_too_little_to_answer_is_said_in_one_line() -> None:
     records = study_of(10)
     cases = {
-        "needs at least 8 trials": study_of(1),
+        "needs at least 5 trials": study_of(1),
         "of 10 .state: 10 failed": records._replace(
             epochs=records.epochs.assign(val_accuracy=np.nan), trials=records.trials.assign(state="failed")
         ),
@@ -219,6 +220,12 @@ def test_too_little_to_answer_is_said_in_one_line() -> None:
         with pytest.raises(ImportanceError, match=message) as caught:
             analyse(case)
         assert "\n" not in str(caught.value)
+
+
+def test_a_handful_of_trials_is_reported_and_not_ranked() -> None:
+    analysis = analyse(study_of(6), hyperdraws=10)
+    assert not analysis.ranked
+    assert why_not_ranked(analysis) == "6 trials are too few to tell parameters apart, and 8 the least"
 
 
 def test_a_running_study_gets_a_partial_answer() -> None:

@@ -81,9 +81,9 @@ def same_everywhere(records: Records) -> Records:
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (one_trial, {}, "needs at least 8 trials"),
+        (one_trial, {}, "needs at least 5 trials"),
         (all_failed, {}, "12 failed"),
-        (all_nan, {}, "needs at least 8 trials"),
+        (all_nan, {}, "needs at least 5 trials"),
         (same_everywhere, {}, "same configuration"),
         (lambda r: r, {"space": None}, "needs the search space"),
         (lambda r: r, {"space": {"dimensions": "nonsense"}}, "needs the search space"),
