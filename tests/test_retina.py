@@ -12,7 +12,8 @@ from ramcore.retina import Retina
 def slow_glimpse(canvas: np.ndarray, location, patch: int, scales: int, factor: int) -> np.ndarray:
     """The definition, pixel by pixel."""
     size = len(canvas)
-    cx, cy = (int(np.floor((v + 1) * size / 2 + 0.5)) for v in location)
+    one, half = np.float32(1), np.float32(0.5)  # in the sensor's precision: halfway, the last bit decides
+    cx, cy = (int(np.floor((np.float32(v) + one) * np.float32(size / 2) + half)) for v in location)
     seen = np.zeros((scales, patch, patch))
     for k in range(scales):
         w = factor**k
@@ -44,7 +45,7 @@ def test_x_is_horizontal():
     assert retina.see(canvas, torch.tensor([[0.5, -0.75]])).item() == 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     size=st.integers(1, 24),
     patch=st.integers(1, 9),
