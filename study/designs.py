@@ -36,6 +36,8 @@ OFAT_LEVELS = (0.0, 1 / 3, 2 / 3, 0.999999)  # unit-cube coordinates
 DEFAULT_EPOCHS: dict[Design, int] = {"search": 30, "paper": 100, "ofat": 30, "replicate": 30}
 DEFAULT_SEEDS: dict[Design, int] = {"search": 2, "paper": 3, "ofat": 3, "replicate": 5}
 DEFAULT_TRIALS = 40  # of a search; the other designs have as many as rows
+DEFAULT_SOBOL_SHARE = 0.4  # of a search's trials
+LEAST_SOBOL = 16  # trials, whatever the share
 
 # (model, num_glimpses, patch_size, num_scales) of Table 1, Fang, Tian and Yang, "Recurrent Models of Visual
 # Attention: A Case Study on MNIST Dataset"; Adam 3e-4, batches of 100 and policy std 0.17 are
@@ -105,12 +107,12 @@ def published(space: Space) -> list[tuple[str, Values]]:
     return [(row, values) for row, values in points if space.contains(values)]
 
 
-def search_arms(totals: Sequence[int], num_published: int) -> list[Arm]:
+def search_arms(totals: Sequence[int], num_published: int, sobol_share: float = DEFAULT_SOBOL_SHARE) -> list[Arm]:
     """The arm of every trial number of a search that was asked for totals[0] trials, then extended to totals[1], ...
 
     Of the first total, an eighth (at least one, at most num_published) are the default and published configurations.
-    Sobol points follow until 40% of the total and at least 16 are such; but a fifth of the total (at least one trial,
-    from four on) is kept for TPE. An extension starts with the Sobol points that the new total lacks.
+    Sobol points follow until `sobol_share` of the total and at least 16 are such; but a fifth of the total (at least
+    one trial, from four on) is kept for TPE. An extension starts with the Sobol points that the new total lacks.
     """
     arms: list[Arm] = []
     for total in totals:
@@ -121,7 +123,7 @@ def search_arms(totals: Sequence[int], num_published: int) -> list[Arm]:
         if not arms:
             extend("published", min(num_published, max(1, total // 8)))
         for_tpe = max(1, total // 5) - arms.count("tpe") if total >= 4 else 0
-        sobol = max(16, math.ceil(0.4 * total)) - arms.count("sobol")
+        sobol = max(LEAST_SOBOL, math.ceil(round(sobol_share * total, 6))) - arms.count("sobol")
         extend("sobol", min(sobol, total - len(arms) - max(0, for_tpe)))
         extend("tpe", total)
     return arms

@@ -74,6 +74,8 @@ def prepare(flags: Flags) -> Prepared:
             f"--design paper repeats the case study's table, on translated and cluttered; got --task {flags.task}: "
             "leave --task out, or pass one of the two"
         )
+    if flags.sobol_share is not None and design != "search":
+        raise UsageError(f"--sobol-share is a search's; the design is {design}: leave it out")
     task_data, warnings = _load(wanted, tasks[0], flags.data_dir)
     data: Data = task_data.data  # type: ignore[assignment]
     name = flags.study or f"{'-'.join(tasks)}-{data}-{design}"
@@ -84,6 +86,7 @@ def prepare(flags: Flags) -> Prepared:
     epochs = flags.epochs or (known[0].epochs if known else source[0].epochs if source else None)
     epochs = epochs or designs.DEFAULT_EPOCHS[design]
     seeds = flags.seeds_per_trial or (known[0].seeds_per_trial if known else designs.DEFAULT_SEEDS[design])
+    share = flags.sobol_share if flags.sobol_share is not None else known[0].sobol_share if known else None
     total = flags.trials or (known[1] if known else designs.DEFAULT_TRIALS if design == "search" else None)
 
     base = dataclasses.replace(BASE, data=data, task=tasks[0], epochs=epochs)
@@ -100,6 +103,7 @@ def prepare(flags: Flags) -> Prepared:
         epochs=epochs,
         seeds_per_trial=seeds,
         seed=SEED,
+        sobol_share=designs.DEFAULT_SOBOL_SHARE if share is None else share,
         space=space.describe() if space else _EMPTY_SPACE,
     )
     if known and (differences := known[0].differences(settings)):
@@ -191,6 +195,10 @@ def _check_numbers(flags: Flags) -> None:
     ):
         if value is not None and not 0 < value < float("inf"):
             raise UsageError(f"{name} must be above 0; got {value:g}: pass a positive number or leave it out")
+    if flags.sobol_share is not None and not 0 < flags.sobol_share <= 0.8:
+        raise UsageError(
+            f"--sobol-share must be above 0 and at most 0.8; got {flags.sobol_share:g}: a fifth of the trials is TPE's"
+        )
     if not 0 <= flags.gpus_per_trial < float("inf"):
         raise UsageError(
             f"--gpus-per-trial must be at least 0; got {flags.gpus_per_trial:g}: pass 0, a fraction or a count"

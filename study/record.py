@@ -40,7 +40,7 @@ from optuna.distributions import BaseDistribution
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from study.designs import Plan
+from study.designs import DEFAULT_SOBOL_SHARE, Plan
 from study.faults import fault_point
 from study.snapshots import Snapshots
 
@@ -76,6 +76,7 @@ class StudySettings:
     epochs: int
     seeds_per_trial: int
     seed: int  # of Sobol and TPE
+    sobol_share: float = DEFAULT_SOBOL_SHARE  # of a search's trials
     space: dict[str, Any]  # Space.describe() without the settings
 
     def differences(self, other: StudySettings) -> list[str]:

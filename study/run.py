@@ -69,6 +69,8 @@ class Flags:
     """Epochs of a trial that is not stopped early. Default: 30; paper: 100."""
     seeds_per_trial: int | None = None
     """Training seeds of a trial, trained in one step. Default: search 2, paper and ofat 3, replicate 5."""
+    sobol_share: float | None = None
+    """Share of a search's trials that are Sobol points, never stopped. Default: 0.4."""
     study: str | None = None
     """Name of the study; an existing one is continued with its own settings. Default: made of task, data and design."""
     storage: str = "runs"
@@ -294,7 +296,7 @@ def _plan(flags: Flags, prepared: Prepared, uri: str, slots: int | None) -> list
         from study.designs import published
 
         total = prepared.total or 0
-        arms = search_arms([total], len(published(space)))
+        arms = search_arms([total], len(published(space)), settings.sobol_share)
         counts = ", ".join(f"{arms.count(arm)} {arm}" for arm in dict.fromkeys(arms))
         lines.append(f"  trials     {total}: {counts} (only tpe trials are stopped early)")
         for d in space.dimensions:

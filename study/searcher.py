@@ -109,7 +109,7 @@ class Engine:
         self._at_rung: dict[int, dict[int, float]] = {rung: {} for rung in self._rungs}
         self._published = published(space) if space is not None else []
         if record.rows is None:
-            self.arms: list[Arm] = search_arms(record.totals, len(self._published))
+            self.arms: list[Arm] = search_arms(record.totals, len(self._published), record.settings.sobol_share)
         else:
             self.arms = [plan.arm for plan in record.rows[: record.totals[-1]]]
         self._lost: list[int] = []

@@ -18,6 +18,12 @@ def test_arms_of_a_search(total, published_rows, sobol, tpe):
     assert arms == ["published"] * published_rows + ["sobol"] * sobol + ["tpe"] * tpe
 
 
+def test_the_share_of_sobol_points_can_be_chosen():
+    arms = search_arms([54], 6, 0.59)
+    assert arms == ["published"] * 6 + ["sobol"] * 32 + ["tpe"] * 16
+    assert search_arms([40], 6, 0.8).count("tpe") == 8  # a fifth is kept for TPE
+
+
 def test_a_study_that_is_extended_keeps_the_arms_it_had_and_its_share_of_sobol_points():
     before, after = search_arms([24], 6), search_arms([24, 100], 6)
     assert after[:24] == before
