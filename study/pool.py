@@ -147,7 +147,7 @@ def run_trials(engine: Engine, data: SharedData, pool: Pool, work: Callable[...,
             tune_config=tune.TuneConfig(
                 num_samples=-1,
                 search_alg=TuneSearcher(engine),
-                scheduler=TuneScheduler(engine),
+                scheduler=TuneScheduler(engine, slots),
                 max_concurrent_trials=slots,
                 reuse_actors=True,
             ),

@@ -61,9 +61,7 @@ def prepare(flags: Flags) -> Prepared:
     known = _read(flags.storage, flags.study) if flags.study else None
     if known is None:
         design: Design = flags.design or "search"
-        tasks: tuple[Task, ...] = (flags.task,) if flags.task else ("translated",)
-        if design == "paper" and flags.task is None:
-            tasks = ("translated", "cluttered")
+        tasks: tuple[Task, ...] = (flags.task,) if flags.task else designs.DEFAULT_TASKS.get(design, ("translated",))
         wanted = flags.data
     else:
         design = flags.design or known[0].design  # type: ignore[assignment]
@@ -82,7 +80,7 @@ def prepare(flags: Flags) -> Prepared:
     folder = record_folder(flags.storage, name)
     known = known or _read(flags.storage, name)
 
-    source = _source(flags.storage, tasks[0], data, needed=design in ("ofat", "replicate") and known is None)
+    source = _source(flags.storage, tasks[0], data, needed=design in designs.AROUND_A_SEARCH and known is None)
     epochs = flags.epochs or (known[0].epochs if known else source[0].epochs if source else None)
     epochs = epochs or designs.DEFAULT_EPOCHS[design]
     seeds = flags.seeds_per_trial or (known[0].seeds_per_trial if known else designs.DEFAULT_SEEDS[design])
@@ -92,7 +90,7 @@ def prepare(flags: Flags) -> Prepared:
     base = dataclasses.replace(BASE, data=data, task=tasks[0], epochs=epochs)
     if data == "digits":
         base = dataclasses.replace(base, batch_size=DIGITS_BATCH_SIZE)
-    space = None if design == "paper" else search_space(base)
+    space = search_space(base) if design == "search" or design in designs.AROUND_A_SEARCH else None
     rows = _rows(design, space, base, tasks, seeds, source)
     settings = StudySettings(
         study=name,
@@ -128,7 +126,7 @@ def _rows(
     design: Design,
     space: Space | None,
     base: Config,
-    tasks: tuple[str, ...],
+    tasks: tuple[Task, ...],
     seeds: int,
     source: tuple[StudySettings, dict[str, Any]] | None,
 ) -> Callable[[], list[Plan]] | None:
@@ -136,6 +134,10 @@ def _rows(
         return None
     if design == "paper":
         return lambda: designs.paper(base.data, tasks, base.epochs, seeds)
+    if design == "mnih":
+        return lambda: designs.mnih(base.data, tasks, base.epochs, seeds)
+    if design == "ablation":
+        return lambda: designs.ablation(base.data, base.task, base.epochs, seeds)
     assert space is not None
 
     def around_the_best() -> list[Plan]:

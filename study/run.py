@@ -53,22 +53,23 @@ class Flags:
     """
 
     task: Task | None = None
-    """How digits lie on the canvas. Default: translated; for --design paper, translated and cluttered."""
+    """How digits lie on the canvas. Default: translated; for the designs paper and mnih, translated and cluttered."""
     data: Literal["auto", "mnist", "fashion-mnist", "digits"] = "auto"
     """Where the images come from. auto: MNIST if it can be had, else the bundled digits, with a warning."""
     data_dir: Path | None = None
     """Folder of the IDX files. Default: $RAM_DATA_DIR, then the per-user cache, then a download."""
     design: Design | None = None
-    """What is tried: search (default), paper (the case study's table), ofat (one factor at a time around the best and a
-    small-patch configuration), replicate (best, default and spread points on held-out seeds)."""
+    """What is tried: search (default), paper (the case study's table), mnih (Mnih et al.'s tables at the tuned recipe),
+    ablation (the tuned recipe less one choice at a time), ofat (one factor at a time around the best and a small-patch
+    configuration), replicate (best, default and spread points on held-out seeds)."""
     trials: int | None = None
     """Trials the study is to have in the end, those of earlier runs included. Default: 40 for a search, else all
     rows.
     """
     epochs: int | None = None
-    """Epochs of a trial that is not stopped early. Default: 30; paper: 100."""
+    """Epochs of a trial that is not stopped early. Default: 30; paper and mnih: 100."""
     seeds_per_trial: int | None = None
-    """Training seeds of a trial, trained in one step. Default: search 2, paper and ofat 3, replicate 5."""
+    """Training seeds of a trial, trained in one step. Default: search 2, replicate 5, the others 3."""
     sobol_share: float | None = None
     """Share of a search's trials that are Sobol points, never stopped. Default: 0.4."""
     study: str | None = None
