@@ -334,7 +334,7 @@ class TuneScheduler(_Unsaved, FIFOScheduler):
         super().on_trial_add(tune_controller, trial)
         if not self._keeps_workers:
             controller = getattr(tune_controller, "_tune_controller", tune_controller)
-            if False and (cache := getattr(controller, "_actor_cache", None)) is not None:
+            if (cache := getattr(controller, "_actor_cache", None)) is not None:
                 cache.increase_max(trial.placement_group_factory, by=self._slots)
             self._keeps_workers = True
 
