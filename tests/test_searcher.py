@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 from crash import Silent
+from ray.tune.utils.object_cache import _ObjectCache
 
 from ramcore.config import Config
 from study.checkpoints import LocalFolder
 from study.halving import Halving
 from study.record import Record, StudySettings
-from study.searcher import SAME_FAILURES, Engine, FeasibleTPE
+from study.searcher import SAME_FAILURES, Engine, FeasibleTPE, TuneScheduler
 from study.space import search_space
 
 EPOCHS = 4
@@ -224,3 +226,13 @@ def test_more_trials_are_added_to_a_finished_study(opened):
     assert engine.finished
     engine = opened(5)
     assert not engine.finished and engine.next_job().number == 3
+
+
+def test_of_trials_that_end_at_once_every_worker_is_kept_for_the_next(opened):
+    controller = SimpleNamespace(_actor_cache=_ObjectCache(may_keep_one=True))
+    trial = SimpleNamespace(placement_group_factory="1 CPU")
+    scheduler = TuneScheduler(opened(), slots=3)
+    for _ in range(2):  # more trials, once more room
+        scheduler.on_trial_add(controller, trial)
+    assert [controller._actor_cache.cache_object("1 CPU", worker) for worker in "abcd"] == [True, True, True, False]
+    scheduler.on_trial_add(SimpleNamespace(), trial)  # a Ray without it is none the worse
