@@ -55,16 +55,25 @@ class Quiet:
             print(f"  {self.ended_trials} trials ended, driver at {_megabytes():.0f} MB", flush=True)
 
 
-def _waiting_trial(seconds: float) -> Any:
-    """A trainable that sends plausible reports; defined inside, so that workers import neither torch nor study."""
+def _waiting_trial(seconds: float, slots: int, folder: str) -> Any:
+    """A trainable that sends plausible reports; defined inside, so that workers import neither torch nor study.
+
+    The first trial of each slot waits until all slots have one. Trials end sooner here than 64 workers start, and Tune
+    hands a worker that is free to a trial whose own worker is starting, which it then ends: the slots would never fill.
+    """
 
     def work(config: dict[str, Any], data: Any, cpus: float, gpus: float) -> None:
         import json as text
+        import pathlib
         import random
         import time as clock
 
         from ray import tune
 
+        if config["number"] < slots:
+            (pathlib.Path(folder) / str(config["number"])).touch()
+            while len(list(pathlib.Path(folder).iterdir())) < slots:
+                clock.sleep(1)
         rng = random.Random(config["number"])
         top = rng.random()
         for epoch in range(1, config["config"]["epochs"] + 1):
@@ -127,7 +136,10 @@ def main() -> None:
                     peak[0] = max(peak[0], _megabytes())
 
             threading.Thread(target=watch_memory, daemon=True).start()
-            run_trials(engine, data, pool, work=_waiting_trial(flags.seconds))
+            started = Path(root) / "started"
+            started.mkdir()
+            work = _waiting_trial(flags.seconds, min(flags.slots, flags.trials), str(started))
+            run_trials(engine, data, pool, work=work)
             ended = time.monotonic()
             untracked = tracker.finish("finished", patience=60)
             behind = time.monotonic() - ended
