@@ -91,7 +91,7 @@ def forest(analysis: Analysis, ax: Axes | None = None) -> Axes:
         ax.plot(effect.effect.mid, y, marker="D" if inert else "o", color=colour, ms=7, mec="white", mew=0.8)
     ax.set_yticks(range(len(effects)), [e.label for e in effects])
     ax.set_ylim(-0.6, len(effects) - 0.4)
-    ax.set_xlim(left=0)
+    ax.set_xlim(left=min(0.0, min(e.effect.low for e in effects)))
     ax.set_xlabel("effect on validation accuracy at the full budget (accuracy points)")
     ax.xaxis.grid(True, color=PALE, lw=0.6)
     ax.set_axisbelow(True)
@@ -127,7 +127,7 @@ def marginal(curve: Curve, dimension: Dimension, raw: pd.DataFrame, ax: Axes | N
     ax = ax or new_axes(3.6, 2.8)
     names = dimension.kind == "categorical"
     xs = np.arange(len(curve.values)) if names else np.asarray(curve.values, dtype=float)
-    for complete, marker, colour, label in ((False, "x", GREY, "stopped early"), (True, "o", SKY, "full budget")):
+    for complete, marker, colour, label in ((False, "x", GREY, "not to the end"), (True, "o", SKY, "full budget")):
         part = raw[raw["complete"] == complete]
         if part.empty:
             continue

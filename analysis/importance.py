@@ -36,6 +36,7 @@ MIN_RANKED = 8  # trials; below this a surface over several dimensions is a gues
 MIN_R2 = 0.5  # grouped cross-validated R2 below which nothing is ranked: less than half of the variance is understood
 TIE = (0.05, 0.95)  # P(i matters more than j) inside: tied
 FOLDS = 5
+UNKNOWN = 0.9  # of the SD over the space: where the surface is less sure than that it explains under a fifth
 HYPERDRAWS, DRAWS_EACH = 100, 3
 DEFAULT_EVALUATION_SIZE = 10_000  # images behind an accuracy, where the study does not say
 CHANCE = 0.1  # accuracy of guessing one of ten digits: what a diverged run delivers
@@ -61,14 +62,14 @@ class Effect(NamedTuple):
 
     name: str
     label: str
-    effect: Interval  # accuracy points between the best and the worst value, others averaged over, of runs that train
+    effect: Interval  # accuracy points from the worst to the best value, others averaged over, of runs that train
     effect_in_sd: Interval  # the same in standard deviations between seeds
     first: Interval  # first-order Sobol index of the logit
     total: Interval  # total Sobol index of the logit
     first_accuracy: Interval  # the same on the accuracy scale
     total_accuracy: Interval
     above_dummy: float  # P(total index greater than the dummy's)
-    rank: int  # 1 is first; parameters that are tied with the rank's first share it
+    rank: int  # one more than the number of parameters that surely (TIE) matter more; equal ranks are ties
     with_divergence: Interval | None  # the effect when a run that diverges counts as guessing; None: none diverged
     failure: Interval | None  # change of the failure probability over the range, percentage points
 
@@ -82,13 +83,14 @@ class Curve(NamedTuple):
     low: Array
     mid: Array
     high: Array
-    extrapolated: Array  # bool: fewer than two full-budget trials at or beyond this point
+    extrapolated: Array  # bool: fewer than two full-budget trials at or beyond it, or mostly forbidden combinations
 
 
 class Fit(NamedTuple):
     """How far the surface can be trusted."""
 
-    r2: float  # grouped cross-validated, final logit accuracy of trials the fold had not seen
+    r2: float  # grouped cross-validated, logit accuracy of trials the fold had not seen, against their mean by epoch
+    final: int  # trials that came to the end of the budget; where they are few, r2 is of every trial's last epoch
     coverage: float  # share of them inside their 90% prediction interval
     held_out: int
     ceiling: float  # R2 a perfect surface would get, given the seed noise of a trial's mean
@@ -154,7 +156,6 @@ class Analysis(NamedTuple):
     over_epochs: pd.DataFrame  # epoch, name, low, mid, high: total index
     seed_sd: Interval  # accuracy points at the full budget
     seed_sd_known: bool
-    seed_sd_logit: float
     tunability: tuple[Gain, ...]
     ablation: tuple[Step, ...]
     default: dict[str, Any]
@@ -170,8 +171,6 @@ class Analysis(NamedTuple):
     biased: bool
     warnings: tuple[str, ...]
     mixing: float
-    evaluations: float
-    totals: dict[str, Array]  # draws of the total index
 
 
 class PairSurface(NamedTuple):
@@ -257,9 +256,11 @@ def analyse(
     cube = _Cube(surface, posterior, None, seed)
     risky = cube if divergence is None else _Cube(surface, posterior, divergence, seed)
     indices = sobol_indices(surface, posterior)
-    seed_sd, known, seed_logit = seed_noise(epochs, trials, budget, size, posterior, surface, observations)
-    curves = {d.name: cube.curve(i, _support(observations, i, budget)) for i, d in enumerate(dimensions)}
-    ranges = {d.name: cube.range_draws(i) for i, d in enumerate(dimensions)}
+    seed_sd, known = seed_noise(epochs, trials, budget, size, posterior, surface, observations)
+    curves = {
+        d.name: cube.curve(i, _support(observations, i, budget, space, dimensions)) for i, d in enumerate(dimensions)
+    }
+    contrasts = {d.name: cube.contrast(i) for i, d in enumerate(dimensions)}
     order = sorted(range(len(dimensions)), key=lambda i: -float(np.median(indices.total[i])))
     more = _more_than([d.name for d in dimensions], indices.total, order)
     ranks = _ranks([dimensions[i].name for i in order if dimensions[i].name != DUMMY], more)
@@ -269,20 +270,20 @@ def analyse(
         Effect(
             dimensions[i].name,
             dimensions[i].label,
-            interval(ranges[dimensions[i].name]),
-            interval(ranges[dimensions[i].name] / sd_draws),
+            interval(contrasts[dimensions[i].name]),
+            interval(contrasts[dimensions[i].name] / sd_draws),
             interval(indices.first[i]),
             interval(indices.total[i]),
             interval(cube.marginal(i).first),
             interval(cube.marginal(i).total),
             1.0 if i == len(dimensions) - 1 else float(np.mean(indices.total[i] > dummy_total)),
             ranks.get(dimensions[i].name, 0),
-            None if divergence is None else interval(risky.range_draws(i)),
+            None if divergence is None else interval(risky.contrast(i)),
             None if failures is None else interval(_failure_range(surface, failures, i, cube.points[:64])),
         )
         for i in order
     )
-    point = _PointEstimates(surface, posterior, varied)
+    point = _PointEstimates(surface, posterior, varied, divergence, space)
     default = {d.name: space.default.get(d.name, d.from_unit(np.array([0.5]))[0]) for d in varied}
     default_x = np.array([d.to_unit([default[d.name]])[0] for d in varied])
     inside = bool(np.all((default_x >= -1e-9) & (default_x <= 1 + 1e-9))) and all(
@@ -298,9 +299,10 @@ def analyse(
     for (a, b), value in pair_intervals.items():
         heat.loc[a, b] = heat.loc[b, a] = value.mid
     arms = {str(k): int(v) for k, v in trials["arm"].value_counts().items()}
-    biased = arms.get("sobol", 0) < 0.25 * sum(arms.get(a, 0) for a in ("sobol", "tpe"))
+    used = trials.loc[[int(n) for n in observations.trials], "arm"].value_counts()
+    biased = bool(used.get("sobol", 0) < max(1, 0.25 * used.sum()))
     mixing = float(np.nanmax(posterior.rhat)) if np.isfinite(posterior.rhat).any() else math.nan
-    ranked = fit.r2 >= MIN_R2 and len(observations.trials) >= MIN_RANKED
+    ranked = fit.r2 >= MIN_R2 and min(len(observations.trials), fit.final) >= MIN_RANKED
     return Analysis(
         name=records.study.name,
         space=space,
@@ -322,9 +324,8 @@ def analyse(
         over_epochs=_over_epochs(surface, posterior, marks),
         seed_sd=seed_sd,
         seed_sd_known=known,
-        seed_sd_logit=seed_logit,
         tunability=tunability,
-        ablation=point.ablate(default_x, best_x, space),
+        ablation=point.ablate(default_x, best_x),
         default=default,
         default_inside=inside,
         best={d.name: d.from_unit(best_x[i : i + 1])[0] for i, d in enumerate(varied)},
@@ -338,8 +339,6 @@ def analyse(
         biased=biased,
         warnings=tuple(warnings),
         mixing=mixing,
-        evaluations=posterior.evaluations,
-        totals={d.name: indices.total[i] for i, d in enumerate(dimensions)},
     )
 
 
@@ -347,6 +346,8 @@ def why_not_ranked(analysis: Analysis) -> str:
     """Why a study that is not ranked is not, as half a sentence."""
     if analysis.counts.used < MIN_RANKED:
         return f"{analysis.counts.used} trials are too few to tell parameters apart, and {MIN_RANKED} the least"
+    if analysis.fit.final < MIN_RANKED:
+        return f"{analysis.fit.final} trials have come to the last epoch so far, and {MIN_RANKED} are the least"
     return (
         f"predicting trials it has not seen, the fitted surface explains {max(analysis.fit.r2, 0):.0%} of the "
         f"differences in accuracy (R² = {analysis.fit.r2:.2f}), and below {MIN_R2:.0%} a ranking would be guesswork"
@@ -394,6 +395,14 @@ def _states(trials: pd.DataFrame) -> str:
 def _hash_unit(trial: int) -> float:
     # The dummy's coordinate: looks uniform, depends on the trial's number alone, so re-reading gives the same answer.
     return zlib.crc32(f"dummy-{trial}".encode()) / 2**32
+
+
+def allowed(space: Space, varied: Sequence[Dimension], x: Array) -> Array:
+    """Which coordinates (N, dimensions in `varied`) the space's rules allow, others at their default -> (N,) bool."""
+    if not space.rules:
+        return np.ones(len(x), dtype=bool)
+    columns = {d.name: d.from_unit(x[:, i]) for i, d in enumerate(varied)}
+    return np.array([space.feasible({**space.default, **{n: c[k] for n, c in columns.items()}}) for k in range(len(x))])
 
 
 def _infeasible(space: Space, seed: int) -> float:
@@ -460,15 +469,8 @@ def _more_than(names: Sequence[str], total: Array, order: Sequence[int]) -> pd.D
 
 
 def _ranks(names: Sequence[str], more: pd.DataFrame) -> dict[str, int]:
-    """Ranks with ties: a parameter shares the rank of the first of its group unless it is surely behind it."""
-    ranks: dict[str, int] = {}
-    leader = ""
-    for position, name in enumerate(names, start=1):
-        if not leader or more.loc[leader, name] >= TIE[1]:
-            leader, ranks[name] = name, position
-        else:
-            ranks[name] = ranks[leader]
-    return ranks
+    """A parameter's rank is one more than the number of those that surely matter more; equal ranks are ties."""
+    return {name: 1 + sum(more.loc[other, name] >= TIE[1] for other in names if other != name) for name in names}
 
 
 # ---- accuracy scale ------------------------------------------------------------------------------------------
@@ -540,9 +542,15 @@ class _Cube:
             self._curves[i] = _Marginal(grid, rows, first / variance, within / variance)
         return self._curves[i]
 
-    def range_draws(self, i: int) -> Array:
+    def contrast(self, i: int) -> Array:
+        """Accuracy points between the value that is best on average over the draws and the one that is worst -> (S,).
+
+        Not each draw's own largest difference: that is above zero for every curve that is merely uncertain, and a
+        parameter without effect would seem to have one.
+        """
         rows = self.marginal(i).rows
-        return rows.max(axis=0) - rows.min(axis=0)
+        mean = rows.mean(axis=1)
+        return rows[mean.argmax()] - rows[mean.argmin()]
 
     def curve(self, i: int, extrapolated: Callable[[Array], Array]) -> Curve:
         grid, rows = self.marginal(i)[:2]
@@ -551,11 +559,13 @@ class _Cube:
         return Curve(dimension.name, dimension.from_unit(grid), grid, low, mid, high, extrapolated(grid))
 
     def extrapolation_share(self) -> float:
-        """Share of the space where the surface is known little better than not at all."""
+        """Share of the space where the surface says little more than the average over the space does: where its
+        posterior SD is above UNKNOWN times the SD of accuracy over the space (both of logits).
+        """
         logits = self.logits(self.points)
         spread = logits.std(axis=1)
         overall = float(np.median(logits.std(axis=0)))
-        return float(np.mean(spread > 0.5 * overall)) if overall > 0 else 1.0
+        return float(np.mean(spread > UNKNOWN * overall)) if overall > 0 else 1.0
 
     def pair_surface(self, varied: Sequence[Dimension]) -> PairSurface | None:
         names = [d.name for d in varied]
@@ -564,7 +574,7 @@ class _Cube:
         if "patch_size" in names and "num_glimpses" in names:
             i, j = names.index("patch_size"), names.index("num_glimpses")
         else:
-            spans = [float(np.median(self.range_draws(k))) for k in range(len(varied))]
+            spans = [float(np.median(self.contrast(k))) for k in range(len(varied))]
             i, j = (int(k) for k in np.argsort(spans)[::-1][:2])
         grid_x, grid_y = varied[i].grid(11), varied[j].grid(11)
         base = self.points[: CUBE_POINTS // 8]
@@ -578,15 +588,30 @@ class _Cube:
         return PairSurface(varied[i], varied[j], grid_x, grid_y, mean, sd)
 
 
-def _support(observations: Observations, i: int, budget: int) -> Callable[[Array], Array]:
-    """Whether a coordinate lies beyond all but one of the trials seen near the full budget."""
+def _support(
+    observations: Observations, i: int, budget: int, space: Space, dimensions: Sequence[Dimension]
+) -> Callable[[Array], Array]:
+    """Whether a coordinate lies beyond all but one of the trials seen near the full budget, or the space's rules forbid
+    most of what is averaged over there.
+    """
+    varied = dimensions[:-1]  # all but the dummy
+    others = qmc.Sobol(len(varied), rng=0).random(128)
+    others = np.column_stack([d.quantile(others[:, k]) for k, d in enumerate(varied)])
+
+    def forbidden(value: float) -> bool:
+        if i >= len(varied):
+            return False
+        x = others.copy()
+        x[:, i] = value
+        return bool(allowed(space, varied, x).mean() < 0.5)
+
     late = observations.u > math.log(max(0.9 * budget, 1)) / max(math.log(budget), 1e-9) - 1e-9
     at = np.sort(observations.x[np.unique(observations.trial_of[late]), i])
 
     def extrapolated(grid: Array) -> Array:
         if len(at) < 4:
             return np.ones(len(grid), dtype=bool)
-        return (grid < at[1] - 1e-9) | (grid > at[-2] + 1e-9)
+        return (grid < at[1] - 1e-9) | (grid > at[-2] + 1e-9) | np.array([forbidden(float(v)) for v in grid])
 
     return extrapolated
 
@@ -595,16 +620,34 @@ def _support(observations: Observations, i: int, budget: int) -> Callable[[Array
 
 
 class _PointEstimates:
-    """Accuracy of single configurations (the dummy held at its middle)."""
+    """Expected accuracy of single configurations (the dummy held at its middle); a run that diverges counts as chance.
 
-    def __init__(self, surface: Surface, posterior: Posterior, varied: Sequence[Dimension]) -> None:
-        self.surface, self.varied = surface, varied
+    Only configurations that the space's rules allow are proposed.
+    """
+
+    def __init__(
+        self,
+        surface: Surface,
+        posterior: Posterior,
+        varied: Sequence[Dimension],
+        divergence: Failures | None,
+        space: Space,
+    ) -> None:
+        self.surface, self.varied, self.divergence, self.space = surface, varied, divergence, space
         self.weights, self.level = posterior.weights[:, :, -1].T, posterior.level[:, -1]
 
     def accuracy(self, x: Array) -> Array:
         """Accuracy points at coordinates (N, D without the dummy) -> (N, S)."""
         full = np.column_stack([x, np.full(len(x), 0.5)])
-        return 100 * _sigmoid(self.surface.features(full) @ self.weights + self.level[None, :])
+        value = _sigmoid(self.surface.features(full) @ self.weights + self.level[None, :])
+        if self.divergence is not None:
+            lost = _sigmoid(failure_logits(self.surface.bases, self.divergence, full))
+            value = (1 - lost) * value + lost * CHANCE
+        return 100 * value
+
+    def allowed(self, x: Array) -> Array:
+        """Which coordinates (N, D without the dummy) the space's rules allow -> (N,) bool."""
+        return allowed(self.space, self.varied, x)
 
     def tune(self, i: int, default: Array) -> Gain:
         """Best single change, chosen by its expected gain; a lone maximum over draws would flatter itself."""
@@ -612,14 +655,20 @@ class _PointEstimates:
         grid = np.append(dimension.grid(25), default[i])
         x = np.repeat(default[None, :], len(grid), axis=0)
         x[:, i] = grid
+        keep = self.allowed(x)
+        keep[-1] = True  # the default itself
+        grid, x = grid[keep], x[keep]
         draws = self.accuracy(x)
         best = int(np.argmax(draws.mean(axis=1)))
         gain = interval(draws[best] - draws[-1])
         values = dimension.from_unit(grid[[best, -1]])
         return Gain(dimension.name, values[1], values[0], gain)
 
-    def ablate(self, default: Array, best: Array, space: Space) -> tuple[Step, ...]:
-        """Greedy path from default to best (Fawcett and Hoos 2016): at each step the change that gains most."""
+    def ablate(self, default: Array, best: Array) -> tuple[Step, ...]:
+        """Greedy path from default to best (Fawcett and Hoos 2016): at each step the change that gains most.
+
+        A step that the space's rules forbid waits for one that makes room for it.
+        """
         here, left, steps = default.copy(), [i for i in range(len(default)) if abs(default[i] - best[i]) > 1e-9], []
         before = self.accuracy(here[None, :])[0]
         while left:
@@ -627,7 +676,9 @@ class _PointEstimates:
             for row, i in enumerate(left):
                 candidates[row, i] = best[i]
             draws = self.accuracy(candidates)
-            pick = int(np.argmax(draws.mean(axis=1)))
+            legal = self.allowed(candidates)
+            expected = draws.mean(axis=1)
+            pick = int(np.argmax(np.where(legal, expected, -1.0) if legal.any() else expected))
             i = left.pop(pick)
             values = self.varied[i].from_unit(np.array([here[i], best[i]]))
             here[i] = best[i]
@@ -659,8 +710,8 @@ def seed_noise(
     posterior: Posterior,
     surface: Surface,
     observations: Observations,
-) -> tuple[Interval, bool, float]:
-    """Standard deviation between seeds at the full budget: accuracy points, whether it was measured, logits.
+) -> tuple[Interval, bool]:
+    """Standard deviation between seeds at the full budget, accuracy points, and whether it was measured.
 
     Pooled over configurations where trials have two seeds or more; otherwise the surface's own estimate.
     """
@@ -671,14 +722,13 @@ def seed_noise(
     df = int((groups.size() - 1).clip(lower=0).sum())
     if df >= 3:
         points = math.sqrt(float((groups["val_accuracy"].var(ddof=1) * (groups.size() - 1)).sum()) / df) * 100
-        logits = math.sqrt(float((groups["logit"].var(ddof=1) * (groups.size() - 1)).sum()) / df)
         low, high = (points * math.sqrt(df / chi2.ppf(q, df)) for q in ((1 + INTERVAL) / 2, (1 - INTERVAL) / 2))
-        return Interval(low, max(points, 1e-6), high), True, logits
+        return Interval(low, max(points, 1e-6), high), True
     scale = float(observations.y.std()) or 1.0
     logits = surface.predictive_sd(posterior.theta, scale, 1.0)
     centre = float(np.mean(last["val_accuracy"])) if len(last) else 0.5
     points = 100 * logits * max(centre * (1 - centre), 1e-4)
-    return interval(points), False, float(np.median(logits))
+    return interval(points), False
 
 
 def _sd_draws(sd: Interval, draws: int, seed: int) -> Array:
@@ -715,11 +765,12 @@ def cross_validate(
     for row, trial in enumerate(observations.trial_of):
         last[trial] = row  # rows are sorted by bin, so the trial's last stays
     final = observations.u[last] > observations.u.max() - 0.1
-    targets = np.flatnonzero(final) if final.sum() >= MIN_RANKED else np.arange(len(last))
+    enough = int(final.sum()) >= MIN_RANKED
+    targets = np.flatnonzero(final) if enough else np.arange(len(last))
     r2, coverage, observed, predicted, sd, ceiling = _folds(surface, observations, warm, targets, last, rng, keep=1.0)
     half = _folds(surface, observations, warm, targets, last, rng, keep=0.5)[0] if r2 < MIN_R2 + 0.2 else math.nan
     needed = trials_needed(r2, half, len(observations.trials), ceiling)
-    return Fit(r2, coverage, len(targets), ceiling, half, needed, observed, predicted, sd)
+    return Fit(r2, int(final.sum()), coverage, len(targets), ceiling, half, needed, observed, predicted, sd)
 
 
 def _folds(
@@ -733,7 +784,7 @@ def _folds(
 ) -> tuple[float, float, Array, Array, Array, float]:
     folds = np.resize(np.arange(FOLDS), len(targets))
     rng.shuffle(folds)
-    predicted, sd, noise = np.zeros(len(targets)), np.zeros(len(targets)), np.zeros(len(targets))
+    predicted, sd, noise, level = (np.zeros(len(targets)) for _ in range(4))
     for fold in range(FOLDS):
         held = targets[folds == fold]
         if not len(held):
@@ -750,12 +801,16 @@ def _folds(
         values = values.reshape(len(held), len(posterior.weights), len(at))
         rows = values[np.arange(len(held)), :, where] + posterior.level[:, where].T
         scale = float(part.y.std()) or 1.0
-        own = surface.predictive_sd(posterior.theta, scale, float(observations.seeds[last[held]].mean()))
+        seeds = float(observations.seeds[last[held]].mean())
+        own = surface.predictive_sd(posterior.theta, scale, seeds)
         predicted[folds == fold] = rows.mean(axis=1)
-        noise[folds == fold] = float(np.mean(own**2))
+        level[folds == fold] = posterior.level.mean(axis=0)[where]
+        noise[folds == fold] = float(np.mean(surface.predictive_sd(posterior.theta, scale, seeds, misfit=False) ** 2))
         sd[folds == fold] = np.sqrt(rows.var(axis=1) + np.mean(own**2))
     observed = observations.y[last[targets]]
-    spread = float(np.mean((observed - observed.mean()) ** 2)) or 1.0
+    # Trials that ended at different epochs differ by how long they learned; that is not what is to be explained.
+    same_end = np.ptp(observations.u[last[targets]]) < 0.11
+    spread = float(np.mean((observed - (observed.mean() if same_end else level)) ** 2)) or 1.0
     r2 = 1 - float(np.mean((observed - predicted) ** 2)) / spread
     coverage = float(np.mean(np.abs(observed - predicted) <= 1.645 * sd))
     ceiling = max(0.0, 1 - float(noise.mean()) / spread)
@@ -780,28 +835,30 @@ def subset(observations: Observations, trials: np.ndarray) -> Observations:
 def trials_needed(r2: float, half: float, trials: int, ceiling: float) -> int | None:
     """A rough number of trials for R2 = MIN_R2, from how R2 grew between half and all of them; None if not to be had.
 
-    The unexplained share is taken to fall as a power of the number of trials, no faster than 1 / trials.
+    The unexplained share is taken to fall as a power of the number of trials, no faster than 1 / trials; where it did
+    not fall, or would need more than ten times the trials, nothing is promised.
     """
-    if r2 >= MIN_R2 or ceiling < MIN_R2:
+    if r2 >= MIN_R2 or ceiling < MIN_R2 or half >= r2:
         return None
     if not math.isfinite(half):
         return 2 * trials
     now, before = max(1 - r2, 1e-3), max(1 - half, 1e-3)
     power = float(np.clip(math.log(before / now) / math.log(2), 0.3, 1.0))
-    return math.ceil(trials * min((now / (1 - MIN_R2)) ** (1 / power), 10.0))
+    factor = (now / (1 - MIN_R2)) ** (1 / power)
+    return math.ceil(trials * factor) if factor <= 10 else None
 
 
 # ---- the case study's claims ---------------------------------------------------------------------------------
 
 
 def _claims(cube: _Cube, indices: Indices, names: Sequence[str], varied: Sequence[Dimension]) -> dict[str, Array]:
-    """Draws the verdicts are judged on, for the parameters the case study speaks of."""
-    out: dict[str, Array] = {}
+    """Draws the verdicts are judged on, for the parameters the case study speaks of, and the dummy's."""
+    out: dict[str, Array] = {f"effect {DUMMY}": cube.contrast(len(varied))}
     for name in ("patch_size", "num_scales", "num_glimpses"):
         if name in names:
             i = names.index(name)
             out[f"total {name}"] = indices.total[i]
-            out[f"range {name}"] = cube.range_draws(i)
+            out[f"effect {name}"] = cube.contrast(i)
             grid, rows = cube.marginal(i)[:2]
             values = varied[i].from_unit(grid)
             for value, row in zip(values, rows, strict=True):

@@ -40,12 +40,6 @@ from analysis.records import Records, StudyRun, plain_trials
 from analysis.space import words
 from analysis.verdicts import THRESHOLDS, Verdict
 
-NAMES = {
-    "num_glimpses": "number of glimpses",
-    "num_scales": "number of scales",
-    "location_std": "location (policy) std",
-}
-
 
 class Section(NamedTuple):
     """One part of the page: a heading, escaped HTML, figures by file name with captions.
@@ -91,10 +85,13 @@ def answer(analysis: Analysis, verdicts: Sequence[Verdict]) -> list[str]:
             "accuracy.",
         ]
     first = [e for e in real if e.rank == 1]
-    clear = [e for e in real if e.above_dummy >= TIE[1] and e.effect.mid > analysis.seed_sd.mid]
-    inert = [words(e.name) for e in real if e not in clear]
+    apart = [e for e in real if e.above_dummy >= TIE[1]]  # from a parameter without effect
+    clear = [e for e in apart if e.effect_in_sd.low > 1]
+    small, inert = [e for e in apart if e not in clear], [e for e in real if e not in apart]
     leader = first[0]
-    if len(first) == 1:
+    if leader not in apart:
+        lead = "On these data no parameter can be told apart from one without any effect."
+    elif len(first) == 1:
         lead = (
             f"On these data {words(leader.name)} matters most: averaged over everything else it moves validation "
             "accuracy by "
@@ -106,12 +103,19 @@ def answer(analysis: Analysis, verdicts: Sequence[Verdict]) -> list[str]:
             f"On these data {names} matter most and cannot be told apart; their effects are "
             f"{join(f'{e.effect.mid:.1f}' for e in first)} accuracy points."
         )
-    others = [f"{words(e.name)} ({e.effect.mid:.1f} points)" for e in clear if e not in first]
-    second = f"Also larger than seed noise: {join(others)}." if others else "Nothing else stands clear of seed noise."
-    if inert:
-        second = (
-            second[:-1] + f"; not told apart from seed noise or from a parameter without any effect: {join(inert)}."
-        )
+
+    def listed(effects: list[Effect]) -> str:
+        return join(f"{words(e.name)} ({e.effect.mid:.1f} points)" for e in effects)
+
+    parts: list[str] = []
+    if others := [e for e in clear if e not in first]:
+        parts.append(f"also larger than seed noise: {listed(others)}")
+    if others := [e for e in small if e not in first]:
+        parts.append(f"an effect, but not surely more than one seed standard deviation: {listed(others)}")
+    if inert and leader in apart:
+        parts.append(f"not told apart from a parameter without any effect: {join(words(e.name) for e in inert)}")
+    second = "; ".join(parts) + "." if parts else "Nothing else was varied."
+    second = second[0].upper() + second[1:]
     counted = [
         f"{sum(v.verdict == kind for v in verdicts)} {kind}"
         for kind in ("confirmed", "refuted", "undecided", "not tested")
@@ -119,7 +123,7 @@ def answer(analysis: Analysis, verdicts: Sequence[Verdict]) -> list[str]:
     ]
     third = (
         f"Of the case study's four claims, {join(counted)} on these data ({runs}; unseen trials are predicted "
-        f"with R² = {analysis.fit.r2:.2f})."
+        f"with R² = {analysis.fit.r2:.2f}{'; a biased sample, see below' if analysis.biased else ''})."
     )
     return [lead, second, third]
 
@@ -449,8 +453,10 @@ def _effects_section(analysis: Analysis) -> Section:
         for row, e in zip(rows, analysis.effects, strict=True):
             row.append(span(e.with_divergence) if e.with_divergence else "")
     after = _paragraph(
-        "The rank follows the total Sobol index (next section). Parameters whose order the data do not settle share a "
-        "rank."
+        "A parameter's rank is one more than the number of those that matter more with a probability of "
+        f"{TIE[1]:.0%} or more, by their total Sobol indices (next section); equal ranks are ties. The effect is the "
+        "difference between the values that are best and worst on average over the draws, so that of a parameter "
+        "without effect scatters about zero."
     )
     if diverged:
         after += _paragraph(
@@ -504,7 +510,10 @@ def cautions(analysis: Analysis) -> list[str]:
             "90% intervals."
         )
     if analysis.extrapolation_share > 0.25:
-        found.append(f"The surface is mostly extrapolation over {analysis.extrapolation_share:.0%} of the space.")
+        found.append(
+            f"Over {analysis.extrapolation_share:.0%} of the space the surface says little more than the average over "
+            "the space does: too few trials lie near."
+        )
     if not analysis.seed_sd_known:
         found.append("One seed a trial: seed noise could not be measured and is the model's own estimate.")
     if analysis.mixing > 1.2:
@@ -706,8 +715,8 @@ def _runs_section(records: Records, analysis: Analysis) -> Section:
         (
             "diverged",
             c.diverged,
-            "inform it until then; the chance to diverge is modelled, and a diverged run counts as guessing (10 "
-            "points)",
+            "inform it until then; the chance to diverge is modelled, and where a table says so a diverged run counts "
+            "as guessing (10 points)",
         ),
         ("failed", c.failed, "inform it as far as they came; their share over the space is modelled (below)"),
         ("running", c.running, "inform it as far as they have come"),
@@ -771,7 +780,10 @@ def _diagnostics_section(analysis: Analysis, crosschecks: pd.DataFrame | None) -
             "share of the space that its rules exclude",
             f"{analysis.infeasible_share:.0%}; indices are over the whole space, the excluded part by extrapolation",
         ),
-        ("share of the space that is mostly extrapolation", f"{analysis.extrapolation_share:.0%}"),
+        (
+            "share of the space where the surface says little more than the average",
+            f"{analysis.extrapolation_share:.0%}",
+        ),
         ("the sampler's largest R-hat", f"{analysis.mixing:.2f} (1 is settled)"),
         ("trials by how they were chosen", ", ".join(f"{count} {arm}" for arm, count in analysis.arms.items())),
     ]
@@ -798,8 +810,9 @@ def _method_section(analysis: Analysis) -> Section:
             "Target",
             f"Validation accuracy at epoch {analysis.budget}, on the logit scale, clipped by the "
             f"{analysis.evaluation_size:,} validation images behind it. "
-            "Points of accuracy are computed from the same draws through the inverse logit; runs that diverge count "
-            "as guessing.",
+            "Points of accuracy are computed from the same draws through the inverse logit. Effects, curves, indices "
+            "and verdicts are of runs that train; where runs diverged, a column of its own counts those as guessing, "
+            "and so do what is worth tuning and the path from the default to the best.",
         ),
         (
             "Surface",

@@ -26,7 +26,7 @@ from analysis.records import (
     read_study,
     tracking_uri,
 )
-from analysis.report import answer, span, write_design_report, write_report
+from analysis.report import answer, cautions, span, write_design_report, write_report
 from analysis.verdicts import judge
 
 
@@ -103,6 +103,8 @@ def print_answer(analysis: Analysis, sentences: list[str], out: Path) -> None:
         tied = sum(e.rank == effect.rank for e in analysis.effects) > 1
         rank = "-" if effect.name == DUMMY or not analysis.ranked else f"{effect.rank}{' tied' if tied else ''}"
         print(f"  {rank:<10}{effect.name:<22}{span(effect.effect):<28}{span(effect.total, 2)}")
+    for caution in cautions(analysis):
+        print(f"\n  note: {caution}")
     print(f"\n  report: {out / 'report.html'}")
 
 

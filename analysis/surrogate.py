@@ -502,12 +502,16 @@ class Surface:
         posterior = Posterior(np.concatenate(weights), np.concatenate(levels), theta.numpy(), at, evaluations, rhat)
         return posterior, (mode, spread)
 
-    def predictive_sd(self, theta: Array, scale: float, seeds: float) -> Array:
-        """Standard deviation (logits) of a new run's mean over seeds around the surface, full budget -> (S,)."""
+    def predictive_sd(self, theta: Array, scale: float, seeds: float, *, misfit: bool = True) -> Array:
+        """Standard deviation (logits) of a new run's mean over seeds around the surface, full budget -> (S,).
+
+        Without `misfit`, what the surface fails to say of a configuration, it is the luck of seeds and epochs alone.
+        """
         rows = torch.as_tensor(theta)
         one = torch.ones(1, dtype=torch.float64)
+        shares = (1 / seeds, 1 / seeds, 1.0 if misfit else 0.0)
         total = [
-            sum(float(s) ** 2 / n for s, n in zip(self._luck(t, one), (seeds, seeds, 1.0), strict=True)) for t in rows
+            sum(share * float(sd) ** 2 for sd, share in zip(self._luck(t, one), shares, strict=True)) for t in rows
         ]
         return scale * np.sqrt(np.array(total))
 

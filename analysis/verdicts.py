@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from analysis.importance import MIN_R2, Analysis, Interval, interval, why_not_ranked
+from analysis.importance import DUMMY, MIN_R2, Analysis, Interval, interval, why_not_ranked
 
 SURE = 0.95  # posterior probability needed to confirm, and its complement to refute: the usual one-in-twenty
 HARDLY = (
@@ -16,7 +16,11 @@ GLIMPSES = (6, 8)  # the two numbers of glimpses its surprise is about
 
 THRESHOLDS = {
     "SURE": (SURE, "posterior probability needed to call a claim confirmed; 1 - SURE or less refutes it"),
-    "HARDLY": (HARDLY, "accuracy points over the whole searched range; more than that is not 'hardly'"),
+    "HARDLY": (
+        HARDLY,
+        "accuracy points over the whole searched range; more than that, and surely more than a parameter without"
+        " effect reaches, is not 'hardly'",
+    ),
     "MIN_R2": (MIN_R2, "grouped cross-validated R2 below which every claim stays undecided"),
 }
 
@@ -70,17 +74,22 @@ def _patch_first(analysis: Analysis) -> Verdict:
 
 
 def _hardly(analysis: Analysis, name: str, claim: str) -> Verdict:
-    key = f"range {name}"
+    key = f"effect {name}"
     if key not in analysis.claims:
         return _untested(claim, [name])
     draws = analysis.claims[key]
     span = interval(draws)
     dimension = next(d for d in analysis.dimensions if d.name == name)
     evidence = (
-        f"mean accuracy changes by {span.mid:.1f} points ({span.low:.1f} to {span.high:.1f}) over {dimension.low:g} to "
-        f"{dimension.high:g}; 'hardly' means at most {HARDLY:g}"
+        f"from its worst to its best value of {dimension.low:g} to {dimension.high:g} mean accuracy changes by "
+        f"{span.mid:.1f} points ({span.low:.1f} to {span.high:.1f}); 'hardly' means at most {HARDLY:g}"
     )
-    return _decide(analysis, claim, float(np.mean(draws <= HARDLY)), evidence, span)
+    verdict = _decide(analysis, claim, float(np.mean(np.abs(draws) <= HARDLY)), evidence, span)
+    above = float(np.mean(np.abs(draws) > np.abs(analysis.claims[f"effect {DUMMY}"])))
+    if verdict.verdict == "refuted" and above < SURE:
+        said = f"{evidence}; a parameter without effect reaches as much with a probability of {1 - above:.0%}"
+        return verdict._replace(verdict="undecided", evidence=said)
+    return verdict
 
 
 def _more_glimpses(analysis: Analysis) -> Verdict:

@@ -16,13 +16,14 @@ from analysis.importance import (
     Analysis,
     ImportanceError,
     Interval,
+    _ranks,
     analyse,
     count_trials,
     trials_needed,
     why_not_ranked,
 )
 from analysis.records import Records
-from analysis.space import Dimension
+from analysis.space import Dimension, Rule
 from analysis.verdicts import judge
 from benchmarks.sensitivity import DESIGNS, crossing_truth, true_indices
 from tests.synthetic import RAM_DEFAULT, RAM_DIMENSIONS, Synthetic, Truth, ram_truth, simulate, unit_dimensions
@@ -172,8 +173,11 @@ def test_a_study_of_the_optimiser_alone_is_marked_as_biased() -> None:
     study = Synthetic(
         truth=ram_truth, dimensions=RAM_DIMENSIONS, trials=20, epochs=9, arm="tpe", stop=True, default=RAM_DEFAULT
     )
-    analysis = analyse(simulate(study), hyperdraws=10)
-    assert analysis.biased
+    records = simulate(study)
+    assert analyse(records, hyperdraws=10).biased
+    lost = records.trials.assign(arm=["tpe"] * 10 + ["sobol"] * 10, state=["complete"] * 10 + ["failed"] * 10)
+    epochs = records.epochs[records.epochs["trial"] < 10]
+    assert analyse(records._replace(trials=lost, epochs=epochs), hyperdraws=10).biased, "Sobol trials without results"
 
 
 def test_verdicts_on_a_known_truth() -> None:
@@ -239,6 +243,88 @@ def test_a_running_study_gets_a_partial_answer() -> None:
     assert "answers are for epoch 2" in partial.warnings[0]
 
 
+def test_how_long_trials_have_learned_is_not_taken_for_what_their_configuration_does() -> None:
+    records = simulate(
+        Synthetic(truth=lambda x, u: 0 * x[:, 0] + 3 * u, dimensions=unit_dimensions(3), trials=18, epochs=30)
+    )
+    reached = {n: 30 if n < 6 else 1 + 2 * (n - 6) for n in range(18)}
+    epochs = records.epochs[records.epochs["epoch"] <= records.epochs["trial"].map(reached)]
+    trials = records.trials.assign(state=["complete"] * 6 + ["running"] * 12)
+    analysis = analyse(records._replace(trials=trials, epochs=epochs), hyperdraws=10)
+    assert analysis.fit.r2 < MIN_R2 and not analysis.ranked
+    assert why_not_ranked(analysis) == "6 trials have come to the last epoch so far, and 8 are the least"
+
+
+def test_what_diverges_is_not_recommended() -> None:
+    def truth(x: np.ndarray, u: float) -> np.ndarray:
+        return 2 * x[:, 4] + 0.5 * x[:, 1] + u  # the faster the better, for the runs that survive
+
+    study = Synthetic(
+        truth=truth, dimensions=RAM_DIMENSIONS[:5], trials=40, epochs=6, fail=lambda x: 0.95 * float(x[4] > 0.6),
+        default=RAM_DEFAULT,
+    )  # fmt: skip
+    analysis = analyse(simulate(study), hyperdraws=FEW)
+    rate = next(g for g in analysis.tunability if g.name == "learning_rate")
+    assert RAM_DIMENSIONS[4].to_unit([rate.best])[0] < 0.75
+    assert RAM_DIMENSIONS[4].to_unit([analysis.best["learning_rate"]])[0] < 0.75
+
+
+def test_what_the_rules_forbid_is_not_recommended_and_is_marked() -> None:
+    def truth(x: np.ndarray, u: float) -> np.ndarray:
+        return 2 * x[:, 2] + x[:, 1] + u  # the more scales the better, and the larger the patch
+
+    records = simulate(Synthetic(truth=truth, dimensions=RAM_DIMENSIONS[:3], trials=40, epochs=3, default=RAM_DEFAULT))
+    assert records.space is not None
+    rule = Rule(rule="patch_size * 2 ** (num_scales - 1) <= 56")
+    space = dataclasses.replace(records.space, rules=(rule,))
+    legal = [n for n, row in records.trials.iterrows() if space.feasible(dict(row))]
+    records = records._replace(
+        space=space, trials=records.trials.loc[legal], epochs=records.epochs[records.epochs["trial"].isin(legal)]
+    )
+    analysis = analyse(records, hyperdraws=10)
+    scales = next(g for g in analysis.tunability if g.name == "num_scales")
+    assert space.feasible({**analysis.default, "num_scales": scales.best})
+    curve = analysis.curves["num_scales"]
+    assert bool(curve.extrapolated[-1]) and not curve.extrapolated[0]
+
+
+def test_misfit_is_not_called_seed_noise() -> None:
+    study = Synthetic(
+        truth=lambda x, u: np.sign(np.sin(40 * x[:, 0]) * np.sin(37 * x[:, 1])) + u,  # too rough for any surface
+        dimensions=unit_dimensions(2), trials=20, epochs=3, seeds=3, trial_sd=0.02, epoch_sd=0.01,
+    )  # fmt: skip
+    analysis = analyse(simulate(study), hyperdraws=FEW)
+    assert not analysis.ranked
+    assert analysis.fit.ceiling > 0.9, "seeds account for a hundredth of the differences"
+
+
+def test_uncertainty_alone_is_no_effect(mixed: tuple[Records, Analysis]) -> None:
+    effects = {e.name: e.effect for e in mixed[1].effects}
+    for name in (DUMMY, "inert"):
+        assert effects[name].low < 1 and effects[name].high < effects["width"].low
+
+
+def test_no_claim_is_refuted_by_what_a_dummy_reaches_too(mixed: tuple[Records, Analysis]) -> None:
+    rng = np.random.default_rng(0)
+    draws = rng.normal(6, 1, 300)
+    names = {"num_scales": "mixing", "num_glimpses": "steps"}
+    dimensions = tuple(
+        dataclasses.replace(d, name=next((k for k, v in names.items() if v == d.name), d.name))
+        for d in mixed[1].dimensions
+    )
+    for dummy, verdict in ((rng.normal(0, 1, 300), "refuted"), (rng.normal(5, 2, 300), "undecided")):
+        claims = {"effect num_scales": draws, "effect num_glimpses": draws, f"effect {DUMMY}": dummy}
+        judged = judge(mixed[1]._replace(claims=claims, dimensions=dimensions, ranked=True))
+        assert [v.verdict for v in judged[1:3]] == [verdict] * 2
+
+
+def test_ranks_share_what_is_not_settled() -> None:
+    more = pd.DataFrame(
+        [[np.nan, 0.8, 0.99], [0.2, np.nan, 0.8], [0.01, 0.2, np.nan]], index=list("ABC"), columns=list("ABC")
+    )
+    assert _ranks(list("ABC"), more) == {"A": 1, "B": 1, "C": 2}
+
+
 def test_counts_tell_how_every_trial_ended() -> None:
     trials = pd.DataFrame(
         {
@@ -254,6 +340,7 @@ def test_counts_tell_how_every_trial_ended() -> None:
 def test_how_many_more_trials() -> None:
     assert trials_needed(0.7, 0.5, 20, 0.9) is None, "enough already"
     assert trials_needed(0.2, 0.0, 20, 0.4) is None, "seed noise allows no more"
+    assert trials_needed(-0.3, -0.3, 20, 0.9) is None, "more trials did not help so far"
     needed = trials_needed(0.3, 0.1, 20, 0.9)
     assert needed is not None and 20 < needed < 60
 

@@ -146,6 +146,25 @@ def test_what_cannot_be_trusted_is_said_first(study: tuple[Records, Analysis]) -
         assert words_ in said
     assert "About 60 trials" in answer(poor, judge(poor))[1]
     assert "do not support a ranking" in answer(poor, judge(poor))[0]
+    assert "a biased sample, see below" in answer(analysis._replace(biased=True), judge(analysis))[2]
+
+
+def test_the_answer_says_of_each_parameter_one_thing(study: tuple[Records, Analysis]) -> None:
+    _, analysis = study
+    first = analysis.effects[0]
+    wide = Interval(2.0, 3.0, 4.0)
+    clear = first._replace(name="a", rank=1, above_dummy=1.0, effect=wide, effect_in_sd=wide)
+    small = clear._replace(name="b", rank=2, effect_in_sd=Interval(0.4, 0.5, 0.6))
+    lost = clear._replace(name="c", rank=2, above_dummy=0.8)
+    lead, second, _ = answer(analysis._replace(ranked=True, effects=(clear, small, lost)), judge(analysis))
+    assert "a matters most" in lead
+    assert second == (
+        "An effect, but not surely more than one seed standard deviation: b (3.0 points); not told apart from a "
+        "parameter without any effect: c."
+    )
+    lead, second, _ = answer(analysis._replace(ranked=True, effects=(lost._replace(rank=1),)), judge(analysis))
+    assert lead == "On these data no parameter can be told apart from one without any effect."
+    assert "matter" not in second and "apart" not in second
 
 
 def test_pareto_front_only_holds_what_nothing_cheaper_beats(study: tuple[Records, Analysis]) -> None:
