@@ -4,6 +4,7 @@
 #   cluster.sh node      install the project and write the environment; on every machine
 #   cluster.sh head      make Ray's token and say where Ray and MLflow are; on the head
 #   cluster.sh mlflow    (re)start the MLflow server, which ends with Ray; on the head
+#   cluster.sh watch     end what Ray leaves behind when the head has gone; on workers. Then run what else is given
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -81,7 +82,21 @@ serve() { # on loopback: other machines come through SSH
     done
 }
 
+watch() { # without its head a raylet ends after a minute; its agents do not, and nor does the machine
+    setsid nohup flock --nonblock ~/.ram-study.watch bash cluster.sh when_alone "$@" > /dev/null 2>&1 < /dev/null &
+}
+
+when_alone() {
+    while pgrep --euid "$(id -u)" --exact raylet > /dev/null; do
+        sleep 5
+        # A restart leaves a gap.
+        pgrep --euid "$(id -u)" --exact raylet > /dev/null || sleep 60
+    done
+    .venv/bin/ray stop --force || true
+    "$@"
+}
+
 case ${1-} in
-node | head | mlflow | serve) "$1" ;;
-*) sed -n '2,6s/^# \{0,1\}//p' "$0" && exit 2 ;;
+node | head | mlflow | serve | watch | when_alone) "$@" ;;
+*) sed -n '2,7s/^# \{0,1\}//p' "$0" && exit 2 ;;
 esac

@@ -57,15 +57,16 @@ def missing() -> list[str]:
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-def bake(image: Path, files: dict[str, Path], command: str) -> None:
+def bake(image: Path, files: dict[str, Path | str], command: str) -> None:
     """Fill a folder that becomes the home on every machine of a lab: copy files, run a command there. The network is
     this machine's, so a command may install packages; run again on the same folder, it finds what it left.
     """
     image.mkdir(parents=True, exist_ok=True)
     for name, source in files.items():
-        subprocess.run(["rsync", "-a", "--delete", "--mkpath", "--exclude=__pycache__", source, image / name], check=True)
+        copy = ["rsync", "-a", "--delete", "--mkpath", "--exclude=__pycache__", source, image / name]
+        subprocess.run(copy, check=True)
     python = Path(sys.executable).resolve().parent
-    (image / ".profile").write_text(f'PATH="{python}:$PATH"\n')
+    (image / ".profile").write_text(f'PATH="{python}:$PATH"\n. ~/.bashrc\n')
     environment = {**os.environ, "HOME": str(HOME), "PATH": f"{python}:{_PATH}",
                    "PIP_CACHE_DIR": str(Path("~/.cache/pip").expanduser())}  # fmt: skip
     script = f"mount -t tmpfs tmpfs /srv && mkdir {HOME} && mount --bind {image} {HOME} && {command}"
@@ -178,7 +179,8 @@ class Lab:
         subprocess.run([*self._net, "ip", *command.split()], check=True)
 
     def _write(self, name: str, text: str) -> None:
-        subprocess.run([*self.enter, "tee", str(self.path / name)], input=text.encode(), check=True, capture_output=True)
+        write = [*self.enter, "tee", str(self.path / name)]
+        subprocess.run(write, input=text.encode(), check=True, capture_output=True)
 
 
 def _child(pid: int) -> int:
