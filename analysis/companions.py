@@ -16,11 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from mlflow import MlflowClient
 from scipy.stats import studentized_range, t
 
 from analysis.importance import INTERVAL, count_trials
-from analysis.records import Records, StudyRun, read_study
+from analysis.records import Records, Source, StudyRun, read_study
 
 OFAT_ROW = re.compile(r"^baseline (?P<baseline>[^:]+?)(?:: (?P<parameter>\w+)=(?P<value>.+))?$")
 
@@ -40,7 +39,7 @@ class Companions(NamedTuple):
     studies: tuple[str, ...]
 
 
-def companions_of(client: MlflowClient, studies: Sequence[StudyRun], study: StudyRun) -> list[StudyRun]:
+def companions_of(studies: Sequence[StudyRun], study: StudyRun) -> list[StudyRun]:
     """The newest OFAT and replicate studies of the same task, data and epochs (the study itself, if it is one)."""
     found: list[StudyRun] = []
     for design in ("ofat", "replicate"):
@@ -54,9 +53,9 @@ def companions_of(client: MlflowClient, studies: Sequence[StudyRun], study: Stud
     return found
 
 
-def read_companions(client: MlflowClient, studies: Sequence[StudyRun], study: StudyRun) -> Companions:
+def read_companions(source: Source, studies: Sequence[StudyRun], study: StudyRun) -> Companions:
     """Read and summarise what `companions_of` finds."""
-    records = [read_study(client, other) for other in companions_of(client, studies, study)]
+    records = [read_study(source, other) for other in companions_of(studies, study)]
     return summarise(records)
 
 

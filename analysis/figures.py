@@ -95,7 +95,7 @@ def forest(analysis: Analysis, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("effect on validation accuracy at the full budget (accuracy points)")
     ax.xaxis.grid(True, color=PALE, lw=0.6)
     ax.set_axisbelow(True)
-    ax.legend(loc="lower right", fontsize=9, frameon=True, framealpha=0.9, edgecolor="none")
+    ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), fontsize=9)
     return ax
 
 

@@ -257,7 +257,6 @@ def analyse(
     cube = _Cube(surface, posterior, None, seed)
     risky = cube if divergence is None else _Cube(surface, posterior, divergence, seed)
     indices = sobol_indices(surface, posterior)
-    accuracy_indices = cube.sobol_on_accuracy()
     seed_sd, known, seed_logit = seed_noise(epochs, trials, budget, size, posterior, surface, observations)
     curves = {d.name: cube.curve(i, _support(observations, i, budget)) for i, d in enumerate(dimensions)}
     ranges = {d.name: cube.range_draws(i) for i, d in enumerate(dimensions)}
@@ -274,8 +273,8 @@ def analyse(
             interval(ranges[dimensions[i].name] / sd_draws),
             interval(indices.first[i]),
             interval(indices.total[i]),
-            interval(accuracy_indices.first[i]),
-            interval(accuracy_indices.total[i]),
+            interval(cube.marginal(i).first),
+            interval(cube.marginal(i).total),
             1.0 if i == len(dimensions) - 1 else float(np.mean(indices.total[i] > dummy_total)),
             ranks.get(dimensions[i].name, 0),
             None if divergence is None else interval(risky.range_draws(i)),
@@ -479,6 +478,20 @@ def _sigmoid(values: Array) -> Array:
     return 1 / (1 + np.exp(-values))
 
 
+class _Marginal(NamedTuple):
+    """One dimension with the others averaged over, on the accuracy scale.
+
+    Its variance is split over the same points: what moving along the dimension does at each of the others' points
+    (within) and what is left between these points. So a first-order index is never above the total one, nor that
+    above 1.
+    """
+
+    grid: Array  # (G,) unit coordinates
+    rows: Array  # (G, S) mean accuracy, points
+    first: Array  # (S,) first-order Sobol index
+    total: Array  # (S,) total Sobol index
+
+
 class _Cube:
     """Expected accuracy over the whole space, per posterior draw.
 
@@ -490,13 +503,9 @@ class _Cube:
         self.weights = np.ascontiguousarray(posterior.weights[:, :, -1].T)  # (P, S)
         self.level = posterior.level[:, -1]
         self.dimensions = [base.dimension for base in surface.bases]
-        # One sequence for both halves: two scrambles of the same sequence would not be independent.
-        size = len(self.dimensions)
-        uniform = qmc.Sobol(2 * size, rng=seed).random(CUBE_POINTS)
+        uniform = qmc.Sobol(len(self.dimensions), rng=seed).random(CUBE_POINTS)
         self.points = np.column_stack([d.quantile(uniform[:, i]) for i, d in enumerate(self.dimensions)])
-        self.others = np.column_stack([d.quantile(uniform[:, size + i]) for i, d in enumerate(self.dimensions)])
-        self.base = self.accuracy(self.points)  # (N, S)
-        self._curves: dict[int, tuple[Array, Array]] = {}
+        self._curves: dict[int, _Marginal] = {}
 
     def logits(self, x: Array) -> Array:
         return self.surface.features(x) @ self.weights + self.level[None, :]
@@ -509,45 +518,37 @@ class _Cube:
         lost = _sigmoid(failure_logits(self.surface.bases, self.divergence, x))
         return (1 - lost) * value + lost * CHANCE
 
-    def curve_draws(self, i: int) -> tuple[Array, Array]:
-        """Marginal of dimension i, others averaged over: grid (G,), accuracy points (G, S)."""
+    def marginal(self, i: int) -> _Marginal:
+        """Dimension i with the others averaged over."""
         if i not in self._curves:
-            grid = self.dimensions[i].grid(17)
-            rows = []
+            dimension = self.dimensions[i]
+            grid = dimension.grid(17)
             base = self.points[: CUBE_POINTS // 4]
-            for value in grid:
+            draws = np.empty((len(grid), len(base), self.weights.shape[1]))
+            for g, value in enumerate(grid):
                 x = base.copy()
                 x[:, i] = value
-                rows.append(100 * self.accuracy(x).mean(axis=0))
-            self._curves[i] = grid, np.stack(rows)
+                draws[g] = 100 * self.accuracy(x)
+            weight = np.ones(len(grid))
+            if not dimension.levels:
+                weight[[0, -1]] = 0.5
+            weight /= weight.sum()
+            rows, along = draws.mean(axis=1), np.tensordot(weight, draws, axes=1)
+            within = np.tensordot(weight, (draws - along) ** 2, axes=1).mean(axis=0)
+            variance = within + along.var(axis=0) + 1e-12
+            first = weight @ (rows - weight @ rows) ** 2
+            self._curves[i] = _Marginal(grid, rows, first / variance, within / variance)
         return self._curves[i]
 
     def range_draws(self, i: int) -> Array:
-        _, rows = self.curve_draws(i)
+        rows = self.marginal(i).rows
         return rows.max(axis=0) - rows.min(axis=0)
 
     def curve(self, i: int, extrapolated: Callable[[Array], Array]) -> Curve:
-        grid, rows = self.curve_draws(i)
+        grid, rows = self.marginal(i)[:2]
         low, mid, high = np.quantile(rows, [(1 - INTERVAL) / 2, 0.5, (1 + INTERVAL) / 2], axis=1)
         dimension = self.dimensions[i]
         return Curve(dimension.name, dimension.from_unit(grid), grid, low, mid, high, extrapolated(grid))
-
-    def sobol_on_accuracy(self) -> Indices:
-        """First-order (from the marginals' spread) and total (Jansen 1999) indices of the accuracy itself."""
-        variance = self.base.var(axis=0) + 1e-15
-        first, total = [], []
-        for i in range(len(self.dimensions)):
-            grid, rows = self.curve_draws(i)
-            weights = np.ones(len(grid))
-            if not self.dimensions[i].levels:
-                weights[[0, -1]] = 0.5
-            weights = weights / weights.sum()
-            mean = weights @ rows
-            first.append(np.minimum((weights @ (rows - mean) ** 2) / 1e4 / variance, 1.0))
-            moved = self.points.copy()
-            moved[:, i] = self.others[:, i]
-            total.append(0.5 * ((self.base - self.accuracy(moved)) ** 2).mean(axis=0) / variance)
-        return Indices(np.stack(first), np.stack(total), {}, np.zeros(0), variance)
 
     def extrapolation_share(self) -> float:
         """Share of the space where the surface is known little better than not at all."""
@@ -801,7 +802,7 @@ def _claims(cube: _Cube, indices: Indices, names: Sequence[str], varied: Sequenc
             i = names.index(name)
             out[f"total {name}"] = indices.total[i]
             out[f"range {name}"] = cube.range_draws(i)
-            grid, rows = cube.curve_draws(i)
+            grid, rows = cube.marginal(i)[:2]
             values = varied[i].from_unit(grid)
             for value, row in zip(values, rows, strict=True):
                 out[f"marginal {name} {value}"] = row

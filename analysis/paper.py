@@ -6,9 +6,7 @@ from __future__ import annotations
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportAssignmentType=false
 import json
-import logging
 import math
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,28 +23,28 @@ import tyro
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from scipy.stats import t
 
 from analysis import figures
-from analysis.importance import INTERVAL
+from analysis.importance import INTERVAL, Interval
 from analysis.records import (
+    Exported,
     Records,
     RecordsError,
+    Source,
     StudyRun,
-    connect,
     find_study,
     list_studies,
+    open_source,
     progress_line,
+    quieten,
     read_study,
     tracking_uri,
 )
 from ramcore.config import Config, Data, Task
 from ramcore.data import DataError, TaskData, load_task
 from ramcore.pictures import GlimpsePath, draw_canvas, draw_glimpses, glimpse_paths
-
-log = logging.getLogger(__name__)
 
 
 class Published(NamedTuple):
@@ -63,8 +61,10 @@ class Published(NamedTuple):
     epoch: int | None = None
 
 
+DESIGNS = ("paper", "mnih", "ablation")  # the studies that these tables are made of
 CASE_STUDY = "Fang, Tian and Yang"  # its Table 1: one seed, Adam 3e-4, 100 epochs, best validation epoch
 MNIH = "Mnih et al. 2014"  # arXiv 1406.6247, Tables 1 and 2, published as error
+_ARM = {CASE_STUDY: "paper", MNIH: "mnih"}  # the design whose trials stand beside a source's rows
 
 
 def _case(task: str, accuracy: float, epoch: int, *sizes: int) -> Published:
@@ -131,9 +131,36 @@ class Ours(NamedTuple):
     note: str
 
 
+def ablation_table(records: Sequence[Records]) -> pd.DataFrame:
+    """What each choice of the tuned recipe is worth: columns task, row, accuracy, low, high (test, points), difference
+    (to the tuned row of the same study), seeds, epochs; empty where no `ablation` study has been run.
+    """
+    rows = []
+    for one in records:
+        trials = one.trials[one.trials["arm"] == "ablation"]
+        tested = {str(trial["row"]): (trial, _interval(trial["test_accuracies"])) for _, trial in trials.iterrows()}
+        full = tested["tuned"][1].mid if "tuned" in tested else math.nan
+        for row, (trial, mean) in tested.items():
+            seeds, epochs = len(trial["test_accuracies"]), int(trial.get("epochs", 0))
+            rows.append((trial.get("task", ""), row, mean.mid, mean.low, mean.high, mean.mid - full, seeds, epochs))
+    return pd.DataFrame(rows, columns=["task", "row", "accuracy", "low", "high", "difference", "seeds", "epochs"])
+
+
+def _interval(accuracies: Sequence[float]) -> Interval:
+    """Mean and 90% t interval of test accuracies, in points; NaN where there are none, or too few for an interval."""
+    values = 100 * np.array(accuracies, dtype=float)
+    values = values[np.isfinite(values)]
+    mean, half = float(values.mean()) if len(values) else math.nan, math.nan
+    if len(values) > 1:
+        half = float(t.ppf((1 + INTERVAL) / 2, len(values) - 1)) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return Interval(mean - half, mean, mean + half)
+
+
 def paper_table(records: Sequence[Records]) -> pd.DataFrame:
     """Every published row with ours beside it: columns source, task, model, published, ours, low, high, seeds, data,
-    epochs, note. A row that no `paper` study has run yet says so."""
+    epochs, note. The case study's rows are trained at its own setting (design `paper`), Mnih's with the tuned recipe
+    (design `mnih`); a row that no study has run yet says so.
+    """
     rows = []
     for published in PUBLISHED:
         ours = _measured(published, records)
@@ -158,17 +185,12 @@ def paper_table(records: Sequence[Records]) -> pd.DataFrame:
 def _measured(row: Published, records: Sequence[Records]) -> Ours:
     for one in records:  # newest first
         for _, trial in one.trials.iterrows():
-            if trial["arm"] != "paper" or not _same(row, trial):
+            if trial["arm"] != _ARM[row.source] or not _same(row, trial):
                 continue
-            values = 100 * np.array(trial["test_accuracies"], dtype=float)
-            values = values[np.isfinite(values)]
             data, epochs = str(trial.get("data", "")), int(trial.get("epochs", 0))
-            if len(values):
-                mean, half = float(values.mean()), math.nan
-                if len(values) > 1:
-                    spread = float(values.std(ddof=1)) / math.sqrt(len(values))
-                    half = float(t.ppf((1 + INTERVAL) / 2, len(values) - 1)) * spread
-                return Ours(mean, mean - half, mean + half, len(values), data, epochs, "")
+            mean = _interval(trial["test_accuracies"])
+            if math.isfinite(mean.mid):
+                return Ours(mean.mid, mean.low, mean.high, len(trial["test_accuracies"]), data, epochs, "")
             state = {"running": "running", "failed": f"failed: {trial['stop_reason']}"}.get(
                 trial["state"], "not tested"
             )
@@ -187,8 +209,8 @@ def _same(row: Published, trial: pd.Series) -> bool:
     return sizes == (row.glimpses, row.patch, row.scales)
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """The table as Markdown, one part a source."""
+def markdown(table: pd.DataFrame, ablated: pd.DataFrame) -> str:
+    """The published rows as Markdown, one part a source, and what the tuned recipe's choices are worth."""
     parts = []
     for source, rows in table.groupby("source", sort=False):
         lines = [f"## {source}", "", "| task | model | published % | ours % (90% interval) | seeds | data, epochs |"]
@@ -201,7 +223,21 @@ def markdown(table: pd.DataFrame) -> str:
             cells = (row["task"], row["model"], f"{row['published']:.2f}", ours, row["seeds"] or "", setting)
             lines.append("| " + " | ".join(str(c).replace("|", "/") for c in cells) + " |")
         parts.append("\n".join(lines))
-    return "# Published results and ours\n\nTest accuracy.\n\n" + "\n\n".join(parts) + "\n"
+    if len(ablated):
+        lines = ["## What each choice of the tuned recipe is worth", ""]
+        lines.append("| task | setting | test % (90% interval) | against tuned | seeds | epochs |")
+        lines.append("|---|---|---|---|---|---|")
+        for row in ablated.itertuples():
+            shown = "not run yet" if row.accuracy != row.accuracy else f"{row.accuracy:.2f}"
+            shown += f" ({row.low:.2f} to {row.high:.2f})" if row.low == row.low else ""
+            difference = "" if row.difference != row.difference or row.row == "tuned" else f"{row.difference:+.2f}"
+            lines.append(f"| {row.task} | {row.row} | {shown} | {difference} | {row.seeds} | {row.epochs} |")
+        parts.append("\n".join(lines))
+    note = (
+        "Test accuracy with each seed's best validation epoch; mean over seeds. Beside the case study: its own "
+        "setting. Beside Mnih et al.: the tuned recipe (ramcore/recipes.py)."
+    )
+    return f"# Published results and ours\n\n{note}\n\n" + "\n\n".join(parts) + "\n"
 
 
 def table_figure(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -300,11 +336,13 @@ class Args:
     """Write the published tables and figures with ours beside them."""
 
     study: str | None = None
-    """Take the rows from this study only; all studies of the paper design, newest first, if left out."""
+    """Take the rows from this study only; all of the designs paper, mnih and ablation, newest first, if left out."""
     model_study: str | None = None
     """Draw glimpses with the model this study saved; the newest one with a model if left out."""
     tracking_uri: str | None = None
     """MLflow tracking server; $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db, if left out."""
+    records: Path | None = None
+    """Read records that analysis.export wrote into this folder, not MLflow; there are no networks in them to draw."""
     data_dir: Path | None = None
     """Where MNIST's files are; the usual places are searched if left out."""
     out: Path = Path("reports/paper")
@@ -315,19 +353,21 @@ def main(args: Args) -> int:
     """Write table.md, table.csv and figures. Gives 0, or 2 after a one-line message."""
     try:
         uri = tracking_uri(args.tracking_uri)
-        client = connect(uri)
-        studies = list_studies(client)
-        records = _paper_records(client, studies, args.study)
+        source = open_source(uri, args.records)
+        studies = list_studies(source)
+        records = _paper_records(source, studies, args.study)
         table = paper_table(records)
         args.out.mkdir(parents=True, exist_ok=True)
-        text = markdown(table)
+        ablated = ablation_table(records)
+        text = markdown(table, ablated)
         (args.out / "table.md").write_text(text, encoding="utf-8")
         table.to_csv(args.out / "table.csv", index=False)
+        ablated.to_csv(args.out / "ablation.csv", index=False)
         with mpl.rc_context(figures.STYLE):
             figure = table_figure(table).figure
             for kind in ("png", "svg"):
                 figure.savefig(args.out / f"table.{kind}")
-        model = _find_model(uri, studies, args.model_study)
+        model = None if isinstance(source, Exported) else _find_model(uri, studies, args.model_study)
         for line in draw_pictures(args.out, model, _source(studies, records, model), args.data_dir):
             _say(line)
     except RecordsError as error:
@@ -360,13 +400,15 @@ def draw_pictures(out: Path, model: SavedModel | None, source: Data, data_dir: P
     return [f"glimpses of the best model of {model.study}"]
 
 
-def _paper_records(client: MlflowClient, studies: Sequence[StudyRun], name: str | None) -> list[Records]:
-    chosen = [find_study(studies, name)] if name else [s for s in studies if s.params.get("design") == "paper"]
-    return [read_study(client, study, progress_line(f"reading {study.name}")) for study in chosen]
+def _paper_records(source: Source, studies: Sequence[StudyRun], name: str | None) -> list[Records]:
+    chosen = [find_study(studies, name)] if name else [s for s in studies if s.params.get("design") in DESIGNS]
+    return [read_study(source, study, progress_line(f"reading {study.name}")) for study in chosen]
 
 
 def _find_model(uri: str, studies: Sequence[StudyRun], name: str | None) -> SavedModel | None:
-    chosen = [find_study(studies, name)] if name else sorted(studies, key=lambda s: s.params.get("design") != "paper")
+    chosen = (
+        [find_study(studies, name)] if name else sorted(studies, key=lambda s: s.params.get("design") not in DESIGNS)
+    )
     for study in chosen[:10]:
         model = load_model(uri, study)
         if model is not None:
@@ -387,13 +429,8 @@ def _say(message: str) -> None:
 
 
 def cli() -> int:
-    """Entry point: parse the flags, quieten the libraries, run."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    for noisy in ("mlflow", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its retries are summed up in our one line
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    """Entry point."""
+    quieten()
     return main(tyro.cli(Args, description=__doc__))
 
 

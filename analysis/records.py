@@ -1,4 +1,4 @@
-"""The only reader: what MLflow holds of a study, as tidy DataFrames.
+"""The only reader: what MLflow (or a folder that `analysis.export` wrote) holds of a study, as tidy DataFrames.
 
 `read_study` gives one row a trial (`trials`) and one row a trial, seed and epoch (`epochs`). Nothing is dropped here:
 failed, stopped and diverged trials stay in, with their state and the reason the study wrote down.
@@ -10,10 +10,13 @@ from __future__ import annotations
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportAssignmentType=false
 import json
+import logging
 import math
 import os
+import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -78,6 +81,7 @@ class Records(NamedTuple):
     space: Space | None
     space_problem: str | None
     settings: dict[str, Any]  # study.json, empty where it is missing
+    raw_space: dict[str, Any] | None = None  # space.json, as saved
 
 
 def tracking_uri(given: str | None) -> str:
@@ -105,8 +109,29 @@ def connect(uri: str) -> MlflowClient:
     return client
 
 
-def list_studies(client: MlflowClient) -> list[StudyRun]:
-    """Every study in the experiment, newest first. Raises RecordsError if there is none."""
+def open_source(uri: str, folder: Path | None) -> Source:
+    """Where to read: the exported records in a folder if one is given, else the tracking server. Raises
+    RecordsError.
+    """
+    return connect(uri) if folder is None else Exported(folder)
+
+
+def quieten() -> None:
+    """Keep what the libraries have to say off the screen; called by entry points only."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its retries are summed up in our one line
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="mlflow")
+
+
+def list_studies(source: Source) -> list[StudyRun]:
+    """Every study there is, newest first. Raises RecordsError if there is none."""
+    if isinstance(source, Exported):
+        return source.studies()
+    client = source
     experiment = client.get_experiment_by_name(EXPERIMENT)
     runs = _search(client, experiment.experiment_id, "tags.`ram.kind` = 'study'") if experiment else []
     if not runs:
@@ -136,11 +161,14 @@ def find_study(studies: Sequence[StudyRun], name: str | None) -> StudyRun:
     raise RecordsError(f"--study must name a study that exists; got {name!r}. There is: {known}")
 
 
-def read_study(client: MlflowClient, study: StudyRun, progress: Progress | None = None) -> Records:
+def read_study(source: Source, study: StudyRun, progress: Progress | None = None) -> Records:
     """Read a study whole: its trials, every epoch of every seed, its space and settings.
 
     Raises RecordsError if the study has no trial yet or the server fails on the way.
     """
+    if isinstance(source, Exported):
+        return source.read(study)
+    client = source
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
         raise RecordsError(f"experiment {EXPERIMENT!r} must exist; it does not. Run python -m study.run")
@@ -160,7 +188,84 @@ def read_study(client: MlflowClient, study: StudyRun, progress: Progress | None 
     trials = _trial_table(runs)
     epochs = _epoch_table(trials, history)
     trials["epochs_seen"] = epochs.groupby("trial")["epoch"].max().reindex(trials.index).fillna(0).astype(int)
-    return Records(study, trials.drop(columns="run_id"), epochs, space, problem, settings or {})
+    return Records(study, trials.drop(columns="run_id"), epochs, space, problem, settings or {}, raw_space)
+
+
+class Exported:
+    """A folder of exported studies, a folder each: study.json (the run, its settings and space), trials.csv and
+    epochs.csv. Text, so that records can be kept in version control, and read where MLflow is not.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises RecordsError if no study lies there."""
+        self.folder = folder
+        if not next(folder.glob("*/study.json"), None):
+            raise RecordsError(
+                f"--records must be a folder that analysis.export wrote; {folder} holds no study. Run python -m "
+                f"analysis.export --out {folder}, or leave --records out to read MLflow"
+            )
+
+    def studies(self) -> list[StudyRun]:
+        """Every study in the folder, newest first."""
+        found = [StudyRun(**self._described(path.parent)["study"]) for path in self.folder.glob("*/study.json")]
+        return sorted(found, key=lambda study: (study.started, study.name), reverse=True)
+
+    def read(self, study: StudyRun) -> Records:
+        """A study as it was exported. Raises RecordsError if a file is missing or damaged."""
+        own = self.folder / folder_name(study.name)
+        described = self._described(own)
+        try:
+            trials = pd.read_csv(own / "trials.csv", dtype=str, keep_default_na=False).map(_value)
+            epochs = pd.read_csv(own / "epochs.csv")
+            for column, kind in (("seeds", int), ("test_accuracies", float)):
+                trials[column] = [tuple(kind(v) for v in str(text).split()) for text in trials[column]]
+            trials = trials.astype({c: str for c in ("arm", "row", "state", "stop_reason")}).set_index("trial")
+            for column in ("macs", "parameters", "test_accuracy", "started"):
+                trials[column] = pd.to_numeric(trials[column], errors="coerce")
+        except (OSError, ValueError, KeyError) as error:
+            raise RecordsError(f"exported records must be whole; {own}: {_first_line(error)}. Export again") from error
+        space, problem = _space_of(described["space"])
+        return Records(
+            study, trials, _with_context(epochs, trials), space, problem, described["settings"], described["space"]
+        )
+
+    @staticmethod
+    def write_to(folder: Path, records: Records) -> Path:
+        """Write a study's folder among those in `folder`; gives it."""
+        own = folder / folder_name(records.study.name)
+        own.mkdir(parents=True, exist_ok=True)
+        study = records.study._replace(tags={k: v for k, v in records.study.tags.items() if k.startswith("ram.")})
+        settings = {k: v for k, v in records.settings.items() if k != "record"}  # a path of the machine it ran on
+        described = {"study": study._asdict(), "settings": settings, "space": records.raw_space}
+        (own / "study.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+        plain_trials(records.trials).to_csv(own / "trials.csv")
+        columns = ["trial", "seed", "epoch", "val_accuracy", *(c for c in EPOCH_METRICS if c in records.epochs)]
+        records.epochs[columns].to_csv(own / "epochs.csv", index=False)
+        return own
+
+    @staticmethod
+    def _described(own: Path) -> dict[str, Any]:
+        try:
+            return json.loads((own / "study.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RecordsError(f"exported records must be whole; {own}: {_first_line(error)}. Export again") from error
+
+
+Source = MlflowClient | Exported
+
+
+def folder_name(name: str) -> str:
+    """A study's name as a folder that every file system takes."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-.") or "study"
+
+
+def plain_trials(trials: pd.DataFrame) -> pd.DataFrame:
+    """The table with its tuples as text: "0 1"."""
+    table = trials.copy()
+    for column in ("seeds", "test_accuracies"):
+        if column in table:
+            table[column] = [" ".join(str(v) for v in values) for values in table[column]]
+    return table
 
 
 def progress_line(label: str) -> Progress:
@@ -292,10 +397,16 @@ def _epoch_table(trials: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
     ]
     table = table[own] if len(table) else table
     table = table.astype({"trial": int, "epoch": int, "seed": int})
-    context = trials.drop(columns=["run_id", "seeds", "test_accuracies", "started"])
-    context = context.drop(columns=[c for c in context.columns if c in table.columns])
-    table = table.join(context, on="trial")
-    return table.sort_values(["trial", "seed", "epoch"]).reset_index(drop=True)
+    return _with_context(table, trials)
+
+
+def _with_context(epochs: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
+    """Each row with what is known of its trial."""
+    context = trials.drop(columns=["run_id", "seeds", "test_accuracies", "started", "epochs_seen"], errors="ignore")
+    context = context.drop(columns=[c for c in context.columns if c in epochs.columns])
+    keys = ["trial", "seed", "epoch", "val_accuracy"]
+    table = epochs[[*keys, *(c for c in epochs.columns if c not in keys)]].join(context, on="trial")
+    return table.sort_values(keys[:3]).reset_index(drop=True)
 
 
 def _read_history(client: MlflowClient, runs: Sequence[Run], progress: Progress) -> pd.DataFrame:

@@ -36,7 +36,7 @@ from analysis.importance import (
     outcome,
     why_not_ranked,
 )
-from analysis.records import Records, StudyRun
+from analysis.records import Records, StudyRun, plain_trials
 from analysis.space import words
 from analysis.verdicts import THRESHOLDS, Verdict
 
@@ -325,17 +325,9 @@ def _write_page(
     # A field may hold text in one trial and a number in another (a setting that changed type): Parquet wants one.
     mixed = [c for c in records.epochs.columns if len(set(map(type, records.epochs[c]))) > 1]
     records.epochs.astype({c: str for c in mixed}).to_parquet(out / "epochs.parquet", index=False)
-    _plain(records.trials).to_csv(out / "trials.csv")
+    plain_trials(records.trials).to_csv(out / "trials.csv")
     (out / "report.html").write_text(render(records.study, sentences, page, images), encoding="utf-8")
     return [out / name for name in ("report.html", "trials.csv", "epochs.csv", "epochs.parquet")] + paths
-
-
-def _plain(trials: pd.DataFrame) -> pd.DataFrame:
-    table = trials.copy()
-    for column in ("seeds", "test_accuracies"):
-        if column in table:
-            table[column] = [" ".join(str(v) for v in values) for values in table[column]]
-    return table
 
 
 def _verdicts_json(verdicts: Sequence[Verdict]) -> dict[str, Any]:
@@ -826,8 +818,8 @@ def _method_section(analysis: Analysis) -> Section:
         (
             "Sobol indices",
             "Shares of the surface's variance over the whole space, per draw: the squared component weights over "
-            "their sum (logit), or marginal variances and Jansen's "
-            "estimator (accuracy). Marrel et al. 2009; Le Gratiet et al. 2014.",
+            "their sum (logit), or the variance along each parameter, averaged over the others, as a share of all "
+            "(accuracy). Marrel et al. 2009; Le Gratiet et al. 2014.",
         ),
         (
             "Dummy",

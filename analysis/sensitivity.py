@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import re
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,19 +14,20 @@ from analysis.companions import describe, read_companions
 from analysis.crosschecks import crosscheck
 from analysis.importance import DUMMY, SEARCHED, Analysis, ImportanceError, analyse
 from analysis.records import (
+    Exported,
     Records,
     RecordsError,
-    connect,
     find_study,
+    folder_name,
     list_studies,
+    open_source,
     progress_line,
+    quieten,
     read_study,
     tracking_uri,
 )
 from analysis.report import answer, span, write_design_report, write_report
 from analysis.verdicts import judge
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +38,8 @@ class Args:
     """Name of the study; the newest one if left out."""
     tracking_uri: str | None = None
     """MLflow tracking server; $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db, if left out."""
+    records: Path | None = None
+    """Read records that analysis.export wrote into this folder, not MLflow."""
     out: Path | None = None
     """Folder for the report; ./reports/<study> if left out."""
     attach: bool = True
@@ -51,13 +50,13 @@ def main(args: Args) -> int:
     """Read, analyse, write. Gives 0, or 2 after a one-line message if the records cannot answer."""
     try:
         uri = tracking_uri(args.tracking_uri)
-        client = connect(uri)
-        studies = list_studies(client)
+        source = open_source(uri, args.records)
+        studies = list_studies(source)
         study = find_study(studies, args.study)
         out = args.out or Path("reports") / folder_name(study.name)
-        _say(f"study {study.name} ({study.status}) from {uri}")
-        records = read_study(client, study, progress_line("reading metrics"))
-        companions = read_companions(client, studies, study)
+        _say(f"study {study.name} ({study.status}) from {args.records or uri}")
+        records = read_study(source, study, progress_line("reading metrics"))
+        companions = read_companions(source, studies, study)
         if not set(records.trials["arm"]) & SEARCHED and (len(companions.ranges) or len(companions.replicates)):
             paths = write_design_report(out, records, companions)
             print(
@@ -77,8 +76,8 @@ def main(args: Args) -> int:
     except OSError as error:
         print(f"error: the report must be writable; {error}. Choose another folder with --out", file=sys.stderr)
         return 2
-    if args.attach:
-        attach(client, records, out, paths)
+    if args.attach and not isinstance(source, Exported):
+        attach(source, records, out, paths)
     return 0
 
 
@@ -107,24 +106,13 @@ def print_answer(analysis: Analysis, sentences: list[str], out: Path) -> None:
     print(f"\n  report: {out / 'report.html'}")
 
 
-def folder_name(name: str) -> str:
-    """A study's name as a folder that every file system takes."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "study"
-
-
 def _say(message: str) -> None:
     print(message, file=sys.stderr)
 
 
 def cli() -> int:
-    """Entry point: parse the flags, quieten the libraries, run."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    for noisy in ("mlflow", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its retries are summed up in our one line
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="mlflow")
+    """Entry point."""
+    quieten()
     return main(tyro.cli(Args, description=__doc__))
 
 

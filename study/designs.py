@@ -2,7 +2,9 @@
 
 search      the default, the published configurations and scrambled Sobol points, never stopped; then TPE, with early
             stopping
-paper       the rows of the case study's Table 1, never stopped
+paper       the rows of the case study's Table 1 at its own setting, never stopped
+mnih        the rows of Mnih et al.'s tables at the tuned recipe, never stopped
+ablation    the tuned recipe, and the same with one of its choices taken back, never stopped
 ofat        one factor at a time around two baselines, never stopped
 replicate   the best configuration, the default and a few spread points again, on seeds that no search has seen
 
@@ -20,22 +22,31 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ramcore.config import Config, Data, Task
-from ramcore.recipes import PAPER
+from ramcore.recipes import PAPER, TUNED
 from study.space import Space, Values
 
-Design = Literal["search", "paper", "ofat", "replicate"]
-Arm = Literal["published", "sobol", "tpe", "paper", "ofat", "replicate"]
+Design = Literal["search", "paper", "mnih", "ablation", "ofat", "replicate"]
+Arm = Literal["published", "sobol", "tpe", "paper", "mnih", "ablation", "ofat", "replicate"]
 
 STOPPABLE: frozenset[str] = frozenset({"tpe"})  # the arms that early stopping may cut short
+TESTED: frozenset[str] = frozenset({"paper", "mnih", "ablation", "replicate"})  # arms whose every trial is tested
+AROUND_A_SEARCH: frozenset[str] = frozenset({"ofat", "replicate"})  # designs that start from a search's best
 HELD_OUT_SEED = 1000  # replicate's first seed; the other designs count from 0
 SPREAD_POINTS = 4
 SPREAD_SEED = 1  # of the Sobol sequence that spread points come from; a search's is 0 unless said otherwise
 SMALL_PATCH = 8  # pixels: the smallest patch of the case study's table
 OFAT_LEVELS = (0.0, 1 / 3, 2 / 3, 0.999999)  # unit-cube coordinates
 
-DEFAULT_EPOCHS: dict[Design, int] = {"search": 30, "paper": 100, "ofat": 30, "replicate": 30}
-DEFAULT_SEEDS: dict[Design, int] = {"search": 2, "paper": 3, "ofat": 3, "replicate": 5}
+DEFAULT_EPOCHS: dict[Design, int] = {
+    "search": 30, "paper": 100, "mnih": 100, "ablation": 30, "ofat": 30, "replicate": 30
+}  # fmt: skip
+DEFAULT_SEEDS: dict[Design, int] = {"search": 2, "paper": 3, "mnih": 3, "ablation": 3, "ofat": 3, "replicate": 5}
+DEFAULT_TASKS: dict[Design, tuple[Task, ...]] = {
+    "paper": ("translated", "cluttered"), "mnih": ("translated", "cluttered")
+}  # fmt: skip
 DEFAULT_TRIALS = 40  # of a search; the other designs have as many as rows
+DEFAULT_SOBOL_SHARE = 0.4  # of a search's trials
+LEAST_SOBOL = 16  # trials, whatever the share
 
 # (model, num_glimpses, patch_size, num_scales) of Table 1, Fang, Tian and Yang, "Recurrent Models of Visual
 # Attention: A Case Study on MNIST Dataset"; Adam 3e-4, batches of 100 and policy std 0.17 are
@@ -57,6 +68,19 @@ _TABLE_1: dict[str, tuple[tuple[str, int, int, int], ...]] = {
         ("ram", 6, 16, 3),
         ("ram", 6, 20, 3),
     ),
+}
+# Tables 1 and 2 of Mnih et al. 2014: glimpses, patch and scales of RAM; (model, hidden units) of the others.
+_MNIH_RAM: dict[str, tuple[tuple[int, ...], int, int]] = {
+    "original": ((2, 3, 4, 5, 6, 7), 8, 1),
+    "translated": ((4, 6, 8), 12, 3),
+    "cluttered": ((4, 6, 8), 12, 3),
+    "cluttered-100": ((4, 6, 8), 12, 4),
+}
+_MNIH_OTHERS: dict[str, tuple[tuple[str, int], ...]] = {
+    "original": (("fc", 256), ("conv", 256)),
+    "translated": (("fc", 64), ("fc", 256), ("conv", 256)),
+    "cluttered": (("fc", 64), ("fc", 256), ("conv", 256), ("ram-random", 256)),
+    "cluttered-100": (("conv", 256),),
 }
 # What a search tries first: for tasks outside the table, what Mnih et al. 2014 published for them.
 _PUBLISHED: dict[str, tuple[tuple[int, int, int], ...]] = {
@@ -105,12 +129,12 @@ def published(space: Space) -> list[tuple[str, Values]]:
     return [(row, values) for row, values in points if space.contains(values)]
 
 
-def search_arms(totals: Sequence[int], num_published: int) -> list[Arm]:
+def search_arms(totals: Sequence[int], num_published: int, sobol_share: float = DEFAULT_SOBOL_SHARE) -> list[Arm]:
     """The arm of every trial number of a search that was asked for totals[0] trials, then extended to totals[1], ...
 
     Of the first total, an eighth (at least one, at most num_published) are the default and published configurations.
-    Sobol points follow until 40% of the total and at least 16 are such; but a fifth of the total (at least one trial,
-    from four on) is kept for TPE. An extension starts with the Sobol points that the new total lacks.
+    Sobol points follow until `sobol_share` of the total and at least 16 are such; but a fifth of the total (at least
+    one trial, from four on) is kept for TPE. An extension starts with the Sobol points that the new total lacks.
     """
     arms: list[Arm] = []
     for total in totals:
@@ -121,7 +145,7 @@ def search_arms(totals: Sequence[int], num_published: int) -> list[Arm]:
         if not arms:
             extend("published", min(num_published, max(1, total // 8)))
         for_tpe = max(1, total // 5) - arms.count("tpe") if total >= 4 else 0
-        sobol = max(16, math.ceil(0.4 * total)) - arms.count("sobol")
+        sobol = max(LEAST_SOBOL, math.ceil(round(sobol_share * total, 6))) - arms.count("sobol")
         extend("sobol", min(sobol, total - len(arms) - max(0, for_tpe)))
         extend("tpe", total)
     return arms
@@ -144,6 +168,37 @@ def paper(data: Data, tasks: Sequence[str], epochs: int, seeds_per_trial: int) -
                 config = dataclasses.replace(config, model="cnn")
             plans.append(Plan(config=config, arm="paper", row=label, seeds=tuple(range(seeds_per_trial))))
     return plans
+
+
+def mnih(data: Data, tasks: Sequence[Task], epochs: int, seeds_per_trial: int) -> list[Plan]:
+    """Every row of Mnih et al.'s tables for the tasks, with the tuned recipe: the same glimpse budget, trained well."""
+    plans: list[Plan] = []
+    for task in tasks:
+        glimpses, patch, scales = _MNIH_RAM[task]
+        base = dataclasses.replace(
+            TUNED, data=data, task=task, epochs=epochs, patch_size=patch, num_scales=scales, num_glimpses=glimpses[-1]
+        )
+        rows = [(f"RAM {n} gl {patch}x{patch} {scales} s", dataclasses.replace(base, num_glimpses=n)) for n in glimpses]
+        for model, hidden in _MNIH_OTHERS[task]:
+            label = f"RAM {glimpses[-1]} random gl" if model == "ram-random" else model
+            label += f" {hidden}" if model == "fc" else ""
+            rows.append((label, dataclasses.replace(base, model=model, hidden_size=hidden)))  # type: ignore[arg-type]
+        seeds = tuple(range(seeds_per_trial))
+        plans += [Plan(config=config, arm="mnih", row=f"{task} {label}", seeds=seeds) for label, config in rows]
+    return plans
+
+
+def ablation(data: Data, task: Task, epochs: int, seeds_per_trial: int) -> list[Plan]:
+    """The tuned recipe at 6 glimpses, 12x12, 3 scales; then the same with one of its choices as in the papers."""
+    tuned = dataclasses.replace(TUNED, data=data, task=task, epochs=epochs)
+    names = [f.name for f in dataclasses.fields(TUNED) if getattr(TUNED, f.name) != getattr(PAPER, f.name)]
+    changed = {name: getattr(PAPER, name) for name in names if name != "epochs"}
+    rows = [("tuned", tuned)]
+    rows += [
+        (f"tuned but {name}={value}", dataclasses.replace(tuned, **{name: value})) for name, value in changed.items()
+    ]
+    rows.append(("paper", dataclasses.replace(tuned, **changed)))
+    return [Plan(config=config, arm="ablation", row=row, seeds=tuple(range(seeds_per_trial))) for row, config in rows]
 
 
 def ofat(space: Space, best: Values, seeds_per_trial: int) -> list[Plan]:

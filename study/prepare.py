@@ -56,14 +56,12 @@ def prepare(flags: Flags) -> Prepared:
     Raises:
         UsageError, ConfigError, DataError, RecordError: one line each.
     """
-    _check_numbers(flags)
+    check_numbers(flags)
     _check_writable(flags.storage)
     known = _read(flags.storage, flags.study) if flags.study else None
     if known is None:
         design: Design = flags.design or "search"
-        tasks: tuple[Task, ...] = (flags.task,) if flags.task else ("translated",)
-        if design == "paper" and flags.task is None:
-            tasks = ("translated", "cluttered")
+        tasks: tuple[Task, ...] = (flags.task,) if flags.task else designs.DEFAULT_TASKS.get(design, ("translated",))
         wanted = flags.data
     else:
         design = flags.design or known[0].design  # type: ignore[assignment]
@@ -74,22 +72,25 @@ def prepare(flags: Flags) -> Prepared:
             f"--design paper repeats the case study's table, on translated and cluttered; got --task {flags.task}: "
             "leave --task out, or pass one of the two"
         )
+    if flags.sobol_share is not None and design != "search":
+        raise UsageError(f"--sobol-share is a search's; the design is {design}: leave it out")
     task_data, warnings = _load(wanted, tasks[0], flags.data_dir)
     data: Data = task_data.data  # type: ignore[assignment]
     name = flags.study or f"{'-'.join(tasks)}-{data}-{design}"
     folder = record_folder(flags.storage, name)
     known = known or _read(flags.storage, name)
 
-    source = _source(flags.storage, tasks[0], data, needed=design in ("ofat", "replicate") and known is None)
+    source = _source(flags.storage, tasks[0], data, needed=design in designs.AROUND_A_SEARCH and known is None)
     epochs = flags.epochs or (known[0].epochs if known else source[0].epochs if source else None)
     epochs = epochs or designs.DEFAULT_EPOCHS[design]
     seeds = flags.seeds_per_trial or (known[0].seeds_per_trial if known else designs.DEFAULT_SEEDS[design])
+    share = flags.sobol_share if flags.sobol_share is not None else known[0].sobol_share if known else None
     total = flags.trials or (known[1] if known else designs.DEFAULT_TRIALS if design == "search" else None)
 
     base = dataclasses.replace(BASE, data=data, task=tasks[0], epochs=epochs)
     if data == "digits":
         base = dataclasses.replace(base, batch_size=DIGITS_BATCH_SIZE)
-    space = None if design == "paper" else search_space(base)
+    space = search_space(base) if design == "search" or design in designs.AROUND_A_SEARCH else None
     rows = _rows(design, space, base, tasks, seeds, source)
     settings = StudySettings(
         study=name,
@@ -100,6 +101,7 @@ def prepare(flags: Flags) -> Prepared:
         epochs=epochs,
         seeds_per_trial=seeds,
         seed=SEED,
+        sobol_share=designs.DEFAULT_SOBOL_SHARE if share is None else share,
         space=space.describe() if space else _EMPTY_SPACE,
     )
     if known and (differences := known[0].differences(settings)):
@@ -124,7 +126,7 @@ def _rows(
     design: Design,
     space: Space | None,
     base: Config,
-    tasks: tuple[str, ...],
+    tasks: tuple[Task, ...],
     seeds: int,
     source: tuple[StudySettings, dict[str, Any]] | None,
 ) -> Callable[[], list[Plan]] | None:
@@ -132,6 +134,10 @@ def _rows(
         return None
     if design == "paper":
         return lambda: designs.paper(base.data, tasks, base.epochs, seeds)
+    if design == "mnih":
+        return lambda: designs.mnih(base.data, tasks, base.epochs, seeds)
+    if design == "ablation":
+        return lambda: designs.ablation(base.data, base.task, base.epochs, seeds)
     assert space is not None
 
     def around_the_best() -> list[Plan]:
@@ -174,7 +180,8 @@ def _load(wanted: str, task: Task, data_dir: Path | None) -> tuple[TaskData, lis
         return load_task(Config(data="digits", task=task)), [warning]
 
 
-def _check_numbers(flags: Flags) -> None:
+def check_numbers(flags: Flags) -> None:
+    """Refuse numbers that mean nothing. Raises UsageError."""
     for name, value in (
         ("--trials", flags.trials),
         ("--epochs", flags.epochs),
@@ -191,7 +198,11 @@ def _check_numbers(flags: Flags) -> None:
     ):
         if value is not None and not 0 < value < float("inf"):
             raise UsageError(f"{name} must be above 0; got {value:g}: pass a positive number or leave it out")
-    if not 0 <= flags.gpus_per_trial < float("inf"):
+    if flags.sobol_share is not None and not 0 < flags.sobol_share <= 0.8:
+        raise UsageError(
+            f"--sobol-share must be above 0 and at most 0.8; got {flags.sobol_share:g}: a fifth of the trials is TPE's"
+        )
+    if not 0 <= (flags.gpus_per_trial or 0) < float("inf"):
         raise UsageError(
             f"--gpus-per-trial must be at least 0; got {flags.gpus_per_trial:g}: pass 0, a fraction or a count"
         )

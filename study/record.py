@@ -40,7 +40,7 @@ from optuna.distributions import BaseDistribution
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from study.designs import Plan
+from study.designs import DEFAULT_SOBOL_SHARE, Plan
 from study.faults import fault_point
 from study.snapshots import Snapshots
 
@@ -76,6 +76,7 @@ class StudySettings:
     epochs: int
     seeds_per_trial: int
     seed: int  # of Sobol and TPE
+    sobol_share: float = DEFAULT_SOBOL_SHARE  # of a search's trials
     space: dict[str, Any]  # Space.describe() without the settings
 
     def differences(self, other: StudySettings) -> list[str]:
@@ -400,6 +401,15 @@ def read_best(path: Path) -> dict[str, Any] | None:
     rdb.engine.dispose()
     best = max(trials, key=lambda t: (t.value or 0.0, -t.number), default=None)
     return None if best is None else best.user_attrs["plan"]["config"]
+
+
+def read_trials(path: Path) -> tuple[list[TrialRecord], list[Plan] | None]:
+    """The trials of the study in a SQLite file, and the rows of its design if that is fixed."""
+    study, rdb = _open_storage(path, None)
+    trials = [_from_storage(frozen) for frozen in study.get_trials(deepcopy=False)] if study is not None else []
+    rows = study.user_attrs.get("rows") if study is not None else None
+    rdb.engine.dispose()
+    return trials, None if rows is None else [Plan.from_dict(row) for row in rows]
 
 
 # Reading and writing details.

@@ -109,7 +109,7 @@ class Engine:
         self._at_rung: dict[int, dict[int, float]] = {rung: {} for rung in self._rungs}
         self._published = published(space) if space is not None else []
         if record.rows is None:
-            self.arms: list[Arm] = search_arms(record.totals, len(self._published))
+            self.arms: list[Arm] = search_arms(record.totals, len(self._published), record.settings.sobol_share)
         else:
             self.arms = [plan.arm for plan in record.rows[: record.totals[-1]]]
         self._lost: list[int] = []
@@ -319,9 +319,24 @@ class TuneSearcher(_Unsaved, Searcher):
 class TuneScheduler(_Unsaved, FIFOScheduler):
     """Hands every report to the engine, also the one after which a trial stops (which Tune hides from searchers)."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, slots: int) -> None:
         super().__init__()
         self._engine = engine
+        self._slots = slots
+        self._keeps_workers = False
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Have Tune keep every idle worker for the next trial.
+
+        By itself it keeps one: of two trials that end at once the second one's worker would be ended, and another
+        started for seconds. Ray has no setting for it, so this reaches inside; without effect should Ray change.
+        """
+        super().on_trial_add(tune_controller, trial)
+        if not self._keeps_workers:
+            controller = getattr(tune_controller, "_tune_controller", tune_controller)
+            if False and (cache := getattr(controller, "_actor_cache", None)) is not None:
+                cache.increase_max(trial.placement_group_factory, by=self._slots)
+            self._keeps_workers = True
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Record, decide."""

@@ -25,12 +25,12 @@ from ramcore.config import Config
 from ramcore.data import Split, TaskData
 from ramcore.train import Trainer
 from study.checkpoints import Checkpoints, open_folder
+from study.designs import TESTED
 from study.faults import fault_point
 
 logger = logging.getLogger(__name__)
 
 _NOT_THE_TRIALS_FAULT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
-_ALWAYS_TESTED = {"paper", "replicate"}  # designs whose every trial reads the test images, once, at its end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ def _train(job: Job, data: SharedData, report: Callable[[dict[str, Any]], None],
             checkpoints.save_best(
                 {"identity": identity, "weights": trainer.best_weights(), "epoch": list(trainer.best_epoch)}
             )
-            if job.arm in _ALWAYS_TESTED:
+            if job.arm in TESTED:
                 result["test"] = read_test(trainer)
         fault_point("report.before")
         report(result)

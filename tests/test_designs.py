@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from ramcore.config import Config
+from ramcore.recipes import PAPER, TUNED
 from study import designs
 from study.designs import Plan, published, search_arms
 from study.space import search_space
@@ -16,6 +19,12 @@ def test_arms_of_a_search(total, published_rows, sobol, tpe):
     arms = search_arms([total], 6)
     assert len(arms) == total
     assert arms == ["published"] * published_rows + ["sobol"] * sobol + ["tpe"] * tpe
+
+
+def test_the_share_of_sobol_points_can_be_chosen():
+    arms = search_arms([54], 6, 0.59)
+    assert arms == ["published"] * 6 + ["sobol"] * 32 + ["tpe"] * 16
+    assert search_arms([40], 6, 0.8).count("tpe") == 8  # a fifth is kept for TPE
 
 
 def test_a_study_that_is_extended_keeps_the_arms_it_had_and_its_share_of_sobol_points():
@@ -60,6 +69,34 @@ def test_the_paper_design_is_table_1():
         assert plan.config.location_std == 0.17 and plan.config.hidden_size == 256
     assert plans[0].config.model == "cnn" and plans[6].config.task == "cluttered"
     assert len(designs.paper("mnist", ("cluttered",), 100, 3)) == 6
+
+
+def test_mnihs_rows_are_trained_with_the_tuned_recipe():
+    plans = {p.row: p.config for p in designs.mnih("mnist", ("translated", "cluttered"), 100, 3)}
+    assert list(plans)[:6] == [
+        "translated RAM 4 gl 12x12 3 s",
+        "translated RAM 6 gl 12x12 3 s",
+        "translated RAM 8 gl 12x12 3 s",
+        "translated fc 64",
+        "translated fc 256",
+        "translated conv",
+    ]
+    assert len(plans) == 13 and plans["cluttered RAM 8 random gl"].model == "ram-random"
+    assert plans["translated RAM 6 gl 12x12 3 s"] == dataclasses.replace(TUNED, epochs=100)
+    assert plans["cluttered fc 64"].hidden_size == 64
+
+
+def test_each_ablation_row_takes_back_one_choice_of_the_tuned_recipe():
+    tuned, *rows, paper = designs.ablation("mnist", "translated", 30, 3)
+    assert tuned.config == TUNED and tuned.row == "tuned"
+    assert dataclasses.replace(paper.config, epochs=100) == PAPER
+    for plan in rows:
+        differing = {
+            f.name for f in dataclasses.fields(TUNED) if getattr(plan.config, f.name) != getattr(TUNED, f.name)
+        }
+        assert len(differing) == 1 and plan.row.startswith(f"tuned but {differing.pop()}=")
+    changed = [f.name for f in dataclasses.fields(TUNED) if getattr(TUNED, f.name) != getattr(PAPER, f.name)]
+    assert len(rows) == len(changed) - 1  # all but the number of epochs
 
 
 def test_one_factor_at_a_time_changes_one_factor_at_a_time():

@@ -240,6 +240,26 @@ def test_a_full_disk_under_the_record_stops_a_study_that_the_same_command_contin
     settled(tmp_path)
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("size", ["700k", "9m"])  # too small for the record and its log; for a second checkpoint
+def test_a_disk_that_is_really_full_stops_a_study_that_the_same_command_continues(tmp_path, size):
+    disk = tmp_path / "runs"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a small disk is made by root: {mounted.stderr.decode().strip()}")
+    try:
+        code, _, err = run(tmp_path)
+        assert code == 75 and "the same command continues" in err, err
+        assert "No space left" in err or "disk is full" in err, err
+        subprocess.run(["mount", "-o", "remount,size=500m", disk], check=True)
+        code, _, err = run(tmp_path)
+        assert code == 0, err
+        settled(tmp_path)
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
 def test_a_failed_trial_is_recorded_and_the_study_goes_on(tmp_path):
     # Both workers' first trial fails; the third one does not, so it is not the program.
     code, out, _ = run(tmp_path, RAM_STUDY_FAULT="trial.start@1:error")

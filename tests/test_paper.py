@@ -40,7 +40,10 @@ def test_ours_stands_beside_theirs_with_interval_and_seeds(records: Records) -> 
     table = paper.paper_table([records])
     row = table[(table["task"] == "translated") & (table["model"] == "RAM, 6 glimpses, 12x12, 3 scales")]
     assert list(row["published"]) == [94.35, 98.78], "the case study's and Mnih's"
-    for _, one in row.iterrows():
+    assert list(row["note"]) == ["", "not run yet"], "Mnih's rows want the tuned recipe"
+    again = paper.paper_table([records._replace(trials=records.trials.assign(arm="mnih"))]).loc[row.index]
+    assert list(again["note"]) == ["not run yet", ""]
+    for one in (row.iloc[0], again.iloc[1]):
         assert one["ours"] == pytest.approx(92.0)
         half = 2.92 * 2.0 / np.sqrt(3)  # t quantile 0.95, 2 degrees of freedom
         assert one["high"] - one["ours"] == pytest.approx(half, rel=1e-3)
@@ -52,9 +55,21 @@ def test_a_row_not_run_says_so(records: Records) -> None:
     table = paper.paper_table([records]).set_index(["source", "task", "model"])["note"]
     assert table[paper.CASE_STUDY, "cluttered", "CNN"] == "not run yet"
     assert table[paper.CASE_STUDY, "translated", "RAM, 8 glimpses, 12x12, 3 scales"] == "running"
-    text = paper.markdown(paper.paper_table([records]))
+    text = paper.markdown(paper.paper_table([records]), paper.ablation_table([records]))
     assert "| translated | RAM, 6 glimpses, 12x12, 3 scales | 94.35 | 92.00 (88.63 to 95.37) | 3 | digits, 2 |" in text
     assert "not run yet" in text
+
+
+def test_an_ablation_says_what_each_choice_is_worth(records: Records) -> None:
+    trials = records.trials.assign(arm="ablation", row=["tuned", "tuned but core=rnn"])
+    trials["test_accuracies"] = [(0.95, 0.97), (0.91, 0.91)]
+    table = paper.ablation_table([records._replace(trials=trials)]).set_index("row")
+    assert table.at["tuned but core=rnn", "difference"] == pytest.approx(-5.0)
+    assert table.at["tuned", "low"] == pytest.approx(
+        96 - 6.314 * 1.0, abs=0.01
+    )  # t quantile 0.95, one degree of freedom
+    text = paper.markdown(paper.paper_table([]), table.reset_index())
+    assert "| translated | tuned but core=rnn | 91.00 (91.00 to 91.00) | -5.00 | 2 | 2 |" in text
 
 
 def test_published_numbers_are_those_of_the_papers() -> None:

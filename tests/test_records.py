@@ -16,6 +16,7 @@ import pytest
 import requests
 from mlflow import MlflowClient
 
+from analysis import export
 from analysis import records as reader
 from analysis.space import Dimension, Rule, Space, SpaceError, parse_space
 from tests.synthetic import RAM_DIMENSIONS, Synthetic, ram_truth, simulate, space_json, write_mlflow
@@ -169,3 +170,36 @@ def test_a_saved_space_is_read_back_and_nonsense_is_refused() -> None:
     for bad in ({}, {"dimensions": [{"name": "a", "type": "float", "low": 0.0, "high": 1.0, "log": True}]}):
         with pytest.raises(SpaceError):
             parse_space(bad)
+
+
+# Records as text.
+
+
+def test_exported_records_say_what_mlflow_said(store: tuple[str, reader.Records], tmp_path: Path) -> None:
+    tracked = read(store[0], "synthetic-0")
+    reader.Exported.write_to(tmp_path, tracked)
+    source = reader.open_source("unused", tmp_path)
+    again = reader.read_study(source, reader.find_study(reader.list_studies(source), "synthetic-0"))
+    pd.testing.assert_frame_equal(again.trials, tracked.trials, check_dtype=False)
+    pd.testing.assert_frame_equal(again.epochs, tracked.epochs, check_dtype=False)
+    assert again.space == tracked.space and again.settings == tracked.settings
+    assert again.study.params == tracked.study.params and again.study.started == tracked.study.started
+
+
+def test_a_command_exports_the_study_named(store: tuple[str, reader.Records], tmp_path: Path) -> None:
+    assert export.main(export.Args(study="synthetic-0", tracking_uri=store[0], out=tmp_path)) == 0
+    assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["epochs.csv", "study.json", "trials.csv"]
+
+
+def test_a_folder_without_exported_records_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(reader.RecordsError, match="--records must be a folder"):
+        reader.open_source("unused", tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "study.json").write_text("{")
+    with pytest.raises(reader.RecordsError, match="exported records must be whole"):
+        reader.list_studies(reader.open_source("unused", tmp_path))
+
+
+def test_folder_names() -> None:
+    assert reader.folder_name("a/b <c>") == "a-b-c"
+    assert reader.folder_name("../..") == "study"

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from analysis.importance import SEARCHED
 from analysis.records import Records
-from analysis.sensitivity import Args, folder_name, main
+from analysis.sensitivity import Args, main
 from tests.synthetic import RAM_DEFAULT, RAM_DIMENSIONS, Synthetic, ram_truth, simulate, write_mlflow
 
 STUDY = Synthetic(
@@ -139,8 +139,3 @@ def test_an_ofat_study_is_reported_without_a_ranking(store: Path, tmp_path: Path
     assert main(Args(study="ofat", tracking_uri=uri_of(store), out=tmp_path)) == 0
     assert "One factor at a time" in (tmp_path / "report.html").read_text()
     assert "ofat" not in SEARCHED
-
-
-def test_folder_names() -> None:
-    assert folder_name("a/b <c>") == "a-b-c"
-    assert folder_name("../..") == "study"

@@ -57,6 +57,8 @@ def refused(capsys, **flags) -> str:
         ({"money_budget": 5.0}, "a money budget needs a price"),
         ({"study": "../escape"}, "a study's name is a folder's name"),
         ({"design": "paper", "task": "original"}, "on translated and cluttered; got --task original"),
+        ({"sobol_share": 0.9}, "--sobol-share must be above 0 and at most 0.8; got 0.9"),
+        ({"sobol_share": 0.5, "design": "paper"}, "--sobol-share is a search's; the design is paper"),
         ({"design": "ofat"}, "this design starts from a search's best configuration; runs holds no search"),
         ({"design": "replicate"}, "this design starts from a search's best configuration; runs holds no search"),
         ({"data": "mnist", "data_dir": Path("/no/such/folder")}, "--data-dir must be a folder"),
