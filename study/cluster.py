@@ -17,6 +17,7 @@ import platform
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -134,9 +135,9 @@ def find(address: str) -> str:
     Raises:
         ClusterError: nobody there, or the token is missing or wrong.
     """
-    import ray
     from ray._private.services import canonicalize_bootstrap_address_or_die
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
+    from ray.exceptions import AuthenticationError, RayError
 
     rule = "--address must be that of a running Ray cluster"
     fix = "run `ray status` there, or pass --address local for this machine alone"
@@ -147,12 +148,27 @@ def find(address: str) -> str:
     except (OSError, ValueError) as error:  # ConnectionError is an OSError: Ray found none
         raise ClusterError(f"{rule}; {address} did not answer ({one_line(error)}): {fix}") from error
     try:
-        GcsClient(address=found)
-    except ray.exceptions.AuthenticationError as error:
+        with _muted():
+            GcsClient(address=found)
+    except AuthenticationError as error:
         raise ClusterError(wrong_token(address)) from error
-    except (RuntimeError, ConnectionError, ray.exceptions.RayError) as error:
+    except (RuntimeError, ConnectionError, RayError) as error:
         raise ClusterError(f"{rule}; {address} is not one ({one_line(error)}): {fix}") from error
     return found
+
+
+@contextmanager
+def _muted() -> Iterator[None]:
+    """Without what Ray's C++ side writes to stderr; the error that it raises says the same."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def wrong_token(address: str) -> str:
@@ -215,6 +231,13 @@ def nodes() -> list[Node]:
         for n in ray.nodes()
         if n["Alive"]
     ]
+
+
+def only_on(node: Node) -> Any:
+    """The scheduling strategy of a task that is to run on one node."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node.id, soft=False)
 
 
 def capacity(present: list[Node], growth: Growth | None, need: Need) -> int:
@@ -324,17 +347,15 @@ class Check:
         """What each node answers; a problem in words where it does not. Nodes that go meanwhile are left out."""
         import ray
         from ray.exceptions import GetTimeoutError, NodeDiedError, RayError, TaskUnschedulableError
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         asked = {}
         for node in new:
-            there = NodeAffinitySchedulingStrategy(node.id, soft=False)
-            task = ray.remote(num_cpus=0, scheduling_strategy=there, max_retries=1)(probe)
-            asked[node] = task.remote(self._storage, self._marker)
+            task = ray.remote(num_cpus=0, scheduling_strategy=only_on(node), max_retries=1)(probe)
+            asked[node.id] = task.remote(self._storage, self._marker)
         end = time.monotonic() + _PROBE_SECONDS
         for node in new:
             try:
-                yield node, ray.get(asked[node], timeout=max(1.0, end - time.monotonic()))
+                yield node, ray.get(asked[node.id], timeout=max(1.0, end - time.monotonic()))
             except (NodeDiedError, TaskUnschedulableError):
                 continue
             except GetTimeoutError:
@@ -393,10 +414,9 @@ def probe(storage: str, marker: str) -> dict[str, Any]:
     if "://" not in storage and not _seen(Path(storage) / marker):
         return answer | {"unseen": True}
     try:
-        folder = open_folder(storage, marker)
-        name = f"probe-{secrets.token_hex(4)}"
-        folder.write(name, b"")
-        folder.delete(name)
+        folder = open_folder(storage, f"{marker}-{secrets.token_hex(4)}")
+        folder.write("probe", b"")
+        folder.delete("probe")
         folder.delete_folder("")
     except (OSError, ValueError) as error:
         return answer | {"unreachable": one_line(error)}

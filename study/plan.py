@@ -136,7 +136,6 @@ def _on_cluster(
 ) -> _Place:
     import ray
     from ray.exceptions import RayError
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from study.pool import ray_running
     from study.trainable import SharedData
@@ -166,8 +165,9 @@ def _on_cluster(
         if not able:
             return slots, machines, where, [], "no worker is up on which an epoch could be timed"
         some, data = _some(configs), ray.put(SharedData.of(prepared.data))
-        there = NodeAffinitySchedulingStrategy(able[0].id, soft=False)
-        task = ray.remote(num_cpus=need.cpus, num_gpus=need.gpus, scheduling_strategy=there)(time_epochs)
+        task = ray.remote(num_cpus=need.cpus, num_gpus=need.gpus, scheduling_strategy=cluster.only_on(able[0]))(
+            time_epochs
+        )
         seeds = tuple(range(prepared.settings.seeds_per_trial))
         try:
             seconds = ray.get(task.remote(some, data, seeds, need.cpus, need.gpus), timeout=_PATIENCE)

@@ -123,15 +123,12 @@ def main(flags: Flags) -> int:
         return _refuse(error)
     for warning in prepared.warnings:
         _say(f"warning: {warning}")
-    if "ray" not in sys.modules:  # which reads these when it is imported
-        if flags.address is None:
-            # Ray of one machine: on loopback (the name is of where this is Ray's own default), and behind a token of
-            # this run's own, because other users of the machine reach loopback too.
-            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        else:
-            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # what it warns of, `cluster` says in one line
+    if flags.address is None and "ray" not in sys.modules:  # which reads these when it is imported
+        # Ray of one machine: on loopback (the name is of where this is Ray's own default), and behind a token of this
+        # run's own, because other users of the machine reach loopback too.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     # These bring Ray, torch and MLflow with them, seconds that a refusal need not wait for.
     from study import pool, tracking
 
@@ -237,8 +234,8 @@ def _run(flags: Flags, prepared: Prepared, record: Record, wanted: Any, uri: str
                             tracker = _start_tracker(flags, prepared, record, uri, devices)
                             progress.outage = lambda followed=tracker: followed.outage
                         if not engine.should_stop():  # a signal may have come while Ray started
-                            follow = {} if flags.address is None else {"look": look}
-                            pool.run_trials(engine, SharedData.of(prepared.data), wanted, **follow)
+                            follow = None if flags.address is None else look
+                            pool.run_trials(engine, SharedData.of(prepared.data), wanted, look=follow)
                     break
                 except pool.PoolLost as error:
                     breakdowns = 1 if record.epochs > before else breakdowns + 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import logging
 import os
 import re
 import shlex
@@ -44,6 +45,16 @@ def submit(flags: Flags) -> int:
     """
     assert flags.address is not None
     address = flags.address.rstrip("/")
+    _prepare_client(address)
+    from ray.exceptions import AuthenticationError
+
+    try:
+        return _submit_or_follow(flags, address)
+    except AuthenticationError as error:
+        raise ClusterError(wrong_token(address)) from error
+
+
+def _submit_or_follow(flags: Flags, address: str) -> int:
     client = _connect(address)
     entrypoint = shlex.join(["python", "-m", "study.run", *arguments(flags)])
     study = study_of(flags)
@@ -91,15 +102,18 @@ def study_of(flags: Flags) -> str:
     return flags.study or f"{flags.task or 'default'}-{flags.data}-{flags.design or 'search'}"
 
 
-def _connect(address: str) -> JobSubmissionClient:
+_RULE = "--address must be a Ray cluster's job server"
+_FIX = "forward the head's port 8265 (`ray dashboard cluster.yaml`) and try again"
+
+
+def _prepare_client(address: str) -> None:
+    """See that somebody is there, and set what Ray reads when it is imported. Raises ClusterError."""
     parts = urllib.parse.urlsplit(address)
-    rule = "--address must be a Ray cluster's job server"
-    fix = "forward the head's port 8265 (`ray dashboard cluster.yaml`) and try again"
     try:
         port = parts.port or (443 if parts.scheme == "https" else 80)
         socket.create_connection((parts.hostname or "", port), timeout=_CONNECT_SECONDS).close()
     except (OSError, ValueError) as error:
-        raise ClusterError(f"{rule}; {address} did not answer ({one_line(error)}): {fix}") from error
+        raise ClusterError(f"{_RULE}; {address} did not answer ({one_line(error)}): {_FIX}") from error
     if parts.scheme == "http" and parts.hostname not in ("127.0.0.1", "localhost", "::1"):
         _say(
             f"warning: the token and the code go to {parts.hostname} unencrypted; forward its port through SSH instead"
@@ -107,15 +121,17 @@ def _connect(address: str) -> JobSubmissionClient:
     os.environ["RAY_ADDRESS"] = address  # which Ray would prefer to what it is told
     if os.environ.get("RAY_AUTH_TOKEN") or (Path.home() / ".ray" / "auth_token").is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-    from ray.exceptions import AuthenticationError
+
+
+def _connect(address: str) -> JobSubmissionClient:
     from ray.job_submission import JobSubmissionClient
 
+    for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)  # set to INFO when they are imported
     try:
         return JobSubmissionClient(address)
-    except AuthenticationError as error:
-        raise ClusterError(wrong_token(address)) from error
     except (RuntimeError, ConnectionError, OSError, ValueError, KeyError) as error:
-        raise ClusterError(f"{rule}; {address} is not one ({one_line(error)}): {fix}") from error
+        raise ClusterError(f"{_RULE}; {address} is not one ({one_line(error)}): {_FIX}") from error
 
 
 def _running(client: JobSubmissionClient, study: str) -> JobDetails | None:
@@ -149,6 +165,8 @@ def _submit(client: JobSubmissionClient, job: str, entrypoint: str, study: str) 
 
 def _follow(client: JobSubmissionClient, job: str) -> int:
     """Print what the job prints until it ends; returns its exit code."""
+    import aiohttp
+
     printed, lost = 0, False
     while True:
         try:
@@ -161,7 +179,7 @@ def _follow(client: JobSubmissionClient, job: str) -> int:
                 _say("connected again")
             lost = False
             printed = asyncio.run(_tail(client, job, printed))
-        except (OSError, RuntimeError, ValueError) as error:  # requests' and aiohttp's errors are OSErrors
+        except (OSError, RuntimeError, ValueError, aiohttp.ClientError) as error:  # requests' errors are OSErrors
             if "status code 404" in str(error):
                 _say(f"the cluster does not know job {job} any more; the same command continues: {command()}")
                 return STOPPED
