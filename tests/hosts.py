@@ -87,6 +87,7 @@ class Host:
             [*lab.enter, "unshare", "--net", "--pid", "--mount", "--uts", "--ipc", "--fork", "--kill-child",
              "--mount-proc", "bash", "-c", boot],
             stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,  # `unshare` speaks when the plug is pulled
         )  # fmt: skip
         self.init = _child(_child(self._process.pid))  # nsenter, unshare, init
         lab.plug_in(self)
@@ -97,9 +98,7 @@ class Host:
 
     def run(self, command: str, *, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """A login shell on the machine's console."""
-        return subprocess.run(
-            [*self.console, command], capture_output=True, text=True, check=check, timeout=timeout
-        )
+        return subprocess.run([*self.console, command], capture_output=True, text=True, check=check, timeout=timeout)
 
     @property
     def console(self) -> list[str]:
@@ -169,7 +168,10 @@ class Lab:
 
     def on_bridge(self, command: list[str]) -> subprocess.Popen[bytes]:
         """Something that serves the machines from outside of them all, at BRIDGE."""
-        return subprocess.Popen([*self._net, "setpriv", "--pdeathsig", "KILL", *command], stdin=subprocess.DEVNULL)
+        quiet = subprocess.DEVNULL
+        return subprocess.Popen(
+            [*self._net, "setpriv", "--pdeathsig", "KILL", *command], stdin=quiet, stdout=quiet, stderr=quiet
+        )
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._outer.kill()

@@ -25,9 +25,11 @@ ROOT = Path(__file__).parent.parent
 PROJECT = ("cluster.sh", "pyproject.toml", "constraints.txt", "README.md", "ramcore", "study", "analysis")
 S3 = {"AWS_ENDPOINT_URL": f"http://{BRIDGE}:9000", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 YAML = "cluster-local.yaml"
-TRIALS, EPOCHS = 12, 6
+TRIALS, EPOCHS = 24, 8
 STUDY = f"--data digits --task original --trials {TRIALS} --epochs {EPOCHS} --seeds-per-trial 1"
 NAME = "original-digits-search"
+DASHBOARD, MLFLOW = 8265, 5001
+RAY = {"gcs_server", "raylet", "python", "ray::DashboardA", "ray::RuntimeEnv"}  # behind Ray's token
 PATIENCE = 900.0  # seconds; on a machine with nothing else to do every step takes under 120
 
 _started = time.monotonic()
@@ -123,6 +125,26 @@ def trains(host: Host) -> bool:
     return any("ray::ImplicitFunc.train" in line for line in host.processes())
 
 
+def answers(host: Host, port: int, of: str = "127.0.0.1") -> bool:
+    """Whether a connection from a machine to a port succeeds."""
+    return not host.run(f"timeout 5 bash -c '</dev/tcp/{of}/{port}'", check=False).returncode
+
+
+def status(host: Host, url: str, header: str = "Accept: */*") -> int:
+    """The HTTP status that a machine gets."""
+    return int(host.run(f"curl -s -o /dev/null -w %{{http_code}} -H '{header}' '{url}'").stdout)
+
+
+def refusal(laptop: Host, command: str) -> str:
+    """The one line with which a command on the head says why it starts nothing."""
+    run = on_head(laptop, f"cd ram-study && {command}; echo ended with $?")
+    assert "ended with 2" in run.stdout, run.stdout
+    lines = [line for line in run.stdout.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, run.stdout
+    note(f"refused: {lines[0]}")
+    return lines[0]
+
+
 def listeners(host: Host) -> set[tuple[str, str]]:
     """(address, program) of what is listened on beyond loopback."""
     found = set()
@@ -137,7 +159,7 @@ def test_the_whole_story(lab: Lab, laptop: Host, tmp_path: Path) -> None:
     head, one, two = (lab.hosts[name] for name in ("head", "one", "two"))
     head.run(
         f"{' '.join(f'{k}={v}' for k, v in S3.items())} ~/ram-study/.venv/bin/python -c "
-        "'import boto3; boto3.client(\"s3\", region_name=\"us-east-1\").create_bucket(Bucket=\"bucket\")'"
+        '\'import boto3; boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="bucket")\''
     )
 
     # Launch.
@@ -146,16 +168,14 @@ def test_the_whole_story(lab: Lab, laptop: Host, tmp_path: Path) -> None:
     until("both workers have joined", lambda: "2.0 CPU" in on_head(laptop, "ray status").stdout)
 
     # Nothing is open that should not be.
-    for port in (8265, 5001):
-        assert laptop.run(f"timeout 5 bash -c '</dev/tcp/head/{port}'", check=False).returncode
+    for port in (DASHBOARD, MLFLOW):
+        assert answers(head, port) and not answers(laptop, port, of="head")
     for host in (head, one, two):
-        for address, program in listeners(host):
-            ours = program in ("sshd", "gcs_server", "raylet") or program.startswith("ray::")
-            assert ours or (program == "python" and "ray" in host.run(f"ps -o args= -C python").stdout), (address, program)
-    status = "curl -s -o /dev/null -w %{http_code}"
-    assert head.run(f"{status} http://127.0.0.1:8265/api/jobs/").stdout == "401"
-    assert head.run(f"{status} http://127.0.0.1:8265/nodes?view=summary").stdout == "401"
-    assert head.run(f"{status} -H 'Host: evil.example' http://127.0.0.1:5001/api/2.0/mlflow/experiments/search?max_results=1").stdout == "403"
+        assert {program for _, program in listeners(host)} <= {"sshd", *RAY}, listeners(host)
+    assert status(head, f"http://127.0.0.1:{DASHBOARD}/api/jobs/") == 401
+    assert status(head, f"http://127.0.0.1:{DASHBOARD}/nodes?view=summary") == 401
+    experiments = f"http://127.0.0.1:{MLFLOW}/api/2.0/mlflow/experiments/search?max_results=1"
+    assert status(head, experiments) == 200 and status(head, experiments, "Host: evil.example") == 403
     note("without a token or with a forged host, nothing answers")
     for host in (head, one, two):
         assert host.run("stat -c %a ~/.ray/auth_token ~/.ram-study.env").stdout.split() == ["600", "600"]
@@ -165,8 +185,8 @@ def test_the_whole_story(lab: Lab, laptop: Host, tmp_path: Path) -> None:
         [*laptop.console, f"cd ~/ram-study && .venv/bin/ray attach {YAML} -p 8265 -p 5001 > ~/attach.log 2>&1"],
         stdin=subprocess.PIPE,
     ) as tunnel:
-        until("the ports are forwarded", lambda: not laptop.run("timeout 5 bash -c '</dev/tcp/127.0.0.1/8265'", check=False).returncode)
-        submit = f"python -m study.run --address http://127.0.0.1:8265 {STUDY}"
+        until("the ports are forwarded", lambda: answers(laptop, DASHBOARD) and answers(laptop, MLFLOW))
+        submit = f"python -m study.run --address http://127.0.0.1:{DASHBOARD} {STUDY}"
         refused = in_checkout(laptop, submit, check=False)
         assert refused.returncode == 2 and "token" in refused.stderr and len(refused.stderr.splitlines()) == 1
         note(f"refused: {refused.stderr.strip()}")
@@ -174,14 +194,18 @@ def test_the_whole_story(lab: Lab, laptop: Host, tmp_path: Path) -> None:
         job = subprocess.Popen(
             [*laptop.console, f"cd ~/ram-study && . .venv/bin/activate && {submit} > ~/job.log 2>&1"]
         )
-        until("trials run on workers one and two", lambda: trains(one) and trains(two))
+
+        def runs(*hosts: Host) -> bool:
+            assert job.poll() is None, laptop.run("cat ~/job.log").stdout
+            return all(trains(host) for host in hosts)
+
+        until("trials run on workers one and two", lambda: runs(one, two))
         three = lab.boot("three")
         note("worker three is switched on")
-        until("a trial runs on worker three", lambda: trains(three))
-        until("a trial runs on worker one", lambda: trains(one))
+        until("a trial runs on worker three", lambda: runs(three))
+        until("a trial runs on worker one", lambda: runs(one))
         one.power_off()
         note("worker one is powered off")
-        assert job.poll() is None, "the study was over before"
         job.wait(PATIENCE)
         log = laptop.run("cat ~/job.log").stdout
         assert job.returncode == 0, log
@@ -192,8 +216,8 @@ def test_the_whole_story(lab: Lab, laptop: Host, tmp_path: Path) -> None:
         record = tmp_path / "study.db"
         with record.open("wb") as file:
             fetch = (
-                "import boto3, sys; boto3.client(\"s3\", region_name=\"us-east-1\")"
-                f".download_fileobj(\"bucket\", \"ram-study/{NAME}/study.db\", sys.stdout.buffer)"
+                'import boto3, sys; boto3.client("s3", region_name="us-east-1")'
+                f'.download_fileobj("bucket", "ram-study/{NAME}/study.db", sys.stdout.buffer)'
             )
             subprocess.run([*head.console, f". ~/.ram-study.env; python -c '{fetch}'"], stdout=file, check=True)
         with sqlite3.connect(record) as database:
@@ -209,7 +233,7 @@ def test_the_whole_story(lab: Lab, laptop: Host, tmp_path: Path) -> None:
         # MLflow on the head shows it, to the laptop too; the report comes back.
         shown = in_checkout(
             laptop,
-            "python -c 'import mlflow; mlflow.set_tracking_uri(\"http://127.0.0.1:5001\"); "
+            'python -c \'import mlflow; mlflow.set_tracking_uri("http://127.0.0.1:5001"); '
             'print(*mlflow.search_runs(search_all_experiments=True, output_format="pandas").status)\'',
         )
         assert shown.stdout.split() == ["FINISHED"] * (TRIALS + 1)
@@ -219,10 +243,17 @@ def test_the_whole_story(lab: Lab, laptop: Host, tmp_path: Path) -> None:
         note("the report is on the laptop")
         tunnel.kill()
 
-    # On the head itself, with no flags about the cluster; and what it refuses.
-    local = on_head(laptop, f"cd ram-study && python -m study.run {STUDY} --study other --trials 2 --storage runs", check=False)
-    assert local.returncode == 2 or "error:" in local.stdout, local.stdout
-    done = on_head(laptop, f"cd ram-study && python -m study.run {STUDY} --study other --trials 2")
+    # On the head itself, with no flags about the cluster; first what it refuses.
+    other = f"python -m study.run {STUDY} --study other --trials 2"
+    assert "must be" in refusal(laptop, f"{other} --storage runs")
+    assert "nowhere" in refusal(laptop, f"{other} --storage s3://nowhere/ram-study")
+    packages = f"cd {HOME}/ram-study/.venv/lib/python*/site-packages"
+    two.run(f"{packages} && sed -i.was 's/^Version: .*/Version: 1.0/' torch-*.dist-info/METADATA")
+    assert "torch 1.0" in refusal(laptop, other)
+    two.run(f"{packages} && (cd torch-*.dist-info && mv METADATA.was METADATA) && mv torch torch-away")
+    assert "lacks" in refusal(laptop, other)
+    two.run(f"{packages} && mv torch-away torch")
+    done = on_head(laptop, f"cd ram-study && {other}")
     assert "2 trials finished" in done.stdout
     note("a second study was run from the head")
 
