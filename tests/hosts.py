@@ -5,6 +5,7 @@ process that made them ends, however it ends, the kernel ends them and everythin
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -73,13 +74,17 @@ def bake(image: Path, files: dict[str, Path | str], command: str) -> None:
     subprocess.run(["unshare", "--mount", "bash", "-c", script], check=True, env=environment)
 
 
+_numbers = itertools.count()
+
+
 class Host:
     """One machine of a lab, up from its making until `power_off`."""
 
     def __init__(self, lab: Lab, name: str, address: str) -> None:
         self.name = name
         self.address = address
-        self._disk = lab.path / "disks" / name
+        self.number = next(_numbers)
+        self._disk = lab.path / "disks" / f"{name}-{self.number}"  # a new one each time it is switched on
         boot = _BOOT.format(
             disk=self._disk, home=HOME, image=lab.image, lab=lab.path, name=name, sshd=shutil.which("sshd", path=_PATH)
         )
@@ -158,7 +163,7 @@ class Lab:
 
     def plug_in(self, host: Host) -> None:
         """Connect a machine with the bridge."""
-        wire = f"to-{host.name}"
+        wire = f"to-{host.number}"
         self._ip(f"link add {wire} type veth peer name eth0 netns {host.init}")
         self._ip(f"link set {wire} master switch up")
         inside = ["nsenter", f"--target={host.init}", "--net", "ip"]

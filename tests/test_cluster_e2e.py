@@ -19,13 +19,13 @@ import pytest
 
 from tests.hosts import BRIDGE, HOME, Host, Lab, bake, missing
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.root, pytest.mark.timeout(3600)]
 
 ROOT = Path(__file__).parent.parent
 PROJECT = ("cluster.sh", "pyproject.toml", "constraints.txt", "README.md", "ramcore", "study", "analysis")
 S3 = {"AWS_ENDPOINT_URL": f"http://{BRIDGE}:9000", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 YAML = "cluster-local.yaml"
-TRIALS, EPOCHS = 24, 8
+TRIALS, EPOCHS = 20, 6
 STUDY = f"--data digits --task original --trials {TRIALS} --epochs {EPOCHS} --seeds-per-trial 1"
 NAME = "original-digits-search"
 DASHBOARD, MLFLOW = 8265, 5001
@@ -241,7 +241,7 @@ def test_the_whole_story(lab: Lab, laptop: Host, tmp_path: Path) -> None:
         in_checkout(laptop, "python -m analysis.sensitivity --tracking-uri http://127.0.0.1:5001")
         assert laptop.run("ls ~/ram-study/reports/*/*.html").stdout
         note("the report is on the laptop")
-        tunnel.kill()
+        tunnel.communicate(b"exit\n", timeout=60)
 
     # On the head itself, with no flags about the cluster; first what it refuses.
     other = f"python -m study.run {STUDY} --study other --trials 2"
@@ -256,6 +256,19 @@ def test_the_whole_story(lab: Lab, laptop: Host, tmp_path: Path) -> None:
     done = on_head(laptop, f"cd ram-study && {other}")
     assert "2 trials finished" in done.stdout
     note("a second study was run from the head")
+
+    # The head is lost: another one in its place, and the same command.
+    head.power_off()
+    note("the head is powered off")
+    in_checkout(laptop, f"ray down --yes {YAML}")
+    head = lab.boot("head")
+    in_checkout(laptop, f"ray up --yes {YAML}")
+    note("another head is up")
+    again = on_head(laptop, f"cd ram-study && python -m study.run {STUDY}")
+    assert "0 to be continued" in again.stdout, again.stdout
+    runs_again = "import mlflow; print(*mlflow.search_runs(search_all_experiments=True).status)"
+    assert on_head(laptop, f'python -c "{runs_again}"').stdout.split().count("FINISHED") == TRIALS + 1
+    note("the same command fills the new head's MLflow from the record")
 
     # Tear down.
     in_checkout(laptop, f"ray down --yes {YAML}")
