@@ -1,5 +1,5 @@
 """cluster.yaml, cluster-local.yaml and aws-stack.yaml as far as one machine without a cloud can tell. What several
-machines tell is in test_cluster_e2e.py.
+machines tell is in test_launcher_e2e.py.
 """
 
 from __future__ import annotations

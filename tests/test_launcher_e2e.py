@@ -1,4 +1,4 @@
-"""The whole story of CLUSTER.md on own machines: `python -m pytest -m root -s tests/test_cluster_e2e.py`.
+"""The whole story of CLUSTER.md on own machines: `python -m pytest -m root -s tests/test_launcher_e2e.py`.
 
 Its machines are namespaces of this one (tests/hosts.py): a laptop, a head, three workers and an S3 server. From the
 laptop: launch, submit, lose a worker, gain one, look, fetch, tear down. The first run installs the project once more,
