@@ -125,13 +125,19 @@ def ray_running(address: str | None) -> Iterator[None]:
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": False}
     if address is None:
         have = local_resources()
-        ray.init(
-            address="local",
-            num_cpus=int(have["CPU"]),
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE,
-            **common,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=int(have["CPU"]),
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE,
+                **common,
+            )
+        except Exception as error:
+            if type(error) is not Exception:  # Ray's own for a start of more than 30 s, on a machine that is busy
+                raise
+            ray.shutdown()
+            raise PoolLost(one_line(error)) from error
     else:
         found = find(address)
         with nullcontext() if in_shipped_code() else code_folder() as folder:

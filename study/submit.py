@@ -221,7 +221,8 @@ def _exit_code(details: Any) -> int:
 
 
 def _ray_job(verb: str, address: str, job: str | None) -> str:
-    return f"ray job {verb} --address {address} {job}"
+    token = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""  # not Ray's own default
+    return f"{token}ray job {verb} --address {address} {job}"
 
 
 class _Left(Exception):
