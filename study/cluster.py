@@ -327,6 +327,7 @@ class Check:
         new = [node for node in present if node.id not in self._passed]
         local = "://" not in self._storage
         marker = Path(self._storage) / self._marker
+        made = [folder for folder in marker.parents if not folder.exists()] if local else []
         try:
             if local and new:
                 marker.parent.mkdir(parents=True, exist_ok=True)
@@ -339,8 +340,9 @@ class Check:
         finally:
             if local:
                 marker.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):
-                    marker.parent.rmdir()  # made for this, if it is still empty
+                for folder in made:
+                    with contextlib.suppress(OSError):  # in use by now
+                        folder.rmdir()
         return None
 
     def _ask(self, new: list[Node]) -> Iterator[tuple[Node, dict[str, Any] | str]]:

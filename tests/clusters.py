@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import socket
 from collections.abc import Iterator
@@ -23,10 +24,13 @@ def free_port() -> int:
 
 def add_node(cluster: Cluster, **node: Any) -> Any:
     """Add a node on loopback."""
-    for _ in range(STARTS - 1):
-        with contextlib.suppress(Exception):  # Ray's very own class for a start that took too long
+    for start in range(STARTS):
+        try:
             return cluster.add_node(node_ip_address="127.0.0.1", include_dashboard=False, **node)
-    return cluster.add_node(node_ip_address="127.0.0.1", include_dashboard=False, **node)
+        except Exception as error:
+            if "timed out during startup" not in str(error) or start == STARTS - 1:
+                raise
+    raise AssertionError
 
 
 @contextlib.contextmanager
@@ -41,7 +45,8 @@ def cluster_of(head_cpus: int, *workers: dict[str, Any]) -> Iterator[Cluster]:
         for name in ("RAM_MAX_WORKERS", "RAM_WORKER_CPUS", "RAM_WORKER_GPUS"):
             patch.delenv(name, raising=False)
         assert not ray.is_initialized()
-        cluster = Cluster(shutdown_at_exit=True)
+        cluster = Cluster(shutdown_at_exit=False)  # its hooks are signal handlers, which threads cannot set
+        atexit.register(cluster.shutdown)
         try:
             add_node(cluster, num_cpus=head_cpus)
             for worker in workers:
@@ -50,3 +55,4 @@ def cluster_of(head_cpus: int, *workers: dict[str, Any]) -> Iterator[Cluster]:
         finally:
             ray.shutdown()
             cluster.shutdown()
+            atexit.unregister(cluster.shutdown)

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from clusters import add_node, cluster_of
-from ray.cluster_utils import Cluster
 
 from ramcore.config import Config
 from study import cluster, pool, run
@@ -189,6 +188,15 @@ def test_the_code_that_nodes_get_is_the_code_and_nothing_else():
     assert not folder.exists()
 
 
+def test_a_local_ray_that_starts_too_slowly_is_lost_not_a_traceback(monkeypatch):
+    def slow(**_: Any) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(pool.ray, "init", slow)
+    with pytest.raises(pool.PoolLost, match="timed out during startup"), ray_running(None):
+        pass
+
+
 # A real cluster.
 
 
@@ -199,27 +207,11 @@ def two_nodes():
         yield found
 
 
-def problem_of(found: Cluster, storage: str) -> str | None:
-    with ray_running(found.address):
-        return Check(storage)(cluster.nodes())
-
-
-def test_a_folder_that_all_nodes_see_is_accepted_and_left_clean(two_nodes, here):
-    assert problem_of(two_nodes, str(here / "shared")) is None
-    assert list(here.iterdir()) == []
-
-
-def test_a_folder_of_one_node_is_refused(two_nodes):
+def test_a_folder_of_one_node_is_refused_before_anything_is_made(two_nodes, here, capsys):
     # Each process has its own working directory, so this path is a folder that others do not see.
-    said = problem_of(two_nodes, "/proc/self/cwd/runs")
-    assert said is not None and "\n" not in said
-    assert said.startswith("on several nodes --storage must be the same folder on all of them; 127.0.0.1")
-    assert "does not see /proc/self/cwd/runs: pass --storage s3://bucket/folder or a folder that all" in said
-
-
-def test_the_command_refuses_it_before_it_makes_anything(two_nodes, here, capsys):
     line = refused(capsys, address=two_nodes.address, storage="/proc/self/cwd/runs")
-    assert "--storage must be the same folder on all of them" in line
+    assert line.startswith("error: on several nodes --storage must be the same folder on all of them; 127.0.0.1")
+    assert "does not see /proc/self/cwd/runs: pass --storage s3://bucket/folder or a folder that all" in line
     assert list(here.iterdir()) == []
 
 
@@ -233,6 +225,25 @@ def test_a_dry_run_says_what_is_there_and_what_it_may_cost(two_nodes, here, caps
     assert "slots      12, one trial each" in out
     assert "trial-hours" in out and "timed now, on 127.0.0.1" in out and "for 3 workers at 0.5 an hour" in out
     assert list(here.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def joined(two_nodes):
+    """The same cluster, with this process as a driver: the tests above join it themselves."""
+    with ray_running(two_nodes.address):
+        yield two_nodes
+
+
+def test_a_folder_that_all_nodes_see_is_accepted_and_left_clean(joined, here):
+    assert Check(str(here / "shared" / "folder"))(cluster.nodes()) is None
+    assert list(here.iterdir()) == []
+    assert Check(str(here))(cluster.nodes()) is None
+    assert here.is_dir()  # empty, but not ours to delete
+
+
+def test_a_storage_that_a_worker_cannot_reach_is_refused(joined):
+    said = Check("nosuch://bucket/folder")(cluster.nodes())
+    assert said is not None and "every node must reach --storage; 127.0.0.1" in said and "\n" not in said
 
 
 def shadowed(folder: Path, *, version: str | None = None, fails: bool = False) -> dict[str, str]:
@@ -256,74 +267,76 @@ def shadowed(folder: Path, *, version: str | None = None, fails: bool = False) -
         ),
     ],
 )
-def test_a_node_that_cannot_do_the_work_is_named(two_nodes, here, shadow, said):
+def test_a_node_that_cannot_do_the_work_is_named(joined, here, shadow, said):
     check = Check(str(here))
-    with ray_running(two_nodes.address):
-        assert check(cluster.nodes()) is None
-        other = add_node(two_nodes, num_cpus=1, env_vars=shadowed(here / "shadow", **shadow))
-        try:
-            found = check(cluster.nodes())  # only the one that joined is asked
-        finally:
-            two_nodes.remove_node(other)
+    assert check(cluster.nodes()) is None
+    other = add_node(joined, num_cpus=1, env_vars=shadowed(here / "shadow", **shadow))
+    try:
+        found = check(cluster.nodes())  # only the one that joined is asked
+    finally:
+        joined.remove_node(other)
     assert found is not None and said in found and "\n" not in found and "constraints.txt" in found
 
 
-def test_a_storage_that_a_worker_cannot_reach_is_refused(two_nodes, here):
-    said = problem_of(two_nodes, "nosuch://bucket/folder")
-    assert said is not None and "every node must reach --storage; 127.0.0.1" in said and "\n" not in said
-
-
-def test_workers_that_are_still_joining_are_waited_for(two_nodes):
+def test_workers_that_are_still_joining_are_waited_for(joined):
     lines: list[str] = []
+    came: list[Any] = []
     need = Need(cpus=2, gpus=0)
-    with ray_running(two_nodes.address):
-        coming = threading.Timer(2.0, lambda: joined.append(add_node(two_nodes, num_cpus=2)))
-        joined: list[Any] = []
-        coming.start()
-        present = wait_for_workers(need, None, others=False, say=lines.append)
-        coming.join()
-        two_nodes.remove_node(joined[0])
+    coming = threading.Timer(2.0, lambda: came.append(add_node(joined, num_cpus=2)))
+    coming.start()
+    present = wait_for_workers(need, None, others=False, say=lines.append)
+    coming.join()
+    joined.remove_node(came[0])
     assert any(need.fits(n.resources) for n in present)
     assert lines and lines[0].startswith("waiting for a worker with 2 CPUs and 0 GPUs: 2 nodes so far")
 
 
-def test_waiting_ends(two_nodes, monkeypatch):
+def test_waiting_ends(joined, monkeypatch):
     monkeypatch.setattr(cluster, "JOIN_MINUTES_FIXED", 0.02)
-    with ray_running(two_nodes.address):
-        with pytest.raises(ClusterError, match=r"a trial needs a node with 64 CPUs and 0 GPUs; within 0\.02 min none"):
-            wait_for_workers(Need(cpus=64, gpus=0), None, others=False, say=print)
-        small = Growth(workers=2, worker={"CPU": 4.0, "GPU": 0.0})
-        with pytest.raises(ClusterError, match="a trial must fit on a node; it takes 64 CPUs and 0 GPUs"):
-            wait_for_workers(Need(cpus=64, gpus=0), small, others=False, say=print)
+    with pytest.raises(ClusterError, match=r"a trial needs a node with 64 CPUs and 0 GPUs; within 0\.02 min none"):
+        wait_for_workers(Need(cpus=64, gpus=0), None, others=False, say=print)
+    small = Growth(workers=2, worker={"CPU": 4.0, "GPU": 0.0})
+    with pytest.raises(ClusterError, match="a trial must fit on a node; it takes 64 CPUs and 0 GPUs"):
+        wait_for_workers(Need(cpus=64, gpus=0), small, others=False, say=print)
 
 
-def where_it_runs() -> Any:
-    """A trial of one epoch that says which node it is on; made here, as workers import no tests."""
+def until_two_nodes_work() -> Any:
+    """A trial of one epoch that waits until trials run on two nodes; made here, as workers import no tests.
+
+    Trials shorter than a worker's start would tell nothing: whichever worker is there already would take them all.
+    """
 
     def work(config: dict[str, Any], data: Any, cpus: float, gpus: float) -> None:
         import json
         import time
+        from pathlib import Path
 
         import ray
         from ray import tune
 
-        time.sleep(1)
+        place = ray.get_runtime_context().get_node_id()
+        at_work = Path(config["storage"]) / "at work"
+        at_work.mkdir(exist_ok=True)
+        (at_work / place).touch()
+        end = time.monotonic() + 100
+        while len(list(at_work.iterdir())) < 2 and time.monotonic() < end:
+            time.sleep(0.2)
         metrics = {"epoch": 1, "seconds": 1.0, "seeds": [0, 1], "diverged": [False, False], "val_accuracy": [0.5, 0.5]}
-        place = {"node": ray.get_runtime_context().get_node_id(), "images": data["images"]}
-        tune.report({"result": json.dumps({"epoch": 1, "metrics": metrics | place})})
+        metrics |= {"node": place, "images": data["images"]}
+        tune.report({"result": json.dumps({"epoch": 1, "metrics": metrics})})
 
     return work
 
 
-def test_a_worker_that_joins_in_the_middle_gets_trials(two_nodes, here, monkeypatch):
+def test_a_worker_that_joins_in_the_middle_gets_trials(joined, here, monkeypatch):
     monkeypatch.setattr(cluster, "_LOOK_SECONDS", 0.5)
     space = search_space(Config(data="digits", epochs=1))
     settings = StudySettings(
         study="s", task="translated", data="digits", digest="0" * 64, design="search", epochs=1, seeds_per_trial=2,
         seed=0, space=space.describe(),
     )  # fmt: skip
-    joined: list[Any] = []
-    with Record.open(here / "s", settings, total=60) as record, ray_running(two_nodes.address):
+    came: list[Any] = []
+    with Record.open(here / "s", settings, total=4) as record:
         engine = Engine(
             record, space=space, halving=default_halving(1), folder=open_folder(str(here), "s"), storage=str(here),
             watcher=Progress(study="s", epochs=1),
@@ -332,25 +345,14 @@ def test_a_worker_that_joins_in_the_middle_gets_trials(two_nodes, here, monkeypa
         assert wanted.slots == 1
 
         def look() -> int:
-            if not joined and record.epochs >= 2:
-                joined.append(add_node(two_nodes, num_cpus=2))
-            if joined and len({t.epochs[0].metrics["node"] for t in record.trials.values() if t.epochs}) > 1:
-                engine.stop("seen")
+            if not came and record.trials:
+                came.append(add_node(joined, num_cpus=2))
             return wanted.slots
 
         data: Any = {"images": "those of the driver"}
-        run_trials(engine, data, wanted, work=where_it_runs(), look=look)
+        run_trials(engine, data, wanted, work=until_two_nodes_work(), look=look)
         done = [t.epochs[0].metrics for t in record.trials.values() if t.epochs]
-        two_nodes.remove_node(joined[0])
-    assert engine.error is None and engine.stopping == "seen"
+        joined.remove_node(came[0])
+    assert engine.error is None and len(done) == 4
     assert len({metrics["node"] for metrics in done}) == 2
     assert {metrics["images"] for metrics in done} == {"those of the driver"}
-
-
-def test_a_local_ray_that_starts_too_slowly_is_lost_not_a_traceback(monkeypatch):
-    def slow(**_: Any) -> None:
-        raise Exception("The current node timed out during startup.")
-
-    monkeypatch.setattr(pool.ray, "init", slow)
-    with pytest.raises(pool.PoolLost, match="timed out during startup"), ray_running(None):
-        pass
