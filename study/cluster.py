@@ -375,7 +375,7 @@ class Check:
                     node,
                     (
                         f"every node must be able to run the project; {node} cannot ({telling_line(error)}): install "
-                        "the project there as README.md says, or take the node out of the cluster"
+                        "the project there as CLUSTER.md says, or take the node out of the cluster"
                     ),
                 )
 
@@ -386,7 +386,7 @@ class Check:
             for name in ours
             if answer["versions"].get(name) != ours[name]
         ]
-        fix = "install the project there with constraints.txt, as README.md says, or take the node out of the cluster"
+        fix = "install the project there with constraints.txt, as CLUSTER.md says, or take the node out of the cluster"
         if differing:
             return f"every node must have the driver's versions; {node} has {'; '.join(differing)}: {fix}"
         if answer["lacks"]:

@@ -191,6 +191,9 @@ def test_the_whole_story(lab: Lab, laptop: Host, tmp_path: Path) -> None:
         assert refused.returncode == 2 and "token" in refused.stderr and len(refused.stderr.splitlines()) == 1
         note(f"refused: {refused.stderr.strip()}")
         in_checkout(laptop, f"mkdir -p -m 700 ~/.ray && ray rsync-down {YAML} '~/.ray/auth_token' ~/.ray/auth_token")
+        plan = in_checkout(laptop, f"{submit} --dry-run").stdout
+        assert "slots" in plan and "s3://bucket/ram-study" in plan, plan
+        note(f"the plan: {re.findall('.*slots.*', plan)[0].strip()}")
         job = subprocess.Popen(
             [*laptop.console, f"cd ~/ram-study && . .venv/bin/activate && {submit} > ~/job.log 2>&1"]
         )
