@@ -121,6 +121,10 @@ class Host:
     def power_off(self) -> None:
         """At once, as with the plug pulled: nothing on it gets to say goodbye."""
         subprocess.run(["kill", "-KILL", str(self.init)], check=True)
+        self.wait()
+
+    def wait(self) -> None:
+        """Until it is off."""
         self._process.wait(timeout=20)
 
 
@@ -181,6 +185,8 @@ class Lab:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._outer.kill()
         self._outer.wait(timeout=20)
+        for host in self.hosts.values():
+            host.wait()
 
     def _ip(self, command: str) -> None:
         subprocess.run([*self._net, "ip", *command.split()], check=True)
