@@ -17,7 +17,7 @@ $(SETUP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python must be 3.11 or newer; $(PYTHON) is {v.major}.{v.minor}: make PYTHON=python3.11 ...")'
 	@echo 'Setting up .venv: some minutes, once'
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[cluster,test,dev]'
 	@touch $(SETUP)
 
 study: $(SETUP) ## Run the quick study on bundled digits and report its sensitivity

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,11 +29,25 @@ import ray  # noqa: E402
 from ray import tune  # noqa: E402
 from ray.exceptions import RayError  # noqa: E402
 from ray.tune.error import TuneError  # noqa: E402
+from ray.tune.search import ConcurrencyLimiter  # noqa: E402
 
+from study.cluster import (  # noqa: E402
+    ClusterError,
+    Growth,
+    Need,
+    capacity,
+    code_folder,
+    find,
+    in_shipped_code,
+    nodes,
+    one_line,
+    watched,
+)
 from study.searcher import MAX_WORKER_DEATHS, Engine, TuneScheduler, TuneSearcher, TuneStopper  # noqa: E402
 from study.trainable import SharedData, tune_trial  # noqa: E402
 
 logger = logging.getLogger(__name__)
+_PENDING = "1000"  # trials that may wait for a place; Tune's default would grow a cluster by one node at a time
 _OBJECT_STORE = 512 * 2**20  # bytes on a single machine: the images of any task, with room
 
 
@@ -53,14 +66,24 @@ class Pool:
     cpus_per_trial: float
     gpus_per_trial: float
     max_concurrent: int | None
-    autoscales: bool = False  # a cluster, whose workers may not be there yet
+    on_cluster: bool = False
+    growth: Growth | None = None  # of a cluster that says what it may grow to
+
+    @property
+    def need(self) -> Need:
+        """What one trial takes."""
+        return Need(cpus=self.cpus_per_trial, gpus=self.gpus_per_trial)
 
     @property
     def slots(self) -> int:
-        """Trials at a time. Told how many there may be, a cluster may yet have to grow to it."""
-        if self.max_concurrent is not None and self.autoscales:
+        """Trials at a time. Of a cluster: once it has grown, so that trials wait there and its autoscaler starts nodes
+        for them; --max-concurrent is believed where a cluster does not say what it may grow to.
+        """
+        if not self.on_cluster:
+            return count_slots(ray.cluster_resources(), self)
+        if self.growth is None and self.max_concurrent is not None:
             return self.max_concurrent
-        return count_slots(ray.cluster_resources(), self)
+        return max(1, min(capacity(nodes(), self.growth, self.need), self.max_concurrent or 2**31))
 
     @property
     def devices(self) -> dict[str, float]:
@@ -77,22 +100,14 @@ def local_resources() -> dict[str, float]:
 
 def count_slots(resources: Mapping[str, float], pool: Pool) -> int:
     """How many trials fit at a time. Raises PoolError if none does."""
-    fits: list[int] = []
-    for kind, need in (("CPU", pool.cpus_per_trial), ("GPU", pool.gpus_per_trial)):
-        if need <= 0:
-            continue
-        have = resources.get(kind, 0.0)
-        # Of several GPUs a trial takes one or a part of one; parts of two do not add up.
-        whole = (
-            math.floor(have) * math.floor(1 / need) if kind == "GPU" and need < 1 else math.floor(have / need + 1e-9)
+    slots = pool.need.fits(resources)
+    if slots < 1:
+        kind = "CPU" if Need(cpus=pool.cpus_per_trial, gpus=0).fits(resources) < 1 and pool.cpus_per_trial else "GPU"
+        need = pool.cpus_per_trial if kind == "CPU" else pool.gpus_per_trial
+        raise PoolError(
+            f"a trial must fit on the machine; --{kind.lower()}s-per-trial is {need:g} and there are "
+            f"{resources.get(kind, 0.0):g}: pass a smaller --{kind.lower()}s-per-trial"
         )
-        if whole < 1:
-            raise PoolError(
-                f"a trial must fit on the machine; --{kind.lower()}s-per-trial is {need:g} and there are {have:g}: "
-                f"pass a smaller --{kind.lower()}s-per-trial"
-            )
-        fits.append(whole)
-    slots = min(fits)
     return slots if pool.max_concurrent is None else min(slots, pool.max_concurrent)
 
 
@@ -102,27 +117,38 @@ def ray_running(address: str | None) -> Iterator[None]:
 
     Args:
         address: of a cluster; None for this machine. A bare `ray.init` would join whatever happens to run here.
+
+    Raises:
+        ClusterError: no cluster there that takes us.
     """
     on_sigterm = signal.getsignal(signal.SIGTERM)
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": False}
     if address is None:
         have = local_resources()
-        ray.init(
-            address="local",
-            num_cpus=int(have["CPU"]),
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE,
-            **common,
-        )
-    else:
         try:
-            ray.init(address=address, **common)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise PoolError(
-                f"--address must be that of a running Ray cluster; {address} did not answer "
-                f"({str(error).splitlines()[0]}): "
-                "run `ray status` there, or leave --address out for this machine"
-            ) from error
+            ray.init(
+                address="local",
+                num_cpus=int(have["CPU"]),
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE,
+                **common,
+            )
+        except Exception as error:
+            if type(error) is not Exception:  # Ray's own for a start of more than 30 s, on a machine that is busy
+                raise
+            ray.shutdown()
+            raise PoolLost(one_line(error)) from error
+    else:
+        found = find(address)
+        with nullcontext() if in_shipped_code() else code_folder() as folder:
+            code = {} if folder is None else {"runtime_env": {"working_dir": str(folder)}}
+            try:
+                ray.init(address=found, **code, **common)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise ClusterError(
+                    f"--address must be that of a Ray cluster that takes this driver; {address} does not "
+                    f"({one_line(error)}): mend that, or pass --address local for this machine alone"
+                ) from error
     try:
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there, which ends the process on the spot
         yield
@@ -130,12 +156,31 @@ def ray_running(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def run_trials(engine: Engine, data: SharedData, pool: Pool, work: Callable[..., None] = tune_trial) -> None:
+def run_trials(
+    engine: Engine,
+    data: SharedData,
+    pool: Pool,
+    work: Callable[..., None] = tune_trial,
+    look: Callable[[], int] | None = None,
+) -> None:
     """Train what the engine wants trained; returns when it has no more or wants to stop. Raises what broke the
     engine.
+
+    Args:
+        engine: decides.
+        data: for the trials; Ray brings it to each node once.
+        pool: how much a trial takes.
+        work: what a trial does.
+        look: called every few seconds; returns the slots that there are now. Workers that join get trials.
     """
     slots = pool.slots
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)  # else a cluster would grow by one node at a time
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = _PENDING
+    limiter = ConcurrencyLimiter(TuneSearcher(engine), max_concurrent=slots)
+
+    def grow() -> None:
+        with suppress(RayError, RuntimeError, OSError):  # a cluster that is gone: Tune meets it too, and says so
+            limiter.max_concurrent = max(limiter.max_concurrent, look() if look else 0)
+
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # its errors reach us as results
     work = partial(work, cpus=pool.cpus_per_trial, gpus=pool.gpus_per_trial)
     trainable = tune.with_resources(
@@ -146,9 +191,8 @@ def run_trials(engine: Engine, data: SharedData, pool: Pool, work: Callable[...,
             trainable,
             tune_config=tune.TuneConfig(
                 num_samples=-1,
-                search_alg=TuneSearcher(engine),
+                search_alg=limiter,
                 scheduler=TuneScheduler(engine, slots),
-                max_concurrent_trials=slots,
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
@@ -160,7 +204,8 @@ def run_trials(engine: Engine, data: SharedData, pool: Pool, work: Callable[...,
             ),
         )
         try:
-            tuner.fit()
+            with watched(grow) if look else nullcontext():
+                tuner.fit()
         except (RuntimeError, TuneError, RayError) as error:
             # Not every death of a worker is one that Tune survives: Ray's own killing of it for lack of memory is not.
             raise PoolLost(_reason(error)) from error

@@ -56,7 +56,7 @@ def prepare(flags: Flags) -> Prepared:
     Raises:
         UsageError, ConfigError, DataError, RecordError: one line each.
     """
-    _check_numbers(flags)
+    check_numbers(flags)
     _check_writable(flags.storage)
     known = _read(flags.storage, flags.study) if flags.study else None
     if known is None:
@@ -180,7 +180,8 @@ def _load(wanted: str, task: Task, data_dir: Path | None) -> tuple[TaskData, lis
         return load_task(Config(data="digits", task=task)), [warning]
 
 
-def _check_numbers(flags: Flags) -> None:
+def check_numbers(flags: Flags) -> None:
+    """Refuse numbers that mean nothing. Raises UsageError."""
     for name, value in (
         ("--trials", flags.trials),
         ("--epochs", flags.epochs),
@@ -201,7 +202,7 @@ def _check_numbers(flags: Flags) -> None:
         raise UsageError(
             f"--sobol-share must be above 0 and at most 0.8; got {flags.sobol_share:g}: a fifth of the trials is TPE's"
         )
-    if not 0 <= flags.gpus_per_trial < float("inf"):
+    if not 0 <= (flags.gpus_per_trial or 0) < float("inf"):
         raise UsageError(
             f"--gpus-per-trial must be at least 0; got {flags.gpus_per_trial:g}: pass 0, a fraction or a count"
         )

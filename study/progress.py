@@ -49,7 +49,9 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def time_left(trials: list[TrialRecord], arms: Sequence[str], epochs: int, slots: int) -> tuple[float, float] | None:
+def time_left(
+    trials: list[TrialRecord], arms: Sequence[str], epochs: int, slots: int, timed: Sequence[float] = ()
+) -> tuple[float, float] | None:
     """Seconds until the study ends, as a range; None before the first epoch.
 
     The lower end takes trials that may be stopped early to train as long as such trials did so far (a quarter of the
@@ -61,8 +63,11 @@ def time_left(trials: list[TrialRecord], arms: Sequence[str], epochs: int, slots
         arms: of all trials the study is to have, by number.
         epochs: of a trial that is not stopped.
         slots: trials at a time.
+        timed: seconds of an epoch of some configurations, for want of trials.
     """
-    seconds = sorted(statistics.fmean(e.metrics["seconds"] for e in t.epochs) for t in trials if t.epochs)
+    seconds = list(timed) or sorted(
+        statistics.fmean(e.metrics["seconds"] for e in t.epochs) for t in trials if t.epochs
+    )
     if not seconds:
         return None
     if len(seconds) >= 4:

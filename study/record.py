@@ -403,6 +403,15 @@ def read_best(path: Path) -> dict[str, Any] | None:
     return None if best is None else best.user_attrs["plan"]["config"]
 
 
+def read_trials(path: Path) -> tuple[list[TrialRecord], list[Plan] | None]:
+    """The trials of the study in a SQLite file, and the rows of its design if that is fixed."""
+    study, rdb = _open_storage(path, None)
+    trials = [_from_storage(frozen) for frozen in study.get_trials(deepcopy=False)] if study is not None else []
+    rows = study.user_attrs.get("rows") if study is not None else None
+    rdb.engine.dispose()
+    return trials, None if rows is None else [Plan.from_dict(row) for row in rows]
+
+
 # Reading and writing details.
 
 

@@ -7,6 +7,7 @@ nothing was started; 3 done with failed trials; 75 stopped (budget, full disk), 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
@@ -18,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
@@ -27,10 +28,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from ramcore.config import ConfigError, Task
-from ramcore.cost import cost
 from ramcore.data import DataError
-from study.designs import Design, search_arms
-from study.prepare import Prepared, UsageError, prepare
+from study import cluster
+from study.cluster import ClusterError
+from study.designs import Design
+from study.plan import plan_lines
+from study.prepare import Prepared, UsageError, check_numbers, prepare
 from study.record import Record, RecordError, RecordLost
 
 if TYPE_CHECKING:
@@ -42,14 +45,16 @@ DONE, BROKEN, USAGE, SOME_FAILED, STOPPED = 0, 1, 2, 3, 75
 _FAILURES_SHOWN = 10
 _BREAKDOWNS = 3  # of Ray, without an epoch between, after which a run gives up
 DEFAULT_TRACKING = "sqlite:///mlflow.db"
-_REFUSALS = (UsageError, ConfigError, DataError, RecordError)
+_REFUSALS = (UsageError, ConfigError, DataError, RecordError, ClusterError)
+SUBMITTED = "RAM_STUDY_SUBMITTED"  # what `study.submit` tells the job of where it comes from, as JSON
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
     """Run a hyperparameter study of the recurrent attention model, or continue the one of that name.
 
-    Without flags: a search on translated MNIST (or the bundled digits, if MNIST cannot be had) on this machine.
+    Without flags: a search on translated MNIST (or the bundled digits, if MNIST cannot be had) on this machine; on the
+    nodes of a cluster, whose environment says so, on the cluster.
     """
 
     task: Task | None = None
@@ -74,40 +79,54 @@ class Flags:
     """Share of a search's trials that are Sobol points, never stopped. Default: 0.4."""
     study: str | None = None
     """Name of the study; an existing one is continued with its own settings. Default: made of task, data and design."""
-    storage: str = "runs"
-    """Folder of the record and the checkpoints; on several nodes one that all of them see."""
+    storage: str = field(default_factory=lambda: os.environ.get("RAM_STORAGE") or "runs")
+    """Folder of the record and the checkpoints, or s3://bucket/folder; on several nodes one that all of them see.
+    Default: $RAM_STORAGE, else runs."""
     tracking_uri: str | None = None
     """MLflow server or database. Default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db."""
-    address: str | None = None
-    """Ray cluster to run on, such as auto or ray://host:10001. Default: this machine alone."""
+    address: str | None = field(default_factory=lambda: os.environ.get("RAY_ADDRESS") or None)
+    """Where to run: local (this machine alone), auto or host:port (from a node of a Ray cluster), or
+    http://127.0.0.1:8265 (a cluster's job server: submits this command there and follows it). Default: $RAY_ADDRESS,
+    else local."""
     cpus_per_trial: float = 1.0
     """CPU cores of a trial."""
-    gpus_per_trial: float = 0.0
-    """GPUs of a trial; a fraction shares one."""
+    gpus_per_trial: float | None = None
+    """GPUs of a trial; a fraction shares one. Default: 0; on a cluster whose nodes say RAM_WORKER_GPUS and
+    RAM_WORKER_CPUS, the share that goes with --cpus-per-trial."""
     max_concurrent: int | None = None
-    """Trials at a time, at most. Default: as many as fit."""
+    """Trials at a time, at most. Default: as many as fit; on a cluster whose nodes say RAM_MAX_WORKERS, once it has
+    grown to that."""
     time_budget: float | None = None
     """Minutes after which this run stops; the same command continues. Default: none."""
     price_per_hour: float | None = None
-    """Price of an hour of the machines, all together, in any currency; see --money-budget."""
+    """Price of an hour of this machine, or of each worker of a cluster, in any currency; for --money-budget and
+    --dry-run. Default: $RAM_PRICE_PER_HOUR."""
     money_budget: float | None = None
-    """What this run may cost, in the currency of --price-per-hour. Default: no limit."""
+    """What this run's machines may cost, in the currency of --price-per-hour; a cluster's head is not counted.
+    Default: no limit."""
     dry_run: bool = False
-    """Print the plan and exit."""
+    """Print the plan, with an estimate of its time and cost, and exit. On a cluster it starts no machine."""
 
 
 def main(flags: Flags) -> int:
     """Run or continue a study; returns the exit code."""
     _configure_logging()
     try:
+        flags = _settled(flags)
+        if flags.address is not None and flags.address.startswith(("http://", "https://")):
+            from study.submit import submit
+
+            check_numbers(flags)
+            return submit(flags)
         prepared = prepare(flags)
     except _REFUSALS as error:
         return _refuse(error)
     for warning in prepared.warnings:
         _say(f"warning: {warning}")
-    if flags.address is None and "ray" not in sys.modules:
-        # Even on one machine Ray's workers listen on every interface; a token of this run's own keeps others out. Ray
-        # reads it when it is imported.
+    if flags.address is None and "ray" not in sys.modules:  # which reads these when it is imported
+        # Ray of one machine: on loopback (the name is of where this is Ray's own default), and behind a token of this
+        # run's own, because other users of the machine reach loopback too.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     # These bring Ray, torch and MLflow with them, seconds that a refusal need not wait for.
@@ -116,28 +135,56 @@ def main(flags: Flags) -> int:
     uri = tracking.tracking_uri(flags.tracking_uri)
     wanted = pool.Pool(
         cpus_per_trial=flags.cpus_per_trial,
-        gpus_per_trial=flags.gpus_per_trial,
+        gpus_per_trial=flags.gpus_per_trial or 0.0,
         max_concurrent=flags.max_concurrent,
-        autoscales=flags.address is not None,
+        on_cluster=flags.address is not None,
+        growth=cluster.Growth.declared() if flags.address is not None else None,
     )
+    check = cluster.Check(prepared.storage)
     try:
-        slots = None if flags.address else pool.count_slots(pool.local_resources(), wanted)
+        if flags.address is None:
+            pool.count_slots(pool.local_resources(), wanted)
         if flags.dry_run:
-            print("\n".join(_plan(flags, prepared, uri, slots)))
+            print("\n".join(plan_lines(flags, prepared, uri, wanted)))
             return DONE
         if not prepared.exists:
             tracking.check_reachable(uri)
+        if flags.address is not None:
+            cluster.check_lasting(flags.storage, uri)
+            with pool.ray_running(flags.address):
+                others = "://" not in prepared.storage and wanted.growth is not None and wanted.growth.workers > 0
+                present = cluster.wait_for_workers(wanted.need, wanted.growth, others=others, say=_say)
+                if problem := check(present):
+                    raise ClusterError(problem)
         record = Record.open(prepared.folder, prepared.settings, total=prepared.total, rows=prepared.rows)
     except (*_REFUSALS, tracking.TrackingError, pool.PoolError) as error:
         return _refuse(error)
     except RecordLost as error:
-        _say(f"stopped ({error}); the same command continues: {_command()}")
+        _say(f"stopped ({error}); the same command continues: {command()}")
         return STOPPED
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     with record:
-        return _run(flags, prepared, record, wanted, uri)
+        return _run(flags, prepared, record, wanted, uri, check)
 
 
-def _run(flags: Flags, prepared: Prepared, record: Record, wanted: Any, uri: str) -> int:
+def _settled(flags: Flags) -> Flags:
+    """With what the environment says where a flag was left out."""
+    address = None if flags.address in (None, "", "local") else flags.address
+    if address is not None and address.startswith("ray://"):
+        raise UsageError(
+            f"--address is a job server, or auto on the cluster itself; got {address}, a Ray client's: forward the "
+            "head's port 8265 and pass --address http://127.0.0.1:8265"
+        )
+    price, gpus = flags.price_per_hour, flags.gpus_per_trial
+    if price is None:
+        price = cluster.number("RAM_PRICE_PER_HOUR") or None
+    if gpus is None and address is not None and (growth := cluster.Growth.declared()):
+        gpus = cluster.share_of_gpus(growth, flags.cpus_per_trial)
+    return replace(flags, address=address, price_per_hour=price, gpus_per_trial=gpus)
+
+
+def _run(flags: Flags, prepared: Prepared, record: Record, wanted: Any, uri: str, check: cluster.Check) -> int:
     from study import outcome, pool
     from study.checkpoints import open_folder
     from study.halving import default_halving
@@ -160,9 +207,20 @@ def _run(flags: Flags, prepared: Prepared, record: Record, wanted: Any, uri: str
         storage=prepared.storage,
         watcher=progress,
     )
+    meter = cluster.Meter(machines=1)
     tracker: Tracker | None = None
+
+    def look() -> int:
+        """Take in who has joined the cluster or left it."""
+        present = cluster.nodes()
+        meter.set(sum(wanted.need.fits(node.resources) > 0 for node in present))
+        if problem := check(present):
+            engine.stop(problem)
+        progress.slots = max(progress.slots, wanted.slots)
+        return progress.slots
+
     with _signals() as received, progress:
-        engine.stop_when(_budget(flags, received))
+        engine.stop_when(_budget(flags, received, meter))
         progress.resume(list(record.trials.values()), engine.arms)
         code = DONE
         try:
@@ -176,7 +234,8 @@ def _run(flags: Flags, prepared: Prepared, record: Record, wanted: Any, uri: str
                             tracker = _start_tracker(flags, prepared, record, uri, devices)
                             progress.outage = lambda followed=tracker: followed.outage
                         if not engine.should_stop():  # a signal may have come while Ray started
-                            pool.run_trials(engine, SharedData.of(prepared.data), wanted)
+                            follow = None if flags.address is None else look
+                            pool.run_trials(engine, SharedData.of(prepared.data), wanted, look=follow)
                     break
                 except pool.PoolLost as error:
                     breakdowns = 1 if record.epochs > before else breakdowns + 1
@@ -185,7 +244,7 @@ def _run(flags: Flags, prepared: Prepared, record: Record, wanted: Any, uri: str
                     else:
                         progress.note(f"Ray broke down and is started again: {error}")
                         engine.take_up_lost()
-        except pool.PoolError as error:
+        except (pool.PoolError, ClusterError) as error:
             return _refuse(error)
         except RecordLost as error:
             engine.stop(str(error))
@@ -225,7 +284,7 @@ def _report(prepared: Prepared, engine: Any, found: Any, uri: str, untracked: st
     if code == BROKEN:
         _say(f"error: {engine.stopping}: mend it and run the same command; failed trials stay failed, the rest are run")
     elif code not in (DONE, SOME_FAILED):
-        _say(f"stopped ({engine.stopping or 'Ray Tune ended early'}); the same command continues: {_command()}")
+        _say(f"stopped ({engine.stopping or 'Ray Tune ended early'}); the same command continues: {command()}")
     print(
         f"Study {name}: {states.count('complete')} trials finished, {states.count('pruned')} stopped early, "
         f"{states.count('failed')} failed, {states.count('running')} to be continued, of {engine.total}"
@@ -244,19 +303,19 @@ def _report(prepared: Prepared, engine: Any, found: Any, uri: str, untracked: st
         print(f"  mlflow ui{'' if default else f' --backend-store-uri {uri}'}")
     print(f"  python -m analysis.sensitivity --study {name}{'' if default else f' --tracking-uri {uri}'}")
     if untracked:
-        _say(f"warning: MLflow lacks {untracked}; the same command brings it up to date: {_command()}")
+        _say(f"warning: MLflow lacks {untracked}; the same command brings it up to date: {command()}")
 
 
 def _start_tracker(flags: Flags, prepared: Prepared, record: Record, uri: str, devices: dict[str, float]) -> Tracker:
     from study.tracking import Origin, Tracker
 
     settings = record.settings
-    commit, dirty = _commit()
+    commit, dirty = working_tree()
     described = {
         **{k: v for k, v in asdict(settings).items() if k != "space"},
         "trials": record.totals[-1],
         "flags": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(flags).items()},
-        "command": _command(),
+        "command": command(),
         "commit": commit,
         "commit_dirty": dirty,
         "versions": _versions(),
@@ -281,43 +340,7 @@ def _start_tracker(flags: Flags, prepared: Prepared, record: Record, uri: str, d
     return tracker
 
 
-def _plan(flags: Flags, prepared: Prepared, uri: str, slots: int | None) -> list[str]:
-    """What --dry-run prints."""
-    settings, space = prepared.settings, prepared.space
-    lines = [
-        f"Study {settings.study}: {'continues' if prepared.exists else 'new'}",
-        f"  design     {settings.design}; {settings.epochs} epochs, {settings.seeds_per_trial} seeds a trial",
-        f"  task       {settings.task}; data {settings.data} {prepared.data.sizes}, sha256 {settings.digest[:12]}",
-        f"  slots      {slots or f'those of the cluster at {flags.address}'}, one trial each "
-        f"({flags.cpus_per_trial:g} CPU, {flags.gpus_per_trial:g} GPU each)",
-        f"  storage    {prepared.folder}",
-        f"  tracking   {uri}",
-    ]
-    if prepared.rows is None and space is not None:
-        from study.designs import published
-
-        total = prepared.total or 0
-        arms = search_arms([total], len(published(space)), settings.sobol_share)
-        counts = ", ".join(f"{arms.count(arm)} {arm}" for arm in dict.fromkeys(arms))
-        lines.append(f"  trials     {total}: {counts} (only tpe trials are stopped early)")
-        for d in space.dimensions:
-            scale = ", log" if d.log else ""
-            lines.append(f"  {d.name:17s} {d.type} {d.low:g} to {d.high:g}{scale} ({d.unit}): {d.reason}")
-        sizes = [cost(space.config(space.sobol(i, 0))) for i in range(200)]
-        lines.append(
-            f"  size       {min(s.parameters for s in sizes):,} to {max(s.parameters for s in sizes):,} parameters, "
-            f"{min(s.macs for s in sizes):,} to {max(s.macs for s in sizes):,} multiply-adds an image (200 points)"
-        )
-    elif prepared.rows is not None:
-        rows = prepared.rows()[: prepared.total]
-        lines.append(f"  trials     {len(rows)}:")
-        for plan in rows:
-            size = cost(plan.config)
-            lines.append(f"    {plan.row:45s} {size.parameters:>10,} parameters {size.macs:>12,} multiply-adds")
-    return lines
-
-
-def _budget(flags: Flags, received: list[int]) -> Callable[[], str | None]:
+def _budget(flags: Flags, received: list[int], meter: cluster.Meter) -> Callable[[], str | None]:
     started = time.monotonic()
 
     def reason_to_stop() -> str | None:
@@ -326,7 +349,7 @@ def _budget(flags: Flags, received: list[int]) -> Callable[[], str | None]:
             return signal.Signals(received[0]).name
         if flags.time_budget is not None and hours * 60 >= flags.time_budget:
             return f"the time budget of {flags.time_budget:g} minutes is used up"
-        if flags.money_budget is not None and hours * (flags.price_per_hour or 0) >= flags.money_budget:
+        if flags.money_budget is not None and meter.hours() * (flags.price_per_hour or 0) >= flags.money_budget:
             return f"the money budget of {flags.money_budget:g} is used up"
         return None
 
@@ -351,8 +374,11 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _commit() -> tuple[str, bool]:
+def working_tree() -> tuple[str, bool]:
     """Commit of the working tree and whether it was changed since; ("unknown", True) outside a repository."""
+    if SUBMITTED in os.environ:  # of the tree that was submitted
+        submitted = json.loads(os.environ[SUBMITTED])
+        return submitted["commit"], submitted["dirty"]
     root = Path(__file__).resolve().parent.parent
     try:
         git = ["git", "-C", str(root)]
@@ -373,7 +399,10 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _command() -> str:
+def command() -> str:
+    """The command line of this run, as a person repeats it."""
+    if SUBMITTED in os.environ:
+        return json.loads(os.environ[SUBMITTED])["command"]
     return shlex.join(["python", "-m", "study.run", *sys.argv[1:]])
 
 

@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# What cluster.yaml and cluster-local.yaml run on the machines of a cluster:
+#
+#   cluster.sh node      install the project and write the environment; on every machine
+#   cluster.sh head      make Ray's token and say where Ray and MLflow are; on the head
+#   cluster.sh mlflow    (re)start the MLflow server, which ends with Ray; on the head
+#   cluster.sh watch     end what Ray leaves behind when the head has gone; on workers. Then run what else is given
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+ENVIRONMENT=~/.ram-study.env # read by every shell, and so by Ray, its job server and all trials
+MLFLOW_PORT=5001             # not 5000, which macOS keeps for itself: the port is forwarded to laptops
+MLFLOW=http://127.0.0.1:$MLFLOW_PORT
+
+node() {
+    if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        echo "error: Python must be 3.11 or newer; $(hostname) has $(python3 --version 2>&1): install a newer one" >&2
+        exit 1
+    fi
+    if ! sha256sum --check --status .venv/installed 2> /dev/null; then
+        python3 -m venv .venv
+        .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[cluster]'
+        sha256sum pyproject.toml constraints.txt > .venv/installed
+    fi
+    (umask 077 && environment > "$ENVIRONMENT")
+    # First in the file, because the usual ~/.bashrc ends early for shells without a terminal.
+    local line="[ ! -f $ENVIRONMENT ] || . $ENVIRONMENT" bashrc=""
+    [ ! -f ~/.bashrc ] || bashrc=$(cat ~/.bashrc)
+    [[ $bashrc == "$line"* ]] || printf '%s\n%s\n' "$line" "$bashrc" > ~/.bashrc
+}
+
+environment() { # what is under metadata: environment: in the cluster's yaml, and what is always so
+    .venv/bin/python - ~/cluster.yaml << 'PYTHON'
+import shlex, sys, yaml
+
+with open(sys.argv[1]) as file:
+    for name, value in yaml.safe_load(file)["metadata"]["environment"].items():
+        print(f"export {name}={shlex.quote(str(value))}")
+PYTHON
+    echo "export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0"
+    echo "export PATH=\"$PWD/.venv/bin:\$PATH\""
+}
+
+head() {
+    if [ ! -s ~/.ray/auth_token ]; then
+        (umask 077 && .venv/bin/ray get-auth-token --generate > /dev/null)
+    fi
+    chmod 600 ~/.ray/auth_token
+    echo "export RAY_ADDRESS=auto MLFLOW_TRACKING_URI=$MLFLOW" >> "$ENVIRONMENT"
+}
+
+mlflow() {
+    local old
+    old=$(cat ~/.mlflow.pid 2> /dev/null || true)
+    if [ -n "$old" ] && grep --quiet --text cluster.sh "/proc/$old/cmdline" 2> /dev/null; then
+        kill "$old"
+        while kill -0 "$old" 2> /dev/null; do sleep 0.5; done
+    fi
+    setsid nohup bash cluster.sh serve > ~/mlflow.log 2>&1 < /dev/null &
+    echo $! > ~/.mlflow.pid
+    for _ in $(seq 180); do
+        if .venv/bin/python -c "import urllib.request as r; r.urlopen('$MLFLOW/health', timeout=1)" 2> /dev/null; then
+            return
+        fi
+        kill -0 $! 2> /dev/null || break
+        sleep 1
+    done
+    tail -n 20 ~/mlflow.log
+    echo "error: the MLflow server must answer within 3 minutes; it did not: see ~/mlflow.log on the head" >&2
+    exit 1
+}
+
+serve() { # on loopback: other machines come through SSH
+    trap 'trap "" TERM; kill -- -$$; wait' EXIT # the whole session that `mlflow` above made for it
+    trap 'exit 0' TERM
+    MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false .venv/bin/mlflow server --host 127.0.0.1 --port $MLFLOW_PORT --workers 2 \
+        --allowed-hosts "127.0.0.1:$MLFLOW_PORT,localhost:$MLFLOW_PORT" \
+        --backend-store-uri "sqlite:///$HOME/mlflow.db" \
+        --artifacts-destination "${RAM_STORAGE%/}/mlflow-artifacts" &
+    while kill -0 $! 2> /dev/null && pgrep --euid "$(id -u)" --exact gcs_server > /dev/null; do
+        sleep 2
+    done
+}
+
+watch() { # without its head a raylet ends after a minute; its agents do not, and nor does the machine
+    setsid nohup flock --nonblock ~/.ram-study.watch bash cluster.sh when_alone "$@" > /dev/null 2>&1 < /dev/null &
+}
+
+when_alone() {
+    while pgrep --euid "$(id -u)" --exact raylet > /dev/null; do
+        sleep 5
+        # A restart leaves a gap.
+        pgrep --euid "$(id -u)" --exact raylet > /dev/null || sleep 60
+    done
+    .venv/bin/ray stop --force || true
+    "$@"
+}
+
+case ${1-} in
+node | head | mlflow | serve | watch | when_alone) "$@" ;;
+*) sed -n '2,7s/^# \{0,1\}//p' "$0" && exit 2 ;;
+esac

@@ -1,0 +1,358 @@
+"""What a study asks of a cluster before its first trial, and what it makes of nodes that join later."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clusters import add_node, cluster_of
+
+from ramcore.config import Config
+from study import cluster, pool, run
+from study.checkpoints import open_folder
+from study.cluster import Check, ClusterError, Growth, Meter, Need, Node, capacity, share_of_gpus, wait_for_workers
+from study.halving import default_halving
+from study.pool import Pool, ray_running, run_trials
+from study.progress import Progress
+from study.record import Record, StudySettings
+from study.run import Flags, main
+from study.searcher import Engine
+from study.space import search_space
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch) -> Path:
+    """A folder of the test's own, and an environment that says nothing of a cluster."""
+    monkeypatch.chdir(tmp_path)
+    names = ("RAM_STORAGE", "RAM_MAX_WORKERS", "RAM_WORKER_CPUS", "RAM_WORKER_GPUS", "RAM_PRICE_PER_HOUR")
+    for name in (*names, "RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.setenv(name, "")  # noted, so that what the command sets is taken back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("RAY_AUTH_MODE", os.environ.get("RAY_AUTH_MODE", "disabled"))
+    return tmp_path
+
+
+# What fits.
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "resources", "fits"),
+    [
+        (1, 0, {"CPU": 4.0}, 4),
+        (1.5, 0, {"CPU": 4.0}, 2),
+        (1, 0.25, {"CPU": 8.0, "GPU": 1.0}, 4),
+        (1, 0.4, {"CPU": 8.0, "GPU": 2.0}, 4),  # two a GPU: a trial has its part of one
+        (1, 2, {"CPU": 8.0, "GPU": 3.0}, 1),
+        (1, 0, {}, 0),
+        (1, 1, {"CPU": 8.0}, 0),
+        (1, 1 / 3, {"CPU": 8.0, "GPU": 1.0}, 3),
+    ],
+)
+def test_how_many_trials_fit_on_a_node(cpus, gpus, resources, fits):
+    assert Need(cpus=cpus, gpus=gpus).fits(resources) == fits
+
+
+def node(cpus: float, *, head: bool = False) -> Node:
+    marks = {"node:__internal_head__": 1.0} if head else {}
+    return Node(id=f"{cpus}{head}", address="10.0.0.1", resources={"CPU": cpus} | marks)
+
+
+def test_slots_are_those_that_the_cluster_can_scale_to():
+    growth = Growth(workers=4, worker={"CPU": 4.0, "GPU": 0.0})
+    need = Need(cpus=1, gpus=0)
+    assert capacity([node(0, head=True)], growth, need) == 16
+    assert capacity([node(2, head=True), node(4)], growth, need) == 18
+    assert capacity([node(0, head=True), node(4), node(4)], None, need) == 8
+    # Nodes are asked one by one: two halves of a trial's CPUs on two nodes are no place for it.
+    assert capacity([node(1), node(1)], None, Need(cpus=2, gpus=0)) == 0
+
+
+def test_a_clusters_gpus_are_shared_like_its_cpus():
+    assert share_of_gpus(Growth(workers=1, worker={"CPU": 4.0, "GPU": 1.0}), cpus=1) == 0.25
+    assert share_of_gpus(Growth(workers=1, worker={"CPU": 8.0, "GPU": 4.0}), cpus=4) == 1
+    assert share_of_gpus(Growth(workers=1, worker={"CPU": 4.0, "GPU": 0.0}), cpus=1) == 0
+
+
+def test_the_environment_fills_in_for_flags(monkeypatch):
+    for name, value in {
+        "RAM_STORAGE": "s3://bucket/ram", "RAY_ADDRESS": "auto", "RAM_MAX_WORKERS": "4", "RAM_WORKER_CPUS": "4",
+        "RAM_WORKER_GPUS": "1", "RAM_PRICE_PER_HOUR": "0.5",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    flags = run._settled(Flags())
+    assert (flags.storage, flags.address) == ("s3://bucket/ram", "auto")
+    assert (flags.gpus_per_trial, flags.price_per_hour) == (0.25, 0.5)
+    assert Growth.declared() == Growth(workers=4, worker={"CPU": 4.0, "GPU": 1.0})
+    # On this machine alone, whatever the environment says:
+    local = run._settled(Flags(address="local", storage="runs"))
+    assert (local.address, local.storage, local.gpus_per_trial) == (None, "runs", None)
+
+
+def test_a_machine_that_says_nothing_is_used_as_ever():
+    flags = run._settled(Flags())
+    assert (flags.address, flags.storage, flags.gpus_per_trial, flags.price_per_hour) == (None, "runs", None, None)
+
+
+def test_machine_hours_follow_the_machines(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    meter = Meter(machines=1)
+    clock[0] = 3600
+    meter.set(3)
+    clock[0] = 5400
+    assert meter.hours() == pytest.approx(1 + 3 * 0.5)
+
+
+# Refusals without a cluster.
+
+
+def refused(capsys, **flags: Any) -> str:
+    """The one line with which a command is refused."""
+    assert main(Flags(**{"data": "digits", **flags})) == run.USAGE
+    captured = capsys.readouterr()
+    (line,) = captured.err.strip().splitlines()
+    assert captured.out == "" and line.startswith("error: ")
+    return line
+
+
+def test_no_cluster_at_the_address_is_said_within_seconds(here, capsys):
+    started = time.monotonic()
+    line = refused(capsys, address="127.0.0.1:9")
+    assert "--address must be that of a running Ray cluster; 127.0.0.1:9 did not answer" in line
+    assert "--address must be a Ray cluster's job server; http://127.0.0.1:9 did not answer" in refused(
+        capsys, address="http://127.0.0.1:9"
+    )
+    assert time.monotonic() - started < 60
+    assert not list(here.iterdir())
+
+
+def test_something_else_at_the_address_is_no_job_server(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connections = []
+            for _ in range(2):  # the look whether somebody is there, and the client
+                connection, _ = server.accept()
+                connections.append(connection)
+            connections[-1].recv(1000)
+            connections[-1].sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            for connection in connections:
+                connection.close()
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        line = refused(capsys, address=f"http://127.0.0.1:{server.getsockname()[1]}")
+        thread.join()
+    assert "--address must be a Ray cluster's job server" in line and "is not one" in line
+
+
+def test_a_ray_client_address_is_answered_with_the_right_one(capsys):
+    line = refused(capsys, address="ray://head:10001")
+    assert "got ray://head:10001" in line and "pass --address http://127.0.0.1:8265" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("RAM_PRICE_PER_HOUR", "cheap", "RAM_PRICE_PER_HOUR must be a number of at least 0; it is 'cheap'"),
+        ("RAM_MAX_WORKERS", "-1", "RAM_MAX_WORKERS must be a number of at least 0; it is '-1'"),
+        ("RAM_MAX_WORKERS", "2", "RAM_MAX_WORKERS needs the size of a worker; RAM_WORKER_CPUS is not set"),
+    ],
+)
+def test_an_environment_that_makes_no_sense_is_refused(monkeypatch, capsys, name, value, said):
+    monkeypatch.setenv(name, value)
+    assert said in refused(capsys, address="127.0.0.1:9")
+
+
+def test_a_job_does_not_leave_its_results_in_its_own_folder(monkeypatch):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"working_dir": "gcs://code.zip"}}')
+    with pytest.raises(ClusterError, match="--storage must be an absolute path or a URI; got runs: set RAM_STORAGE"):
+        cluster.check_lasting("runs", "http://127.0.0.1:5000")
+    with pytest.raises(ClusterError, match=r"got sqlite:///mlflow\.db: set MLFLOW_TRACKING_URI"):
+        cluster.check_lasting("s3://bucket", "sqlite:///mlflow.db")
+    cluster.check_lasting("/mnt/shared", "sqlite:////mnt/shared/mlflow.db")
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    cluster.check_lasting("runs", "sqlite:///mlflow.db")
+
+
+def test_the_code_that_nodes_get_is_the_code_and_nothing_else():
+    with cluster.code_folder() as folder:
+        files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        assert {"study/run.py", "study/cluster.py", "ramcore/model.py"} <= files
+        assert all(name.endswith(".py") and name.split("/")[0] in ("study", "ramcore") for name in files)
+    assert not folder.exists()
+
+
+def test_a_local_ray_that_starts_too_slowly_is_lost_not_a_traceback(monkeypatch):
+    def slow(**_: Any) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(pool.ray, "init", slow)
+    with pytest.raises(pool.PoolLost, match="timed out during startup"), ray_running(None):
+        pass
+
+
+# A real cluster.
+
+
+@pytest.fixture(scope="module")
+def two_nodes():
+    """A head that runs no trials, and a worker."""
+    with cluster_of(0, {"num_cpus": 1}) as found:
+        yield found
+
+
+def test_a_folder_of_one_node_is_refused_before_anything_is_made(two_nodes, here, capsys):
+    # Each process has its own working directory, so this path is a folder that others do not see.
+    line = refused(capsys, address=two_nodes.address, storage="/proc/self/cwd/runs")
+    assert line.startswith("error: on several nodes --storage must be the same folder on all of them; 127.0.0.1")
+    assert "does not see /proc/self/cwd/runs: pass --storage s3://bucket/folder or a folder that all" in line
+    assert list(here.iterdir()) == []
+
+
+def test_a_dry_run_says_what_is_there_and_what_it_may_cost(two_nodes, here, capsys, monkeypatch):
+    monkeypatch.setenv("RAM_MAX_WORKERS", "3")
+    monkeypatch.setenv("RAM_WORKER_CPUS", "4")
+    flags = Flags(data="digits", address=two_nodes.address, dry_run=True, price_per_hour=0.5, epochs=2)
+    assert main(flags) == run.DONE
+    out = capsys.readouterr().out
+    assert "2 nodes, 1 CPUs, 0 GPUs" in out and "may grow to 3 workers of 4 CPUs, 0 GPUs" in out
+    assert "slots      12, one trial each" in out
+    assert "trial-hours" in out and "timed now, on 127.0.0.1" in out and "for 3 workers at 0.5 an hour" in out
+    assert list(here.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def joined(two_nodes):
+    """The same cluster, with this process as a driver: the tests above join it themselves."""
+    with ray_running(two_nodes.address):
+        yield two_nodes
+
+
+def test_a_folder_that_all_nodes_see_is_accepted_and_left_clean(joined, here):
+    assert Check(str(here / "shared" / "folder"))(cluster.nodes()) is None
+    assert list(here.iterdir()) == []
+    assert Check(str(here))(cluster.nodes()) is None
+    assert here.is_dir()  # empty, but not ours to delete
+
+
+def test_a_storage_that_a_worker_cannot_reach_is_refused(joined):
+    said = Check("nosuch://bucket/folder")(cluster.nodes())
+    assert said is not None and "every node must reach --storage; 127.0.0.1" in said and "\n" not in said
+
+
+def shadowed(folder: Path, *, version: str | None = None, fails: bool = False) -> dict[str, str]:
+    """An environment in which torch has another version, or is not there."""
+    folder.mkdir()
+    if version is not None:
+        (folder / f"torch-{version}.dist-info").mkdir()
+        (folder / f"torch-{version}.dist-info" / "METADATA").write_text(f"Name: torch\nVersion: {version}\n")
+    if fails:
+        (folder / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')\n")
+    return {"PYTHONPATH": str(folder)}
+
+
+@pytest.mark.parametrize(
+    ("shadow", "said"),
+    [
+        ({"version": "1.0"}, "every node must have the driver's versions; 127.0.0.1 has torch 1.0, the driver "),
+        (
+            {"fails": True},
+            "every node must have the project's packages; 127.0.0.1 lacks some (No module named 'torch')",
+        ),
+    ],
+)
+def test_a_node_that_cannot_do_the_work_is_named(joined, here, shadow, said):
+    check = Check(str(here))
+    assert check(cluster.nodes()) is None
+    other = add_node(joined, num_cpus=1, env_vars=shadowed(here / "shadow", **shadow))
+    try:
+        found = check(cluster.nodes())  # only the one that joined is asked
+    finally:
+        joined.remove_node(other)
+    assert found is not None and said in found and "\n" not in found and "constraints.txt" in found
+
+
+def test_workers_that_are_still_joining_are_waited_for(joined):
+    lines: list[str] = []
+    came: list[Any] = []
+    need = Need(cpus=2, gpus=0)
+    coming = threading.Timer(2.0, lambda: came.append(add_node(joined, num_cpus=2)))
+    coming.start()
+    present = wait_for_workers(need, None, others=False, say=lines.append)
+    coming.join()
+    joined.remove_node(came[0])
+    assert any(need.fits(n.resources) for n in present)
+    assert lines and lines[0].startswith("waiting for a worker with 2 CPUs and 0 GPUs: 2 nodes so far")
+
+
+def test_waiting_ends(joined, monkeypatch):
+    monkeypatch.setattr(cluster, "JOIN_MINUTES_FIXED", 0.02)
+    with pytest.raises(ClusterError, match=r"a trial needs a node with 64 CPUs and 0 GPUs; within 0\.02 min none"):
+        wait_for_workers(Need(cpus=64, gpus=0), None, others=False, say=print)
+    small = Growth(workers=2, worker={"CPU": 4.0, "GPU": 0.0})
+    with pytest.raises(ClusterError, match="a trial must fit on a node; it takes 64 CPUs and 0 GPUs"):
+        wait_for_workers(Need(cpus=64, gpus=0), small, others=False, say=print)
+
+
+def until_two_nodes_work() -> Any:
+    """A trial of one epoch that waits until trials run on two nodes; made here, as workers import no tests.
+
+    Trials shorter than a worker's start would tell nothing: whichever worker is there already would take them all.
+    """
+
+    def work(config: dict[str, Any], data: Any, cpus: float, gpus: float) -> None:
+        import json
+        import time
+        from pathlib import Path
+
+        import ray
+        from ray import tune
+
+        place = ray.get_runtime_context().get_node_id()
+        at_work = Path(config["storage"]) / "at work"
+        at_work.mkdir(exist_ok=True)
+        (at_work / place).touch()
+        end = time.monotonic() + 100
+        while len(list(at_work.iterdir())) < 2 and time.monotonic() < end:
+            time.sleep(0.2)
+        metrics = {"epoch": 1, "seconds": 1.0, "seeds": [0, 1], "diverged": [False, False], "val_accuracy": [0.5, 0.5]}
+        metrics |= {"node": place, "images": data["images"]}
+        tune.report({"result": json.dumps({"epoch": 1, "metrics": metrics})})
+
+    return work
+
+
+def test_a_worker_that_joins_in_the_middle_gets_trials(joined, here, monkeypatch):
+    monkeypatch.setattr(cluster, "_LOOK_SECONDS", 0.5)
+    space = search_space(Config(data="digits", epochs=1))
+    settings = StudySettings(
+        study="s", task="translated", data="digits", digest="0" * 64, design="search", epochs=1, seeds_per_trial=2,
+        seed=0, space=space.describe(),
+    )  # fmt: skip
+    came: list[Any] = []
+    with Record.open(here / "s", settings, total=4) as record:
+        engine = Engine(
+            record, space=space, halving=default_halving(1), folder=open_folder(str(here), "s"), storage=str(here),
+            watcher=Progress(study="s", epochs=1),
+        )  # fmt: skip
+        wanted = Pool(cpus_per_trial=1, gpus_per_trial=0, max_concurrent=None, on_cluster=True)
+        assert wanted.slots == 1
+
+        def look() -> int:
+            if not came and record.trials:
+                came.append(add_node(joined, num_cpus=2))
+            return wanted.slots
+
+        data: Any = {"images": "those of the driver"}
+        run_trials(engine, data, wanted, work=until_two_nodes_work(), look=look)
+        done = [t.epochs[0].metrics for t in record.trials.values() if t.epochs]
+        joined.remove_node(came[0])
+    assert engine.error is None and len(done) == 4
+    assert len({metrics["node"] for metrics in done}) == 2
+    assert {metrics["images"] for metrics in done} == {"those of the driver"}

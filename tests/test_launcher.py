@@ -1,0 +1,247 @@
+"""cluster.yaml, cluster-local.yaml and aws-stack.yaml as far as one machine without a cloud can tell. What several
+machines tell is in test_launcher_e2e.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import boto3
+import pytest
+import yaml
+from moto.server import ThreadedMotoServer
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+ROOT = Path(__file__).parent.parent
+RAY = Path(sys.executable).with_name("ray")
+YAML = ["cluster.yaml", "cluster-local.yaml"]
+MARK = "@EDIT "
+
+
+def edited(name: str, **values: str) -> str:
+    """A file as after editing: the marks deleted, and behind them the values given by key, else the examples."""
+    text = (ROOT / name).read_text()
+    for key, value in values.items():
+        text, count = re.subn(rf"(?m)^( *{key}: (?:&\w+ )?){MARK}\S+", rf"\g<1>{value}", text)
+        assert count == 1, key
+    return text.replace(MARK, "")
+
+
+def config(name: str) -> dict:
+    return prepare_config(yaml.safe_load(edited(name)))
+
+
+def marks(name: str) -> list[int]:
+    return [m.start() for m in re.finditer(MARK, (ROOT / name).read_text())]
+
+
+@pytest.mark.parametrize("name", YAML)
+def test_an_edited_file_passes_rays_own_checks(name):
+    validate_config(config(name))
+
+
+@pytest.mark.parametrize("name", [*YAML, "kuberay.yaml"])
+def test_every_mark_left_over_is_an_error_at_its_own_line(name):
+    text = (ROOT / name).read_text()
+    assert marks(name)
+    for mark in marks(name):
+        left = text[:mark].replace(MARK, "") + MARK + text[mark + len(MARK) :].replace(MARK, "")
+        with pytest.raises(yaml.scanner.ScannerError, match=MARK):
+            yaml.safe_load(left)
+
+
+@pytest.mark.parametrize("name", YAML)
+def test_ray_up_stops_at_a_mark_that_is_left(name, tmp_path):
+    last = marks(name)[-1]
+    text = (ROOT / name).read_text()
+    (tmp_path / name).write_text(text[:last].replace(MARK, "") + text[last:])
+    run = ray("up", "--yes", str(tmp_path / name), home=tmp_path)
+    assert run.returncode == 1
+    line = text[:last].count("\n") + 1
+    assert f"line {line}, column" in run.stdout + run.stderr
+    assert MARK in run.stdout + run.stderr
+    assert not (tmp_path / "ssh.log").exists()
+
+
+@pytest.mark.parametrize("name", YAML)
+def test_what_is_to_be_edited_is_at_the_top(name):
+    text = (ROOT / name).read_text()
+    assert all(mark < text.index("\ncluster_name:") for mark in marks(name))
+
+
+def test_the_head_runs_no_trials_and_the_workers_are_spot_machines_that_go_away():
+    read = config("cluster.yaml")
+    head, worker = (read["available_node_types"][kind] for kind in ("head", "worker"))
+    assert read["head_node_type"] == "head" and head["resources"] == {"CPU": 0} and head["max_workers"] == 0
+    assert "InstanceMarketOptions" not in head["node_config"]
+    assert worker["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    environment = read["metadata"]["environment"]
+    assert worker["min_workers"] == 0
+    assert worker["max_workers"] == read["max_workers"] == environment["RAM_MAX_WORKERS"]
+    assert worker["resources"] == {"CPU": environment["RAM_WORKER_CPUS"], "GPU": environment["RAM_WORKER_GPUS"]}
+    assert 0 < read["idle_timeout_minutes"] <= 15
+    assert read["provider"]["cache_stopped_nodes"] is False
+
+
+def test_every_machine_on_aws_has_its_role_its_image_and_the_closed_firewall():
+    for kind, node in config("cluster.yaml")["available_node_types"].items():
+        assert node["node_config"]["IamInstanceProfile"] == {"Name": f"ram-study-{kind}"}
+        assert node["node_config"]["ImageId"].startswith("ami-")
+        assert node["node_config"]["SecurityGroupIds"][0].startswith("sg-")  # else Ray makes one, open to everybody
+        assert node["node_config"]["MetadataOptions"] == {"HttpTokens": "required"}
+
+
+@pytest.mark.parametrize("name", YAML)
+def test_servers_are_bound_to_loopback_and_tokens_are_distributed(name):
+    read = config(name)
+    start = " ".join(read["head_start_ray_commands"])
+    assert "--dashboard-host=127.0.0.1" in start and "cluster.sh mlflow" in start
+    assert read["cluster_synced_files"] == ["~/.ray/auth_token"]
+    assert "0.0.0.0" not in (ROOT / name).read_text() + (ROOT / "cluster.sh").read_text()
+    script = (ROOT / "cluster.sh").read_text()
+    assert "RAY_AUTH_MODE=token" in script and "--host 127.0.0.1" in script and "--allowed-hosts" in script
+
+
+@pytest.mark.parametrize("name", YAML)
+def test_every_node_gets_the_whole_project(name):
+    mounts = config(name)["file_mounts"]
+    assert mounts["~/cluster.yaml"] == name
+    sent = {path for path in mounts.values() if path != name}
+    packages = re.search(r"^packages = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert packages is not None
+    assert sent >= {"cluster.sh", "pyproject.toml", "constraints.txt", "README.md", *json.loads(packages[1])}
+    for path in sent:
+        assert (ROOT / path).exists() and mounts[f"~/ram-study/{path}"] == path
+
+
+def test_the_two_files_prepare_their_nodes_alike():
+    aws, local = config("cluster.yaml"), config("cluster-local.yaml")
+    for key in ("setup_commands", "head_setup_commands", "cluster_synced_files", "rsync_exclude"):
+        assert aws[key] == local[key], key
+
+
+# The same against a mock of AWS.
+
+
+@pytest.fixture(scope="module")
+def aws():
+    """AWS's API on loopback; yields a maker of clients."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [n for n in os.environ if n.startswith("AWS_")]:
+            patch.delenv(name)
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
+        yield boto3.client
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def stack(aws) -> dict[str, str]:
+    """The outputs of aws-stack.yaml, made as CLUSTER.md says."""
+    template = (ROOT / "aws-stack.yaml").read_text()
+    # The mock knows other images of AWS's only.
+    default = "/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubuntu-24.04/latest/ami-id"
+    assert default in template
+    template = template.replace(default, "/aws/service/ami-amazon-linux-latest/al2023-ami-kernel-default-x86_64")
+    client = aws("cloudformation")
+    client.create_stack(
+        StackName="ram-study",
+        TemplateBody=template,
+        Parameters=[{"ParameterKey": "SshFrom", "ParameterValue": "203.0.113.7/32"}],
+        Capabilities=["CAPABILITY_NAMED_IAM"],
+    )
+    made = client.describe_stacks(StackName="ram-study")["Stacks"][0]
+    assert made["StackStatus"] == "CREATE_COMPLETE"
+    return {output["OutputKey"]: output["OutputValue"] for output in made["Outputs"]}
+
+
+def test_the_stack_is_a_valid_template():
+    run = subprocess.run(
+        [Path(sys.executable).with_name("cfn-lint"), "--regions", "eu-central-1", "--", ROOT / "aws-stack.yaml"],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout
+    events = yaml.parse((ROOT / "aws-stack.yaml").read_text())
+    assert not any(isinstance(event, yaml.AliasEvent) for event in events)  # CloudFormation knows none
+
+
+def test_the_stacks_firewall_lets_in_ssh_from_one_network_and_nothing_else(aws, stack):
+    group = aws("ec2").describe_security_groups(GroupIds=[stack["SecurityGroup"]])["SecurityGroups"][0]
+    open_to_networks = [rule for rule in group["IpPermissions"] if rule["IpRanges"] or rule["Ipv6Ranges"]]
+    assert [(r["FromPort"], r["ToPort"], r["IpRanges"][0]["CidrIp"]) for r in open_to_networks] == [
+        (22, 22, "203.0.113.7/32")
+    ]
+    others = [rule for rule in group["IpPermissions"] if rule not in open_to_networks]
+    assert [pair["GroupId"] for rule in others for pair in rule["UserIdGroupPairs"]] == [stack["SecurityGroup"]]
+
+
+def test_workers_may_use_the_bucket_and_nothing_else(aws, stack):
+    iam = aws("iam")
+    bucket = stack["Storage"].removeprefix("s3://").partition("/")[0]
+    role = iam.get_instance_profile(InstanceProfileName="ram-study-worker")["InstanceProfile"]["Roles"][0]
+    assert iam.list_role_policies(RoleName=role["RoleName"])["PolicyNames"] == []
+    policies = iam.list_attached_role_policies(RoleName=role["RoleName"])["AttachedPolicies"]
+    assert [policy["PolicyName"] for policy in policies] == ["ram-study-storage"]
+    version = iam.get_policy_version(PolicyArn=policies[0]["PolicyArn"], VersionId="v1")["PolicyVersion"]
+    statements = version["Document"]["Statement"]
+    assert {s["Resource"] for s in statements} == {f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"}
+    assert all(action.startswith("s3:") for s in statements for action in s["Action"])
+
+
+def ray(*command: str, home: Path) -> subprocess.CompletedProcess[str]:
+    """Ray's command line as from a laptop whose ssh and rsync reach nobody: they note what they are told to do."""
+    programs = home / "bin"
+    programs.mkdir(exist_ok=True)
+    for name in ("ssh", "rsync"):
+        (programs / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {home}/ssh.log\n')
+        (programs / name).chmod(0o755)
+    environment = {**os.environ, "HOME": str(home), "TMPDIR": str(home), "PATH": f"{programs}:{os.environ['PATH']}"}
+    return subprocess.run([RAY, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_ray_up_launches_the_head_and_ray_down_leaves_nothing(aws, stack, tmp_path):
+    path = tmp_path / "cluster.yaml"
+    path.write_text(
+        edited(
+            "cluster.yaml",
+            region=stack["Region"],
+            image=stack["Image"],
+            RAM_STORAGE=stack["Storage"],
+        ).replace("sg-0123456789abcdef0", stack["SecurityGroup"])
+    )
+    up = ray("up", "--yes", str(path), home=tmp_path)
+    assert up.returncode == 0, up.stdout + up.stderr
+
+    ec2 = aws("ec2")
+    machines = [m for r in ec2.describe_instances()["Reservations"] for m in r["Instances"]]
+    assert len(machines) == 1
+    head = machines[0]
+    assert head["InstanceType"] == "m6i.large"
+    assert head["ImageId"] == stack["Image"]
+    assert head["IamInstanceProfile"]["Arn"].endswith("/ram-study-head")
+    assert head["KeyName"] == "ram-study" and (tmp_path / ".ssh" / "ram-study.pem").stat().st_mode & 0o77 == 0
+    assert [group["GroupId"] for group in head["SecurityGroups"]] == [stack["SecurityGroup"]]
+    assert head.get("InstanceLifecycle") is None  # not a spot machine
+    assert {"Key": "ray-cluster-name", "Value": "ram-study"} in head["Tags"]  # what the stack's policies go by
+    assert [g["GroupName"] for g in ec2.describe_security_groups()["SecurityGroups"] if "ray" in g["GroupName"]] == []
+
+    told = (tmp_path / "ssh.log").read_text()
+    steps = ["cluster.sh node", "cluster.sh head", "ray stop", "ray start --head", "cluster.sh mlflow"]
+    assert sorted(steps, key=told.index) == steps
+    assert re.search(r"RAY_OVERRIDE_RESOURCES=\W*CPU\W+0\W", told)
+
+    down = ray("down", "--yes", str(path), home=tmp_path)
+    assert down.returncode == 0, down.stdout + down.stderr
+    states = {m["State"]["Name"] for r in ec2.describe_instances()["Reservations"] for m in r["Instances"]}
+    assert states <= {"terminated", "shutting-down"}

@@ -1,0 +1,284 @@
+"""The whole story of CLUSTER.md on own machines: `python -m pytest -m root -s tests/test_launcher_e2e.py`.
+
+Its machines are namespaces of this one (tests/hosts.py): a laptop, a head, three workers and an S3 server. From the
+laptop: launch, submit, lose a worker, gain one, look, fetch, tear down. The first run installs the project once more,
+for the machines, which takes minutes.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hosts import BRIDGE, HOME, Host, Lab, bake, missing
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(3600)]
+
+ROOT = Path(__file__).parent.parent
+PROJECT = ("cluster.sh", "pyproject.toml", "constraints.txt", "README.md", "ramcore", "study", "analysis")
+S3 = {"AWS_ENDPOINT_URL": f"http://{BRIDGE}:9000", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+YAML = "cluster-local.yaml"
+TRIALS, EPOCHS = 20, 6
+STUDY = f"--data digits --task original --trials {TRIALS} --epochs {EPOCHS} --seeds-per-trial 1"
+NAME = "original-digits-search"
+DASHBOARD, MLFLOW = 8265, 5001
+RAY = {"gcs_server", "raylet", "python", "ray::DashboardA", "ray::RuntimeEnv"}  # behind Ray's token
+PATIENCE = 900.0  # seconds; on a machine with nothing else to do every step takes under 120
+
+_started = time.monotonic()
+
+
+def note(text: str) -> None:
+    """A line of the timeline."""
+    print(f"{time.monotonic() - _started:6.1f} s  {text}", flush=True)
+
+
+def until(what: str, happens: Callable[[], object], patience: float = PATIENCE) -> None:
+    deadline = time.monotonic() + patience
+    while not happens():
+        assert time.monotonic() < deadline, f"in vain waited {patience:g} s until {what}"
+        time.sleep(0.5)
+    note(what)
+
+
+@pytest.fixture(scope="module")
+def image(pytestconfig: pytest.Config) -> Path:
+    """What every machine's home holds at first: the installed project, kept for the next run."""
+    folder = pytestconfig.cache.mkdir("machine") if pytestconfig.cache else ROOT / ".machine"
+    (folder / "cluster.yaml").write_text("metadata: {environment: {}}\n")  # the real one comes with `ray up`
+    files: dict[str, Path | str] = {}
+    for name in PROJECT:
+        path = ROOT / name
+        files[f"ram-study/{name}"] = f"{path}/" if path.is_dir() else path
+    note("installing the project on the machines' disk")
+    bake(folder, files, f"bash {HOME}/ram-study/cluster.sh node")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lab(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    if lacking := missing():
+        pytest.skip(f"needs {', '.join(lacking)}: install openssh-server, openssh-client, rsync, iproute2, util-linux")
+    with Lab(tmp_path_factory.mktemp("lab"), image, ("laptop", "head", "one", "two", "three")) as machines:
+        moto = machines.on_bridge([str(Path(sys.executable).with_name("moto_server")), "-H", BRIDGE, "-p", "9000"])
+        for name in ("laptop", "head", "one", "two"):
+            machines.boot(name)
+        note("switched on: laptop, head, workers one and two, S3 server")
+        yield machines
+        moto.kill()
+        moto.wait()
+
+
+@pytest.fixture(scope="module")
+def laptop(lab: Lab) -> Host:
+    """With a checkout of the project, edited as CLUSTER.md says."""
+    host = lab.hosts["laptop"]
+    listed = subprocess.run(
+        ["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        capture_output=True, check=True,
+    ).stdout  # fmt: skip
+    pack = subprocess.run(
+        ["tar", "-C", ROOT, "--null", "-T", "-", "-c"], input=listed, capture_output=True, check=True
+    ).stdout
+    subprocess.run([*host.console, "tar -x -C ~/ram-study"], input=pack, check=True)
+    host.run("mkdir -p -m 700 ~/.ssh && install -m 600 /run/key ~/.ssh/id_ed25519")
+    text = (ROOT / YAML).read_text()
+    for mark, value in {
+        "@EDIT 192.168.1.10 ": f"{lab.addresses['head']} ",
+        "@EDIT [192.168.1.11, 192.168.1.12]": str([lab.addresses[name] for name in ("one", "two", "three")]),
+        "@EDIT your-user": "root",
+        "@EDIT ~/.ssh/id_ed25519": "~/.ssh/id_ed25519",
+        "RAM_STORAGE: @EDIT /shared/ram-study ": "RAM_STORAGE: s3://bucket/ram-study ",
+        "RAM_MAX_WORKERS: @EDIT 2": "RAM_MAX_WORKERS: 3",
+        "RAM_WORKER_CPUS: @EDIT 8": "RAM_WORKER_CPUS: 1",
+        "RAM_WORKER_GPUS: @EDIT 1": "RAM_WORKER_GPUS: 0",
+        "# AWS_ENDPOINT_URL: http://192.168.1.20:9000": f"AWS_ENDPOINT_URL: {S3['AWS_ENDPOINT_URL']}",
+        "# AWS_ACCESS_KEY_ID: ...": f"AWS_ACCESS_KEY_ID: {S3['AWS_ACCESS_KEY_ID']}",
+        "# AWS_SECRET_ACCESS_KEY: ...": f"AWS_SECRET_ACCESS_KEY: {S3['AWS_SECRET_ACCESS_KEY']}",
+    }.items():
+        assert text.count(mark) == 1, mark
+        text = text.replace(mark, value)
+    subprocess.run([*host.console, f"cat > ~/ram-study/{YAML}"], input=text.encode(), check=True)
+    return host
+
+
+def in_checkout(laptop: Host, command: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """A command given on the laptop, in the checkout, with .venv activated."""
+    run = laptop.run(f"cd ~/ram-study && . .venv/bin/activate && {command}", check=False, timeout=PATIENCE)
+    assert not check or run.returncode == 0, f"{command}\n{run.stdout}\n{run.stderr}"
+    return run
+
+
+def on_head(laptop: Host, command: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """A command given on the head by way of `ray exec`."""
+    return in_checkout(laptop, f"ray exec {YAML} '{command}'", check=check)
+
+
+def trains(host: Host) -> bool:
+    return any("ray::ImplicitFunc.train" in line for line in host.processes())
+
+
+def answers(host: Host, port: int, of: str = "127.0.0.1") -> bool:
+    """Whether a connection from a machine to a port succeeds."""
+    return not host.run(f"timeout 5 bash -c '</dev/tcp/{of}/{port}'", check=False).returncode
+
+
+def status(host: Host, url: str, header: str = "Accept: */*") -> int:
+    """The HTTP status that a machine gets."""
+    return int(host.run(f"curl -s -o /dev/null -w %{{http_code}} -H '{header}' '{url}'").stdout)
+
+
+def refusal(laptop: Host, command: str) -> str:
+    """The one line with which a command on the head says why it starts nothing."""
+    run = on_head(laptop, f"cd ram-study && {command}; echo ended with $?")
+    assert "ended with 2" in run.stdout, run.stdout
+    lines = [line for line in run.stdout.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, run.stdout
+    note(f"refused: {lines[0]}")
+    return lines[0]
+
+
+def listeners(host: Host) -> set[tuple[str, str]]:
+    """(address, program) of what is listened on beyond loopback."""
+    found = set()
+    for line in host.run("ss -Hltnp").stdout.splitlines():
+        address, program = line.split()[3], re.findall(r'"([^"]+)"', line)[0]
+        if not re.match(r"(127\.|\[::1\]|\[::ffff:127\.)", address):
+            found.add((address, program))
+    return found
+
+
+def test_the_whole_story(lab: Lab, laptop: Host, tmp_path: Path) -> None:
+    head, one, two = (lab.hosts[name] for name in ("head", "one", "two"))
+    head.run(
+        f"{' '.join(f'{k}={v}' for k, v in S3.items())} ~/ram-study/.venv/bin/python -c "
+        '\'import boto3; boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="bucket")\''
+    )
+
+    # Launch.
+    in_checkout(laptop, f"ray up --yes {YAML}")
+    note("`ray up` is done")
+    until("both workers have joined", lambda: "2.0 CPU" in on_head(laptop, "ray status").stdout)
+
+    # Nothing is open that should not be.
+    for port in (DASHBOARD, MLFLOW):
+        assert answers(head, port) and not answers(laptop, port, of="head")
+    for host in (head, one, two):
+        assert {program for _, program in listeners(host)} <= {"sshd", *RAY}, listeners(host)
+    assert status(head, f"http://127.0.0.1:{DASHBOARD}/api/jobs/") == 401
+    assert status(head, f"http://127.0.0.1:{DASHBOARD}/nodes?view=summary") == 401
+    experiments = f"http://127.0.0.1:{MLFLOW}/api/2.0/mlflow/experiments/search?max_results=1"
+    assert status(head, experiments) == 200 and status(head, experiments, "Host: evil.example") == 403
+    note("without a token or with a forged host, nothing answers")
+    for host in (head, one, two):
+        assert host.run("stat -c %a ~/.ray/auth_token ~/.ram-study.env").stdout.split() == ["600", "600"]
+
+    # Submit through the forwarded port; without the token first.
+    with subprocess.Popen(
+        [*laptop.console, f"cd ~/ram-study && .venv/bin/ray attach {YAML} -p 8265 -p 5001 > ~/attach.log 2>&1"],
+        stdin=subprocess.PIPE,
+    ) as tunnel:
+        until("the ports are forwarded", lambda: answers(laptop, DASHBOARD) and answers(laptop, MLFLOW))
+        submit = f"python -m study.run --address http://127.0.0.1:{DASHBOARD} {STUDY}"
+        refused = in_checkout(laptop, submit, check=False)
+        assert refused.returncode == 2 and "token" in refused.stderr and len(refused.stderr.splitlines()) == 1
+        note(f"refused: {refused.stderr.strip()}")
+        in_checkout(laptop, f"mkdir -p -m 700 ~/.ray && ray rsync-down {YAML} '~/.ray/auth_token' ~/.ray/auth_token")
+        plan = in_checkout(laptop, f"{submit} --dry-run").stdout
+        assert "slots" in plan and "s3://bucket/ram-study" in plan, plan
+        note(f"the plan: {re.findall('.*slots.*', plan)[0].strip()}")
+        job = subprocess.Popen(
+            [*laptop.console, f"cd ~/ram-study && . .venv/bin/activate && {submit} > ~/job.log 2>&1"]
+        )
+
+        def runs(*hosts: Host) -> bool:
+            assert job.poll() is None, laptop.run("cat ~/job.log").stdout
+            return all(trains(host) for host in hosts)
+
+        until("trials run on workers one and two", lambda: runs(one, two))
+        three = lab.boot("three")
+        note("worker three is switched on")
+        until("a trial runs on worker three", lambda: runs(three))
+        until("a trial runs on worker one", lambda: runs(one))
+        one.power_off()
+        note("worker one is powered off")
+        job.wait(PATIENCE)
+        log = laptop.run("cat ~/job.log").stdout
+        assert job.returncode == 0, log
+        note(f"the study has ended: {re.findall('Study .*', log)}")
+        assert "its worker died" in log or "started again" in log, log
+
+        # Nothing is lost: every trial ended once, with every epoch.
+        record = tmp_path / "study.db"
+        with record.open("wb") as file:
+            fetch = (
+                'import boto3, sys; boto3.client("s3", region_name="us-east-1")'
+                f'.download_fileobj("bucket", "ram-study/{NAME}/study.db", sys.stdout.buffer)'
+            )
+            subprocess.run([*head.console, f". ~/.ram-study.env; python -c '{fetch}'"], stdout=file, check=True)
+        with sqlite3.connect(record) as database:
+            rows = database.execute(
+                "select t.state, count(distinct v.step), count(*) from trials t join trial_intermediate_values v "
+                "using (trial_id) group by t.trial_id"
+            ).fetchall()
+        assert len(rows) == TRIALS and {state for state, _, _ in rows} <= {"COMPLETE", "PRUNED"}
+        assert all(steps == values for _, steps, values in rows)
+        assert all(steps == EPOCHS for state, steps, _ in rows if state == "COMPLETE")
+        note(f"the record holds {len(rows)} ended trials")
+
+        # MLflow on the head shows it, to the laptop too; the report comes back.
+        shown = in_checkout(
+            laptop,
+            'python -c \'import mlflow; mlflow.set_tracking_uri("http://127.0.0.1:5001"); '
+            'print(*mlflow.search_runs(search_all_experiments=True, output_format="pandas").status)\'',
+        )
+        assert shown.stdout.split() == ["FINISHED"] * (TRIALS + 1)
+        note(f"MLflow shows {TRIALS} trials and their study")
+        in_checkout(laptop, "python -m analysis.sensitivity --tracking-uri http://127.0.0.1:5001")
+        assert laptop.run("ls ~/ram-study/reports/*/*.html").stdout
+        note("the report is on the laptop")
+        tunnel.communicate(b"exit\n", timeout=60)
+
+    # On the head itself, with no flags about the cluster; first what it refuses.
+    other = f"python -m study.run {STUDY} --study other --trials 2"
+    assert "must be" in refusal(laptop, f"{other} --storage runs")
+    assert "nowhere" in refusal(laptop, f"{other} --storage s3://nowhere/ram-study")
+    packages = f"cd {HOME}/ram-study/.venv/lib/python*/site-packages"
+    two.run(f"{packages} && sed -i.was 's/^Version: .*/Version: 1.0/' torch-*.dist-info/METADATA")
+    assert "torch 1.0" in refusal(laptop, other)
+    two.run(f"{packages} && (cd torch-*.dist-info && mv METADATA.was METADATA) && mv torch torch-away")
+    assert "lacks" in refusal(laptop, other)
+    two.run(f"{packages} && mv torch-away torch")
+    done = on_head(laptop, f"cd ram-study && {other}")
+    assert "2 trials finished" in done.stdout
+    note("a second study was run from the head")
+
+    # The head is lost: another one in its place, and the same command.
+    head.power_off()
+    note("the head is powered off")
+    in_checkout(laptop, f"ray down --yes {YAML}")
+    head = lab.boot("head")
+    in_checkout(laptop, f"ray up --yes {YAML}")
+    note("another head is up")
+    again = on_head(laptop, f"cd ram-study && python -m study.run {STUDY}")
+    assert "0 to be continued" in again.stdout, again.stdout
+    runs_again = "import mlflow; print(*mlflow.search_runs(search_all_experiments=True).status)"
+    assert on_head(laptop, f'python -c "{runs_again}"').stdout.split().count("FINISHED") == TRIALS + 1
+    note("the same command fills the new head's MLflow from the record")
+
+    # Tear down.
+    in_checkout(laptop, f"ray down --yes {YAML}")
+    note("`ray down` is done")
+
+    def left() -> list[str]:
+        basic = r"bash (-c|--login)|sshd|sleep|ps "
+        return [line for host in (head, two, three) for line in host.processes() if not re.match(basic, line)]
+
+    until("nothing of Ray and MLflow is left on any machine", lambda: not left(), 300)

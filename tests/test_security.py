@@ -1,0 +1,190 @@
+"""Who can get in: listeners, the tracking server's hosts, and files that carry code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from clusters import free_port
+
+from ramcore.config import Config
+from ramcore.evaluation import build_model
+from study import outcome
+from study.designs import Plan
+from study.record import Epoch, TrialRecord
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def descendants(pid: int) -> set[int]:
+    """A process and all that it started."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents[int(path.parent.name)] = int(fields[1])
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def listeners(pids: set[int]) -> set[tuple[str, int]]:
+    """(address, port) of each TCP socket that one of these processes listens on."""
+    inodes = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                target = os.readlink(link)
+            except OSError:
+                continue
+            if target.startswith("socket:["):
+                inodes.add(target[8:-1])
+    found = set()
+    for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] != "0A" or fields[9] not in inodes:
+                continue
+            number, port = fields[1].split(":")
+            words = [bytes.fromhex(number[i : i + 8])[::-1] for i in range(0, len(number), 8)]
+            found.add((socket.inet_ntop(family, b"".join(words)), int(port, 16)))
+    return found
+
+
+def is_loopback(address: str) -> bool:
+    return address.removeprefix("::ffff:").startswith("127.") or address == "::1"
+
+
+def test_who_listens_is_seen():
+    with socket.create_server(("127.0.0.1", 0)) as inside, socket.create_server(("0.0.0.0", 0)) as outside:
+        found = listeners({os.getpid()})
+        assert ("127.0.0.1", inside.getsockname()[1]) in found and ("0.0.0.0", outside.getsockname()[1]) in found
+    assert is_loopback("::ffff:127.0.0.1") and not is_loopback("0.0.0.0") and not is_loopback("::")
+
+
+def test_a_local_study_listens_on_loopback_only(tmp_path):
+    command = [sys.executable, "-m", "study.run", "--data", "digits", "--task", "original", "--epochs", "200"]
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "RAM_", "MLFLOW_"))}
+    env |= {"PYTHONPATH": str(ROOT)}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        end = time.monotonic() + 240
+        while not list(tmp_path.glob("runs/*/trials/*/epoch_*.pt")):
+            assert process.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
+            time.sleep(0.5)
+        found = listeners(descendants(process.pid))
+    finally:
+        process.terminate()
+        process.wait(100)
+    assert len(found) > 3  # Ray's own
+    assert [address for address, _ in found if not is_loopback(address)] == []
+
+
+# The tracking server.
+
+
+@pytest.fixture
+def server(tmp_path) -> Iterator[int]:
+    """The port of an MLflow server as a cluster's head runs it."""
+    port = free_port()
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+        "--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db",
+        "--artifacts-destination", str(tmp_path / "artifacts"),
+        "--allowed-hosts", f"127.0.0.1:{port},localhost:{port}",
+    ]  # fmt: skip
+    env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        end = time.monotonic() + 240
+        while answer(port, "/health", f"127.0.0.1:{port}") != 200:
+            assert process.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
+            time.sleep(1)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def answer(port: int, route: str, host: str, body: bytes | None = None, **headers: str) -> int:
+    headers |= {"Host": host, "Content-Type": "application/json"}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{route}", data=body, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=10) as got:
+            return got.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
+
+
+@pytest.mark.slow
+def test_the_tracking_server_refuses_a_forged_host(server):
+    search, create = "/api/2.0/mlflow/experiments/search", "/api/2.0/mlflow/experiments/create"
+    body = b'{"max_results": 1}'
+    assert answer(server, search, f"127.0.0.1:{server}", body) == 200
+    assert answer(server, search, "evil.example", body) == 403  # a page that rebinds its name to loopback
+    assert answer(server, create, "evil.example", b'{"name": "x"}') == 403
+    # A page of another origin that posts to loopback by its right name.
+    assert answer(server, create, f"127.0.0.1:{server}", b'{"name": "x"}', Origin="http://evil.example") == 403
+
+
+# Files that carry code.
+
+
+class Malicious:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_model_is_loaded_without_unpickling_anything(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    try:
+        config = Config(data="digits", task="original", num_glimpses=2, hidden_size=16, glimpse_size=8, epochs=1)
+        weights = build_model(config, torch.tensor([0])).state_dict()
+        epoch = Epoch(time=0, value=0.5, metrics={"val_accuracy": [0.5]})
+        trial = TrialRecord(
+            number=0, trial_id=0, plan=Plan(config=config, arm="sobol", seeds=(0,)), started=0, epochs=[epoch],
+            state="complete",
+        )  # fmt: skip
+        client = mlflow.MlflowClient()
+        run = client.create_run(client.create_experiment("e")).info.run_id
+        (tmp_path / "scratch").mkdir()
+        outcome._log_model(run, trial, weights, tmp_path / "scratch")
+        folder = Path(mlflow.artifacts.download_artifacts(f"runs:/{run}/model", dst_path=str(tmp_path / "model")))
+        files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        assert not [name for name in files if name.endswith((".pkl", ".pickle", ".joblib"))]
+        mlflow.pyfunc.load_model(str(folder))
+        # The same model, its weights replaced by whoever can write to the artifacts.
+        (path,) = folder.rglob("weights.pt")
+        torch.save({"weights": Malicious(tmp_path / "ran")}, path)
+        with pytest.raises(pickle.UnpicklingError):
+            mlflow.pyfunc.load_model(str(folder))
+        assert not (tmp_path / "ran").exists()
+        torch.load(path, weights_only=False)  # it is a working exploit where pickles are trusted
+        assert (tmp_path / "ran").exists()
+    finally:
+        mlflow.set_tracking_uri(None)
