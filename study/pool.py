@@ -46,7 +46,6 @@ from study.cluster import (  # noqa: E402
 from study.searcher import MAX_WORKER_DEATHS, Engine, TuneScheduler, TuneSearcher, TuneStopper  # noqa: E402
 from study.trainable import SharedData, tune_trial  # noqa: E402
 
-logger = logging.getLogger(__name__)
 _PENDING = "1000"  # trials that may wait for a place; Tune's default would grow a cluster by one node at a time
 _OBJECT_STORE = 512 * 2**20  # bytes on a single machine: the images of any task, with room
 

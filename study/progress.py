@@ -167,7 +167,7 @@ class Progress:
         states = [t.state for t in trials]
         ended = len(states) - states.count("running")
         now = time.monotonic()
-        recent = [t for t in self._recent if now - t < 60]
+        recent = [t for t in list(self._recent) if now - t < 60]  # list: the driver adds to it meanwhile
         rate = f"{len(recent) / max(now - recent[0], 1):.2f} epochs/s" if len(recent) > 1 else "-"
         head = Table.grid(padding=(0, 2))
         head.add_row(Text(self.study, style="bold"), ProgressBar(total=len(self.arms), completed=ended, width=30))
@@ -190,4 +190,6 @@ class Progress:
             )  # fmt: skip
         if len(running) > _SHOWN_RUNNING:
             rows.add_row("", f"and {len(running) - _SHOWN_RUNNING} more")
-        return Group(head, rows, *[Text(note, style="dim", overflow="ellipsis", no_wrap=True) for note in self._notes])
+        return Group(
+            head, rows, *[Text(note, style="dim", overflow="ellipsis", no_wrap=True) for note in list(self._notes)]
+        )

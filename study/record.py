@@ -437,7 +437,8 @@ def _from_storage(frozen: FrozenTrial) -> TrialRecord:
 
 
 def _apply_end(trial: TrialRecord, end: dict[str, Any]) -> None:
-    trial.state, trial.reason, trial.ended, trial.test = end["state"], end["reason"], end["time"], end["test"]
+    trial.reason, trial.ended, trial.test = end["reason"], end["time"], end["test"]
+    trial.state = end["state"]  # last: the tracker's thread takes it for the sign that the rest is there
 
 
 def _epoch_key(epoch: int) -> str:
@@ -474,6 +475,8 @@ def _open_storage(path: Path, name: str | None) -> tuple[optuna.Study | None, RD
         study = optuna.create_study(study_name=name, storage=rdb, direction="maximize", load_if_exists=True)
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
         cause = error.__cause__ or error
+        if isinstance(cause, sqlalchemy.exc.OperationalError) or isinstance(error, sqlalchemy.exc.OperationalError):
+            raise RecordLost(f"the record cannot be opened: {_first_line(cause)}") from error  # full, I/O, locked
         raise RecordError(
             f"a study's record must be an Optuna SQLite file; {path} cannot be used ({_first_line(cause)}): "
             "pass another --study, or move the file away"

@@ -39,12 +39,9 @@ from study.record import Record, RecordError, RecordLost
 if TYPE_CHECKING:
     from study.tracking import Tracker
 
-logger = logging.getLogger(__name__)
-
 DONE, BROKEN, USAGE, SOME_FAILED, STOPPED = 0, 1, 2, 3, 75
 _FAILURES_SHOWN = 10
 _BREAKDOWNS = 3  # of Ray, without an epoch between, after which a run gives up
-DEFAULT_TRACKING = "sqlite:///mlflow.db"
 _REFUSALS = (UsageError, ConfigError, DataError, RecordError, ClusterError)
 SUBMITTED = "RAM_STUDY_SUBMITTED"  # what `study.submit` tells the job of where it comes from, as JSON
 
@@ -121,6 +118,9 @@ def main(flags: Flags) -> int:
         prepared = prepare(flags)
     except _REFUSALS as error:
         return _refuse(error)
+    except RecordLost as error:
+        _say(f"stopped ({error}); the same command continues: {command()}")
+        return STOPPED
     for warning in prepared.warnings:
         _say(f"warning: {warning}")
     if flags.address is None and "ray" not in sys.modules:  # which reads these when it is imported
@@ -245,7 +245,9 @@ def _run(flags: Flags, prepared: Prepared, record: Record, wanted: Any, uri: str
                         progress.note(f"Ray broke down and is started again: {error}")
                         engine.take_up_lost()
         except (pool.PoolError, ClusterError) as error:
-            return _refuse(error)
+            if tracker is None:
+                return _refuse(error)
+            engine.stop(str(error))  # the cluster went while the study ran
         except RecordLost as error:
             engine.stop(str(error))
         code = _exit_code(engine, received)
@@ -255,7 +257,7 @@ def _run(flags: Flags, prepared: Prepared, record: Record, wanted: Any, uri: str
         if done:
             try:
                 outcome.read_best_test(record, folder, prepared.data)
-            except RecordLost as error:
+            except (RecordLost, OSError) as error:
                 _say(f"warning: {error}; the test accuracy is read by the next run of the same command")
         found = outcome.conclude(record)
         publish = outcome.publisher(found, folder, prepared.data) if found and done else None
@@ -268,6 +270,8 @@ def _run(flags: Flags, prepared: Prepared, record: Record, wanted: Any, uri: str
 def _exit_code(engine: Any, received: list[int]) -> int:
     if engine.broken:
         return BROKEN
+    if isinstance(engine.error, RecordLost):
+        return STOPPED  # even if it was the last trial's end: the record does not hold it
     if engine.finished:
         failed = any(t.state == "failed" for t in engine.record.trials.values())
         return SOME_FAILED if failed else DONE
@@ -276,6 +280,7 @@ def _exit_code(engine: Any, received: list[int]) -> int:
 
 def _report(prepared: Prepared, engine: Any, found: Any, uri: str, untracked: str | None, code: int) -> None:
     """What a study ends with: the results on stdout, what is amiss on stderr."""
+    from study import tracking
     from study.outcome import describe
 
     record = engine.record
@@ -298,7 +303,7 @@ def _report(prepared: Prepared, engine: Any, found: Any, uri: str, untracked: st
         print(f"  and {len(failed) - _FAILURES_SHOWN} more")
     print(f"Record: {prepared.folder / 'study.db'}; tracked in {uri}")
     print("Next:")
-    default = uri == DEFAULT_TRACKING
+    default = uri == tracking.DEFAULT_URI
     if not uri.startswith("http"):
         print(f"  mlflow ui{'' if default else f' --backend-store-uri {uri}'}")
     print(f"  python -m analysis.sensitivity --study {name}{'' if default else f' --tracking-uri {uri}'}")

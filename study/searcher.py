@@ -25,7 +25,7 @@ from ray.tune.search import Searcher
 from study.checkpoints import Checkpoints, Folder
 from study.designs import Arm, Plan, published, search_arms
 from study.faults import fault_point
-from study.halving import Halving
+from study.halving import Halving, Ladder
 from study.record import Record, RecordLost, State, TrialRecord
 from study.space import Space, Values
 from study.trainable import Job
@@ -99,14 +99,12 @@ class Engine:
         self.folder = folder
         self.storage = storage
         self.watcher = watcher
-        self.halving = halving
         self.stopping: str | None = None  # why no more trials are to be trained now
         self.broken: str | None = None  # why the study should not be continued as it is: a programming error
         self.error: BaseException | None = None  # what went wrong in the driver itself
         self._deadline: Callable[[], str | None] = lambda: None
         self._first_ends: list[str] = []  # of this run; an error's text, or the trial's own name
-        self._rungs = halving.rungs(record.settings.epochs)
-        self._at_rung: dict[int, dict[int, float]] = {rung: {} for rung in self._rungs}
+        self._ladder = Ladder(halving, record.settings.epochs)
         self._published = published(space) if space is not None else []
         if record.rows is None:
             self.arms: list[Arm] = search_arms(record.totals, len(self._published), record.settings.sobol_share)
@@ -114,8 +112,14 @@ class Engine:
             self.arms = [plan.arm for plan in record.rows[: record.totals[-1]]]
         self._lost: list[int] = []
         self.take_up_lost()
-        for trial in record.trials.values():
-            self._note_rungs(trial)
+        reached = [
+            (trial.epochs[rung - 1].time, trial.number, rung)
+            for trial in record.trials.values()
+            for rung in self._ladder.rungs
+            if rung <= len(trial.epochs)
+        ]
+        for _, number, rung in sorted(reached):
+            self._goes_on(record.trials[number], rung)
         # A crash may have come between a trial's end and its tidying; only the latest ones can be concerned.
         ended = sorted((t for t in record.trials.values() if t.ended is not None), key=lambda t: t.ended or 0)
         for trial in ended[-_TIDIED_AGAIN:]:
@@ -217,7 +221,7 @@ class Engine:
             return False
         epoch, metrics = result["epoch"], result["metrics"]
         newest = self.record.add_epoch(number, epoch, metrics) or epoch == len(trial.epochs)
-        self._note_rungs(trial)
+        goes_on = self._goes_on(trial, epoch)
         self.watcher.reported(trial)
         if not newest:
             return True
@@ -228,7 +232,7 @@ class Engine:
             self._end(trial, "failed", f"diverged: {which} at epoch {epoch}")
         elif epoch >= trial.plan.config.epochs:
             self._end(trial, "complete", "finished", result.get("test"))
-        elif trial.plan.stoppable and epoch in self._at_rung and self._loses(trial, epoch):
+        elif trial.plan.stoppable and not goes_on:
             self._end(trial, "pruned", f"stopped by successive halving at epoch {epoch}")
         fault_point("engine.decision.after")
         return trial.state == "running"
@@ -239,17 +243,12 @@ class Engine:
         if trial.state == "running":
             self._end(trial, "failed", f"error: {message}")
 
-    def _loses(self, trial: TrialRecord, epoch: int) -> bool:
-        others = [value for number, value in self._at_rung[epoch].items() if number != trial.number]
-        return self.halving.stops(trial.epochs[epoch - 1].value, others)
-
-    def _note_rungs(self, trial: TrialRecord) -> None:
-        for rung in self._rungs:
-            if rung > len(trial.epochs):
-                return
-            value = trial.epochs[rung - 1].value
-            if value == value:  # a diverged trial is no competitor
-                self._at_rung[rung][trial.number] = value
+    def _goes_on(self, trial: TrialRecord, epoch: int) -> bool:
+        """Whether early stopping would let a trial go on after an epoch; a diverged one is no competitor."""
+        value = trial.epochs[epoch - 1].value
+        if epoch not in self._ladder.rungs or value != value:
+            return True
+        return self._ladder.reach(trial.number, epoch, value)
 
     def _end(self, trial: TrialRecord, state: State, reason: str, test: dict[str, Any] | None = None) -> None:
         self.record.end(trial.number, state, reason, test)
@@ -265,7 +264,10 @@ class Engine:
                 self.stop(f"the first {SAME_FAILURES} trials failed alike: {reason}")
 
     def _tidy(self, trial: TrialRecord) -> None:
-        Checkpoints(self.folder, trial.number).drop_epochs(keep_best=trial.state == "complete")
+        try:
+            Checkpoints(self.folder, trial.number).drop_epochs(keep_best=trial.state == "complete")
+        except OSError as error:  # storage out of reach: the next run looks again
+            logger.warning("checkpoints of trial %04d could not be tidied: %s", trial.number, error)
 
 
 # Tune's side.

@@ -5,7 +5,7 @@ each call can be repeated: metrics carry the record's own timestamps (to MLflow 
 never change, runs are found again by their tags. So after an outage, a crash or in the next run of the command the
 same code brings everything there, once. Training never waits for it and never fails because of it.
 
-One parent run a study, one child run a trial; what they hold is described in the README.
+One parent run a study, one child run a trial.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from study.record import Record, TrialRecord
 EXPERIMENT = "ram-study"
 SCHEMA = "1"
 DEFAULT_URI = "sqlite:///mlflow.db"
-_EPOCHS_A_CALL = 40  # MLflow takes at most 1,000 metrics in one call
+_METRICS_A_CALL = 900  # MLflow takes at most 1,000 in one call; some are not an epoch's
 _BACKOFF = (1.0, 2.0, 5.0, 10.0)  # seconds between tries during an outage
 _MEANS = ("train_loss", "train_accuracy", "reward", "baseline_error", "gradient_norm", "val_loss", "val_accuracy")
 
@@ -138,6 +138,7 @@ class Tracker:
         self._ends_logged = 0  # trials that the parent run's own metrics count
         self._status = "running"
         self._publish: Publish | None = None
+        self._publishing = False
         self._published = ""  # the key of what MLflow has of that
         self._known = False  # whether what we believe MLflow holds is true; false at first and after each failed call
         self._outage: str | None = None
@@ -179,7 +180,8 @@ class Tracker:
         with self.record.changed:
             self.record.changed.notify_all()
         while not self._idle.wait(0.05):
-            if time.monotonic() - self._progress > patience or not self._thread.is_alive():
+            waited = 0.0 if self._publishing else time.monotonic() - self._progress
+            if waited > patience or not self._thread.is_alive():
                 return self._untracked()
         return None
 
@@ -268,8 +270,12 @@ class Tracker:
         assert self.run_id is not None
         if self._publish is not None and self._publish.key != self._published:
             mlflow.set_tracking_uri(self.uri)  # a model can be logged in MLflow's global way only
-            self._publish.call(client, self.run_id)
-            self._progress = time.monotonic()
+            self._publishing = True  # imports and drawing take as long as they take
+            try:
+                self._publish.call(client, self.run_id)
+            finally:
+                self._publishing = False
+                self._progress = time.monotonic()
             client.set_tag(self.run_id, "ram.published", self._publish.key)
         client.set_tag(self.run_id, "ram.status", self._status)
         client.set_terminated(self.run_id, _RUN_STATUS[self._status])
@@ -377,8 +383,9 @@ class Tracker:
             params = [Param(name, _text(value)) for name, value in asdict(trial.plan.config).items()]
             metrics += _size_metrics(trial)
         start = max(child.epochs, 0)
+        epochs_a_call = max(1, _METRICS_A_CALL // (len(_MEANS) + 2 + len(trial.plan.seeds)))
         while True:
-            stop = min(start + _EPOCHS_A_CALL, len(epochs))
+            stop = min(start + epochs_a_call, len(epochs))
             for number in range(start, stop):
                 metrics += _epoch_metrics(number + 1, epochs[number].time, epochs[number].metrics)
             last = stop == len(epochs)

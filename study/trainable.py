@@ -8,10 +8,8 @@ resumed trial reports again what the record may lack, and the record ignores wha
 
 from __future__ import annotations
 
-import errno
 import gc
 import json
-import logging
 import traceback
 import warnings
 from collections.abc import Callable
@@ -27,10 +25,6 @@ from ramcore.train import Trainer
 from study.checkpoints import Checkpoints, open_folder
 from study.designs import TESTED
 from study.faults import fault_point
-
-logger = logging.getLogger(__name__)
-
-_NOT_THE_TRIALS_FAULT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +80,7 @@ def run_trial(job: Job, data: SharedData, report: Callable[[dict[str, Any]], Non
 
     `report` is given {"epoch": 1-based, "metrics": EpochMetrics.to_dict()}, with "test" beside them in the last epoch
     of the designs that read the test images; or, instead, {"error": one line, "details": traceback} when training
-    failed, or {"interrupted": one line} when its surroundings did (full disk).
+    failed, or {"interrupted": one line} when its surroundings did (full disk, storage out of reach).
     """
     if device != "cpu":  # actors are reused: the memory of the trial before is given back before more is taken
         gc.collect()
@@ -94,8 +88,9 @@ def run_trial(job: Job, data: SharedData, report: Callable[[dict[str, Any]], Non
     try:
         _train(job, data, report, device)
     except Exception as error:  # the boundary: whatever a trial raises is that trial's failure, told to the driver
-        if isinstance(error, OSError) and error.errno in _NOT_THE_TRIALS_FAULT:
-            report({"interrupted": f"{error.strerror}: {error.filename or 'checkpoint'}"})
+        if isinstance(error, OSError):  # of the checkpoints' storage: full, gone or out of reach, not the trial's fault
+            said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            report({"interrupted": f"{error.strerror}: {error.filename or 'checkpoint'}" if error.strerror else said})
         else:
             lines = (str(error) or "no message").splitlines()
             report({"error": f"{type(error).__name__}: {lines[0]}", "details": traceback.format_exc()})
