@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -16,8 +17,8 @@ from ramcore.recipes import TUNED
 from study import designs
 from study.checkpoints import open_folder
 from study.designs import Design, Plan
-from study.record import RecordError, StudySettings, read_best, read_settings
-from study.snapshots import fetch, is_remote, record_folder
+from study.record import RecordError, RecordLost, StudySettings, read_best, read_settings
+from study.snapshots import fetch, is_remote, record_folder, studies
 from study.space import Space, search_space
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ BASE = dataclasses.replace(TUNED, layer_norm=False)
 DIGITS_BATCH_SIZE = 20  # of 1,197 images, so that an epoch is 59 steps, not 11
 SEED = 0  # of Sobol and TPE in every study: two studies differ by what they are, not by luck
 _EMPTY_SPACE: dict[str, Any] = {"schema": 1, "dimensions": [], "constraints": [], "default": {}, "fixed": {}}
+
+
+logger = logging.getLogger(__name__)
 
 
 class UsageError(ValueError):
@@ -155,8 +159,14 @@ def _source(storage: str, task: str, data: str, *, needed: bool) -> tuple[StudyS
     if not needed:
         return None
     found: list[tuple[float, StudySettings, dict[str, Any]]] = []
-    for path in record_folder(storage, "any").parent.glob("*/study.db"):
-        known = read_settings(path)
+    for name in studies(storage):
+        path = record_folder(storage, name) / "study.db"
+        try:
+            fetch(storage, name)
+            known = read_settings(path)
+        except (OSError, RecordError, RecordLost) as error:
+            logger.warning("the study %s is left out: %s", name, error)
+            continue
         if known and (known[0].design, known[0].task, known[0].data) == ("search", task, data):
             best = read_best(path)
             if best is not None:

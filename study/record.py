@@ -42,7 +42,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from study.designs import DEFAULT_SOBOL_SHARE, Plan
 from study.faults import fault_point
-from study.snapshots import Snapshots
+from study.snapshots import LeaseHeld, Snapshots
 
 logger = logging.getLogger(__name__)
 
@@ -251,6 +251,11 @@ class Record:
     def close(self) -> None:
         """Let another driver have it."""
         if self._lock >= 0:
+            if self.snapshots is not None:
+                try:
+                    self.snapshots.close()
+                except (OSError, LeaseHeld) as error:
+                    logger.warning("the storage lacks the record's last state: %s", _first_line(error))
             os.close(self._lock)
             self._lock = -1
             self._rdb.engine.dispose()
@@ -282,7 +287,8 @@ class Record:
             fault_point("record.start.before")
             trial_id = self._storage.create_new_trial(self.study._study_id, template_trial=template)
             number = self._storage.get_trial_number_from_id(trial_id)
-            self._push(now=True)
+            if self.snapshots is not None:
+                self.snapshots.save()
         fault_point("record.start.after")
         trial = TrialRecord(number=number, trial_id=trial_id, plan=plan, started=now)
         self.trials[number] = trial
@@ -316,7 +322,8 @@ class Record:
         fault_point("record.epoch.between")
         self._set_value(trial, epoch, value)
         with _write_errors():
-            self._push(now=False)
+            if self.snapshots is not None:
+                self.snapshots.check()
         fault_point("record.epoch.after")
         trial.epochs.append(entry)
         self._touch(number)
@@ -335,7 +342,7 @@ class Record:
         _apply_end(trial, end)
         self._set_state(trial)
         with _write_errors():
-            self._push(now=True)
+            self._soon()
         fault_point("record.end.after")
         self._touch(number)
 
@@ -345,13 +352,19 @@ class Record:
         """
         with _write_errors():
             self.study.set_user_attr(_test_key(number), test)
-            self._push(now=True)
+            self._soon()
         self.trials[number].test = test
         self._touch(number)
 
-    def _push(self, *, now: bool) -> None:
+    def _soon(self) -> None:
         if self.snapshots is not None:
-            self.snapshots.push(now=now)
+            self.snapshots.soon()
+
+    def flush(self) -> None:
+        """See to it that the storage holds everything. Raises RecordLost."""
+        with _write_errors():
+            if self.snapshots is not None:
+                self.snapshots.save()
 
     def _set_value(self, trial: TrialRecord, epoch: int, value: float) -> None:
         if math.isfinite(value):
@@ -484,7 +497,7 @@ def _open_storage(path: Path, name: str | None) -> tuple[optuna.Study | None, RD
     return study, rdb
 
 
-_DATABASE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError)
+_DATABASE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError, LeaseHeld)
 
 
 class _write_errors:

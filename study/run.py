@@ -157,6 +157,7 @@ def main(flags: Flags) -> int:
                 if problem := check(present):
                     raise ClusterError(problem)
         record = Record.open(prepared.folder, prepared.settings, total=prepared.total, rows=prepared.rows)
+        _keep_in_storage(record, prepared)
     except (*_REFUSALS, tracking.TrackingError, pool.PoolError) as error:
         return _refuse(error)
     except RecordLost as error:
@@ -166,6 +167,26 @@ def main(flags: Flags) -> int:
         return 128 + signal.SIGINT
     with record:
         return _run(flags, prepared, record, wanted, uri, check)
+
+
+def _keep_in_storage(record: Record, prepared: Prepared) -> None:
+    """Take the study's lease in a remote storage and begin to write the record back there."""
+    from study.checkpoints import open_folder
+    from study.snapshots import Lease, LeaseHeld, Snapshots, is_remote
+
+    if not is_remote(prepared.storage):
+        return
+    folder = open_folder(prepared.storage, record.settings.study)
+    lease = Lease(folder, record.settings.study)
+    try:
+        lease.take(_say)
+        record.snapshots = Snapshots(prepared.folder / "study.db", folder, lease)
+    except LeaseHeld as error:
+        record.close()
+        raise RecordError(str(error)) from error
+    except OSError as error:
+        record.close()
+        raise RecordLost(f"the storage cannot be written: {error}") from error
 
 
 def _settled(flags: Flags) -> Flags:
@@ -190,13 +211,10 @@ def _run(flags: Flags, prepared: Prepared, record: Record, wanted: Any, uri: str
     from study.halving import default_halving
     from study.progress import Progress
     from study.searcher import Engine
-    from study.snapshots import Snapshots, is_remote
     from study.trainable import SharedData
 
     settings = record.settings
     folder = open_folder(prepared.storage, settings.study)
-    if is_remote(prepared.storage):
-        record.snapshots = Snapshots(prepared.folder / "study.db", folder)
     devices: dict[str, float] = pool.local_resources() if flags.address is None else {}
     progress = Progress(study=settings.study, epochs=settings.epochs)
     engine = Engine(
@@ -249,6 +267,11 @@ def _run(flags: Flags, prepared: Prepared, record: Record, wanted: Any, uri: str
                 return _refuse(error)
             engine.stop(str(error))  # the cluster went while the study ran
         except RecordLost as error:
+            engine.stop(str(error))
+        try:
+            record.flush()
+        except RecordLost as error:
+            engine.error = engine.error or error
             engine.stop(str(error))
         code = _exit_code(engine, received)
         if tracker is None:

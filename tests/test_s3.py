@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from test_record import SETTINGS, SPACE, metrics, plan
 from study.checkpoints import Checkpoints, RemoteFolder, open_folder
 from study.record import Record
 from study.run import USAGE, Flags, main
-from study.snapshots import Snapshots, fetch, record_folder
+from study.snapshots import Lease, Snapshots, fetch, record_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 STORAGE = "s3://bucket/ram-study"
@@ -48,6 +49,7 @@ def store(tmp_path, monkeypatch) -> Iterator[Path]:
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b"").close()  # its buckets are the process's
     boto3.client("s3").create_bucket(Bucket="bucket")
     yield tmp_path / "cache"
     server.stop()
@@ -56,7 +58,7 @@ def store(tmp_path, monkeypatch) -> Iterator[Path]:
 def keys() -> list[str]:
     """What the bucket holds."""
     found = boto3.client("s3").list_objects_v2(Bucket="bucket").get("Contents", [])
-    return sorted(item["Key"] for item in found)
+    return sorted(item["Key"] for item in found if not item["Key"].endswith("/"))  # pyarrow's marks of folders
 
 
 def test_checkpoints_live_in_a_bucket(store):
@@ -82,7 +84,9 @@ def test_a_record_outlives_the_drivers_machine(store):
         fetch(STORAGE, "s")
         folder = record_folder(STORAGE, "s")
         record = Record.open(folder, SETTINGS, total=5)
-        record.snapshots = Snapshots(folder / "study.db", open_folder(STORAGE, "s"))
+        lease = Lease(open_folder(STORAGE, "s"), "s")
+        lease.take(print)
+        record.snapshots = Snapshots(folder / "study.db", open_folder(STORAGE, "s"), lease)
         return record
 
     with open_record() as record:

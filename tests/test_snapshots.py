@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import json
 import shutil
+import threading
+import time
 
 import pytest
 from test_record import SETTINGS, SPACE, metrics, plan
 
+from study import snapshots
 from study.checkpoints import open_folder
-from study.record import Record
-from study.snapshots import Snapshots, fetch, is_remote, record_folder
+from study.record import Record, RecordLost
+from study.snapshots import LEASE, Lease, LeaseHeld, Snapshots, fetch, is_remote, record_folder, studies
 
 
 @pytest.fixture
@@ -22,7 +26,9 @@ def open_record(storage: str) -> Record:
     fetch(storage, "s")
     folder = record_folder(storage, "s")
     record = Record.open(folder, SETTINGS, total=5)
-    record.snapshots = Snapshots(folder / "study.db", open_folder(storage, "s"))
+    lease = Lease(open_folder(storage, "s"), "s")
+    lease.take(print)
+    record.snapshots = Snapshots(folder / "study.db", open_folder(storage, "s"), lease)
     return record
 
 
@@ -57,3 +63,80 @@ def test_a_working_copy_that_is_further_is_kept(storage):
         record.add_epoch(0, 1, metrics(1, 0.5, 0.5))  # less than a minute ago: not in the storage yet
     with open_record(storage) as record:
         assert len(record.trials[0].epochs) == 1
+
+
+def elsewhere(storage: str, seconds_ago: float) -> None:
+    """A lease of another machine's driver."""
+    lease = {"holder": "another", "host": "elsewhere", "time": time.time() - seconds_ago}
+    open_folder(storage, "s").write(LEASE, json.dumps(lease).encode())
+
+
+def test_a_driver_on_another_machine_keeps_this_one_out(storage, monkeypatch):
+    monkeypatch.setattr(snapshots, "_EXPIRES", 2.0)
+    elsewhere(storage, 0)
+    renewing = threading.Timer(0.5, elsewhere, (storage, 0))
+    renewing.start()
+    said: list[str] = []
+    with pytest.raises(LeaseHeld, match="a study has one driver at a time; elsewhere is running s"):
+        Lease(open_folder(storage, "s"), "s").take(said.append)
+    renewing.join()
+    assert "waiting up to 2 s to see whether it still is" in said[0]
+
+
+def test_a_driver_whose_machine_is_gone_is_waited_for_and_then_succeeded(storage, monkeypatch):
+    monkeypatch.setattr(snapshots, "_EXPIRES", 1.0)
+    elsewhere(storage, 0)
+    with open_record(storage) as record:
+        record.start(plan(), SPACE.distributions())
+    assert open_folder(storage, "s").names("") == ["study.db"]  # the lease is given back
+
+
+def test_a_driver_that_was_succeeded_stops(storage):
+    with open_record(storage) as record:
+        record.start(plan(), SPACE.distributions())
+        elsewhere(storage, 0)
+        with pytest.raises(RecordLost, match="elsewhere has taken s over"):
+            record.start(plan(1), SPACE.distributions())
+
+
+def test_what_ended_is_in_the_storage_soon_without_waiting_for_it(storage, tmp_path):
+    with open_record(storage) as record:
+        record.start(plan(), SPACE.distributions())
+        before = (tmp_path / "store" / "s" / "study.db").read_bytes()
+        record.add_epoch(0, 1, metrics(1, 0.5, 0.5))
+        record.end(0, "complete", "finished")
+        end = time.monotonic() + 20
+        while (tmp_path / "store" / "s" / "study.db").read_bytes() == before:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+
+def test_a_study_deleted_in_the_storage_begins_anew_and_the_working_copy_is_set_aside(storage, tmp_path):
+    with open_record(storage) as record:
+        record.start(plan(), SPACE.distributions())
+        folder = record_folder(storage, "s")
+    shutil.rmtree(tmp_path / "store" / "s")
+    with open_record(storage) as again:
+        assert not again.trials and again.uid != record.uid
+    assert len(list(folder.glob("study.db.2*"))) >= 1
+
+
+def test_a_longer_working_copy_of_another_study_does_not_win(storage, tmp_path):
+    with open_record(storage) as record:
+        record.start(plan(), SPACE.distributions())
+        record.start(plan(1), SPACE.distributions())
+    kept = (tmp_path / "store" / "s" / "study.db").read_bytes()
+    shutil.rmtree(tmp_path / "store" / "s")
+    with open_record(storage) as other:
+        for index in range(3):
+            other.start(plan(index), SPACE.distributions())
+    (tmp_path / "store" / "s" / "study.db").write_bytes(kept)
+    with open_record(storage) as again:
+        assert again.uid == record.uid and len(again.trials) == 2
+
+
+def test_the_studies_of_a_storage_are_found_without_a_working_copy(storage, tmp_path):
+    with open_record(storage) as record:
+        record.start(plan(), SPACE.distributions())
+    shutil.rmtree(tmp_path / "cache")
+    assert studies(storage) == ["s"]
