@@ -19,7 +19,7 @@ import pandas as pd
 from scipy.stats import studentized_range, t
 
 from analysis.importance import INTERVAL, count_trials
-from analysis.records import Records, Source, StudyRun, read_study
+from analysis.records import NoTrials, Records, Source, StudyRun, read_study
 
 OFAT_ROW = re.compile(r"^baseline (?P<baseline>[^:]+?)(?:: (?P<parameter>\w+)=(?P<value>.+))?$")
 
@@ -39,23 +39,18 @@ class Companions(NamedTuple):
     studies: tuple[str, ...]
 
 
-def companions_of(studies: Sequence[StudyRun], study: StudyRun) -> list[StudyRun]:
-    """The newest OFAT and replicate studies of the same task, data and epochs (the study itself, if it is one)."""
-    found: list[StudyRun] = []
-    for design in ("ofat", "replicate"):
-        same = [
-            other
-            for other in studies
-            if other.params.get("design") == design
-            and all(other.params.get(key) == study.params.get(key) for key in ("task", "data", "epochs"))
-        ]
-        found += same[:1]
-    return found
-
-
 def read_companions(source: Source, studies: Sequence[StudyRun], study: StudyRun) -> Companions:
-    """Read and summarise what `companions_of` finds."""
-    records = [read_study(source, other) for other in companions_of(studies, study)]
+    """The newest OFAT and replicate studies of the same task, data and epochs that have trials, summarised."""
+    records: list[Records] = []
+    for design in ("ofat", "replicate"):
+        for other in studies:
+            same = all(other.params.get(key) == study.params.get(key) for key in ("task", "data", "epochs"))
+            if other.params.get("design") == design and same:
+                try:
+                    records.append(read_study(source, other))
+                except NoTrials:
+                    continue
+                break
     return summarise(records)
 
 

@@ -30,6 +30,7 @@ from analysis import figures
 from analysis.importance import INTERVAL, Interval
 from analysis.records import (
     Exported,
+    NoTrials,
     Records,
     RecordsError,
     Source,
@@ -141,7 +142,7 @@ def ablation_table(records: Sequence[Records]) -> pd.DataFrame:
         tested = {str(trial["row"]): (trial, _interval(trial["test_accuracies"])) for _, trial in trials.iterrows()}
         full = tested["tuned"][1].mid if "tuned" in tested else math.nan
         for row, (trial, mean) in tested.items():
-            seeds, epochs = len(trial["test_accuracies"]), int(trial.get("epochs", 0))
+            seeds, epochs = len(trial["test_accuracies"]), int(_number(trial.get("epochs")))
             rows.append((trial.get("task", ""), row, mean.mid, mean.low, mean.high, mean.mid - full, seeds, epochs))
     return pd.DataFrame(rows, columns=["task", "row", "accuracy", "low", "high", "difference", "seeds", "epochs"])
 
@@ -183,29 +184,38 @@ def paper_table(records: Sequence[Records]) -> pd.DataFrame:
 
 
 def _measured(row: Published, records: Sequence[Records]) -> Ours:
-    for one in records:  # newest first
+    """The best that was measured of a row: tested before not, MNIST before other images, more epochs before fewer, then
+    the newest.
+    """
+    found: list[tuple[tuple[bool, bool, int, int], Ours]] = []
+    for age, one in enumerate(records):  # newest first
         for _, trial in one.trials.iterrows():
             if trial["arm"] != _ARM[row.source] or not _same(row, trial):
                 continue
-            data, epochs = str(trial.get("data", "")), int(trial.get("epochs", 0))
-            mean = _interval(trial["test_accuracies"])
-            if math.isfinite(mean.mid):
-                return Ours(mean.mid, mean.low, mean.high, len(trial["test_accuracies"]), data, epochs, "")
-            state = {"running": "running", "failed": f"failed: {trial['stop_reason']}"}.get(
-                trial["state"], "not tested"
-            )
-            return Ours(math.nan, math.nan, math.nan, 0, data, epochs, state)
-    return Ours(math.nan, math.nan, math.nan, 0, "", 0, "not run yet")
+            mean, epochs = _interval(trial["test_accuracies"]), int(_number(trial.get("epochs")))
+            data, seeds, note = str(trial.get("data", "")), len(trial["test_accuracies"]), ""
+            if not math.isfinite(mean.mid):
+                known = {"running": "running", "failed": f"failed: {trial['stop_reason']}"}
+                seeds, note = 0, known.get(trial["state"], "not tested")
+            worth = (not note, data == "mnist", epochs, -age)
+            found.append((worth, Ours(mean.mid, mean.low, mean.high, seeds, data, epochs, note)))
+    nothing = Ours(math.nan, math.nan, math.nan, 0, "", 0, "not run yet")
+    return max(found, key=lambda item: item[0])[1] if found else nothing
+
+
+def _number(value: Any) -> float:
+    """A tracked number; 0 where none was tracked yet."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else 0.0
 
 
 def _same(row: Published, trial: pd.Series) -> bool:
     if trial.get("task") != row.task or trial.get("model") != row.model:
         return False
     if row.model == "fc":
-        return str(trial.get("hidden_size")) in row.label
+        return _number(trial.get("hidden_size")) == int(row.label.rsplit(" ", 1)[1])
     if not row.glimpses:
         return True
-    sizes = (trial.get("num_glimpses"), trial.get("patch_size"), trial.get("num_scales"))
+    sizes = tuple(_number(trial.get(name)) for name in ("num_glimpses", "patch_size", "num_scales"))
     return sizes == (row.glimpses, row.patch, row.scales)
 
 
@@ -248,14 +258,18 @@ def table_figure(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.plot(row["published"], y, "D", color=figures.BLACK if row["source"] == CASE_STUDY else figures.GREY, ms=4.5)
         if row["low"] == row["low"]:
             ax.plot([row["low"], row["high"]], [y, y], color=figures.BLUE, lw=2.5, solid_capstyle="butt")
-        if row["ours"] == row["ours"]:
+        if row["ours"] == row["ours"] and row["data"] == "mnist":
             ax.plot(row["ours"], y, "o", color=figures.BLUE, ms=5.5, mec="white", mew=0.6)
+        elif row["ours"] == row["ours"]:
+            ax.plot(row["ours"], y, "o", color=figures.BLUE, ms=5.5, mfc="none")
     for label, colour, marker in (
         ("case study", figures.BLACK, "D"),
         ("Mnih et al.", figures.GREY, "D"),
         ("ours, 90% interval", figures.BLUE, "o"),
     ):
         ax.plot([], [], marker, color=colour, label=label)
+    if ((rows["ours"] == rows["ours"]) & (rows["data"] != "mnist")).any():
+        ax.plot([], [], "o", color=figures.BLUE, mfc="none", label="ours, not on MNIST")
     ax.set_yticks(
         range(len(rows)), [f"{task}: {model}" for task, model in zip(rows["task"], rows["model"], strict=True)]
     )
@@ -402,7 +416,13 @@ def draw_pictures(out: Path, model: SavedModel | None, source: Data, data_dir: P
 
 def _paper_records(source: Source, studies: Sequence[StudyRun], name: str | None) -> list[Records]:
     chosen = [find_study(studies, name)] if name else [s for s in studies if s.params.get("design") in DESIGNS]
-    return [read_study(source, study, progress_line(f"reading {study.name}")) for study in chosen]
+    records: list[Records] = []
+    for study in chosen:
+        try:
+            records.append(read_study(source, study, progress_line(f"reading {study.name}")))
+        except NoTrials:
+            _say(f"{study.name} has no trial yet")
+    return records
 
 
 def _find_model(uri: str, studies: Sequence[StudyRun], name: str | None) -> SavedModel | None:

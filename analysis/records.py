@@ -55,6 +55,10 @@ class RecordsError(ValueError):
     """The records asked for cannot be had; the message says rule, fact and fix in one line."""
 
 
+class NoTrials(RecordsError):
+    """The study has no trial yet."""
+
+
 class StudyRun(NamedTuple):
     """A study's parent run."""
 
@@ -151,11 +155,13 @@ def list_studies(source: Source) -> list[StudyRun]:
 
 
 def find_study(studies: Sequence[StudyRun], name: str | None) -> StudyRun:
-    """The study of that name, or the newest. Raises RecordsError with what exists if there is no such name."""
+    """The study of that name (the newest of several) or run id, or the newest of all. Raises RecordsError with what
+    exists if there is none.
+    """
     if name is None:
         return studies[0]
     for study in studies:
-        if study.name == name:
+        if name in (study.name, study.run_id):
             return study
     known = ", ".join(study.name for study in studies[:8]) + (", ..." if len(studies) > 8 else "")
     raise RecordsError(f"--study must name a study that exists; got {name!r}. There is: {known}")
@@ -180,7 +186,7 @@ def read_study(source: Source, study: StudyRun, progress: Progress | None = None
     except (MlflowException, SQLAlchemyError, requests.RequestException, OSError) as error:
         raise RecordsError(f"the records of {study.name} must be readable; {_first_line(error)}") from error
     if not runs:
-        raise RecordsError(
+        raise NoTrials(
             f"a study needs trials to be analysed; {study.name} ({study.status}) has none yet. Wait for it, or choose "
             "another with --study"
         )
@@ -233,6 +239,13 @@ class Exported:
     def write_to(folder: Path, records: Records) -> Path:
         """Write a study's folder among those in `folder`; gives it."""
         own = folder / folder_name(records.study.name)
+        if (own / "study.json").is_file() and (there := Exported._described(own)["study"])["run_id"] != (
+            records.study.run_id
+        ):
+            raise RecordsError(
+                f"a folder holds one study; {own} holds another of that name (MLflow run {there['run_id']}). Choose "
+                "another folder with --out"
+            )
         own.mkdir(parents=True, exist_ok=True)
         study = records.study._replace(tags={k: v for k, v in records.study.tags.items() if k.startswith("ram.")})
         settings = {k: v for k, v in records.settings.items() if k != "record"}  # a path of the machine it ran on

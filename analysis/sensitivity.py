@@ -10,13 +10,14 @@ import tyro
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from analysis.companions import describe, read_companions
+from analysis.companions import describe, read_companions, summarise
 from analysis.crosschecks import crosscheck
-from analysis.importance import DUMMY, SEARCHED, Analysis, ImportanceError, analyse
+from analysis.importance import DUMMY, Analysis, ImportanceError, analyse
 from analysis.records import (
     Exported,
     Records,
     RecordsError,
+    StudyRun,
     find_study,
     folder_name,
     list_studies,
@@ -28,6 +29,9 @@ from analysis.records import (
 )
 from analysis.report import answer, cautions, span, write_design_report, write_report
 from analysis.verdicts import judge
+
+FIXED = frozenset({"ofat", "replicate"})  # designs that have a report of their own, without a ranking
+TABLES = frozenset({"paper", "mnih", "ablation"})  # designs that `analysis.paper` shows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,18 +56,19 @@ def main(args: Args) -> int:
         uri = tracking_uri(args.tracking_uri)
         source = open_source(uri, args.records)
         studies = list_studies(source)
-        study = find_study(studies, args.study)
+        study = _choose(studies, args.study)
         out = args.out or Path("reports") / folder_name(study.name)
         _say(f"study {study.name} ({study.status}) from {args.records or uri}")
         records = read_study(source, study, progress_line("reading metrics"))
-        companions = read_companions(source, studies, study)
-        if not set(records.trials["arm"]) & SEARCHED and (len(companions.ranges) or len(companions.replicates)):
+        if study.params.get("design") in FIXED:
+            companions = summarise([records])
             paths = write_design_report(out, records, companions)
             print(
                 f"\n{study.name}: {describe(records)}; a fixed design has no global ranking\n\n  report: "
                 f"{out / 'report.html'}"
             )
         else:
+            companions = read_companions(source, studies, study)
             analysis = analyse(records, _say)
             verdicts = judge(analysis)
             _say("drawing")
@@ -79,6 +84,19 @@ def main(args: Args) -> int:
     if args.attach and not isinstance(source, Exported):
         attach(source, records, out, paths)
     return 0
+
+
+def _choose(studies: list[StudyRun], name: str | None) -> StudyRun:
+    """The study named, or the newest that this command has an answer for. Raises RecordsError if it has none."""
+    if name is None:
+        return next((s for s in studies if s.params.get("design") not in TABLES), studies[0])
+    study = find_study(studies, name)
+    if study.params.get("design") in TABLES:
+        raise RecordsError(
+            f"a sensitivity report needs a search, or the designs ofat or replicate; {study.name} is of the design "
+            f"{study.params['design']}. Run python -m analysis.paper --study {study.name}"
+        )
+    return study
 
 
 def attach(client: MlflowClient, records: Records, out: Path, paths: list[Path]) -> None:

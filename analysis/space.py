@@ -72,6 +72,8 @@ class Dimension:
             last = max(len(texts) - 1, 1)
             return np.array([texts.index(str(v)) / last if str(v) in texts else math.nan for v in values])
         numbers = np.asarray(pd.to_numeric(pd.Series(list(values)), errors="coerce"), dtype=np.float64)
+        if self.low == self.high:
+            return np.where(np.isfinite(numbers), 0.0, math.nan)
         if self.log:
             with np.errstate(divide="ignore", invalid="ignore"):
                 return (np.log(numbers) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
@@ -140,10 +142,10 @@ class Space:
 
 
 def parse_space(raw: Mapping[str, Any]) -> Space:
-    """Read the space a study saved. Raises SpaceError where a dimension makes no sense."""
+    """Read the space a study saved. Raises SpaceError where a dimension or a constraint makes no sense."""
     try:
         dimensions = tuple(_parse_dimension(entry) for entry in raw["dimensions"])
-        return Space(
+        space = Space(
             dimensions=dimensions,
             rules=tuple(
                 Rule(rule=str(r["rule"]), reason=str(r.get("reason") or "")) for r in raw.get("constraints") or ()
@@ -154,7 +156,12 @@ def parse_space(raw: Mapping[str, Any]) -> Space:
             seeds_per_trial=int(raw.get("seeds_per_trial") or 1),
             design=str(raw.get("design") or "search"),
         )
-    except (KeyError, TypeError, AttributeError) as error:
+        middle = {d.name: d.from_unit(np.array([0.5]))[0] for d in dimensions}
+        space.feasible({**middle, **space.default})  # a rule that cannot be understood is told now
+        return space
+    except SpaceError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise SpaceError(
             f"space.json must list its dimensions with name, type and bounds; {error!r} is amiss"
         ) from error

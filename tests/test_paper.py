@@ -109,3 +109,15 @@ def test_the_command_writes_tables_and_figures(
         assert (tmp_path / "out" / name).is_file(), name
     assert paper.main(paper.Args(tracking_uri=uri, study="nope", out=tmp_path / "out")) == 2
     assert "There is: " in capfd.readouterr().err
+
+
+def test_finished_rows_are_not_hidden_by_newer_ones(records: Records) -> None:
+    trials = records.trials.assign(data="mnist", epochs=100)
+    restarted = records.trials.assign(test_accuracies=[(), ()], state="running")
+    smoke = records.trials.assign(data="digits", test_accuracies=[(0.5, 0.5), ()])
+    untold = records.trials.assign(epochs=np.nan, num_glimpses=np.nan)
+    newest_first = [records._replace(trials=t) for t in (restarted, smoke, untold, trials)]
+    table = paper.paper_table(newest_first).set_index(["source", "task", "model"])
+    row = table.loc[(paper.CASE_STUDY, "translated", "RAM, 6 glimpses, 12x12, 3 scales")]
+    assert row["ours"] == pytest.approx(92.0) and row["epochs"] == 100 and row["data"] == "mnist"
+    assert table.loc[(paper.CASE_STUDY, "translated", "RAM, 8 glimpses, 12x12, 3 scales"), "note"] == "running"

@@ -203,3 +203,26 @@ def test_a_folder_without_exported_records_is_refused(tmp_path: Path) -> None:
 def test_folder_names() -> None:
     assert reader.folder_name("a/b <c>") == "a-b-c"
     assert reader.folder_name("../..") == "study"
+
+
+def test_a_space_that_cannot_be_used_is_told_when_it_is_read() -> None:
+    patch = {"name": "patch_size", "type": "int", "low": 4, "high": 20}
+    for entry, rule, said in (
+        (patch, "min(patch_size, 3) <= 3", "constraint"),
+        ({**patch, "low": "two"}, "patch_size > 1", "must list its dimensions"),
+    ):
+        with pytest.raises(SpaceError, match=said):
+            parse_space({"dimensions": [entry], "constraints": [{"rule": rule}]})
+    point = Dimension(name="a", kind="float", low=2.0, high=2.0)
+    assert list(point.to_unit([2.0, 2.0])) == [0.0, 0.0]
+
+
+def test_two_studies_of_one_name_are_told_apart(store: tuple[str, reader.Records], tmp_path: Path) -> None:
+    tracked = read(store[0], "synthetic-0")
+    reader.Exported.write_to(tmp_path, tracked)
+    reader.Exported.write_to(tmp_path, tracked)  # the same again
+    with pytest.raises(reader.RecordsError, match="a folder holds one study"):
+        reader.Exported.write_to(tmp_path, tracked._replace(study=tracked.study._replace(run_id="older")))
+    studies = [tracked.study._replace(run_id="newer"), tracked.study._replace(run_id="older")]
+    assert reader.find_study(studies, "synthetic-0").run_id == "newer"
+    assert reader.find_study(studies, "older").run_id == "older"

@@ -139,3 +139,26 @@ def test_an_ofat_study_is_reported_without_a_ranking(store: Path, tmp_path: Path
     assert main(Args(study="ofat", tracking_uri=uri_of(store), out=tmp_path)) == 0
     assert "One factor at a time" in (tmp_path / "report.html").read_text()
     assert "ofat" not in SEARCHED
+
+
+def test_a_companion_that_has_no_trial_yet_does_not_stop_the_report(tmp_path: Path) -> None:
+    records = simulate(STUDY)
+    same = {"task": "translated", "data": "digits", "epochs": "4"}
+    add(tmp_path, records, "search", params={"design": "search", **same})
+    ended = records._replace(trials=records.trials.assign(arm="replicate", row="default", state="complete"))
+    add(tmp_path, ended, "replicate", params={"design": "replicate", **same})
+    none = records._replace(trials=records.trials.iloc[:0], epochs=records.epochs.iloc[:0])
+    add(tmp_path, none, "replicate again", params={"design": "replicate", **same})
+    assert main(Args(study="search", tracking_uri=uri_of(tmp_path), out=tmp_path / "out")) == 0
+    assert "<h2>Replicates</h2>" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_table_of_the_papers_is_another_commands_and_the_newest_search_is_found(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    add(tmp_path, simulate(STUDY), "search")
+    add(tmp_path, simulate(STUDY), "rows", params={"design": "ablation"})
+    assert main(Args(study="rows", tracking_uri=uri_of(tmp_path), out=tmp_path / "out")) == 2
+    assert "Run python -m analysis.paper --study rows" in capfd.readouterr().err
+    assert main(Args(tracking_uri=uri_of(tmp_path), out=tmp_path / "out")) == 0
+    assert "Sensitivity of search" in capfd.readouterr().out
