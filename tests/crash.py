@@ -36,7 +36,7 @@ import torch
 from ramcore.config import Config
 from ramcore.data import TaskData, load_source, make_task
 from ramcore.train import Trainer
-from study import faults, outcome
+from study import designs, faults, outcome
 from study.checkpoints import open_folder
 from study.halving import default_halving
 from study.record import Record, RecordLost, StudySettings
@@ -46,7 +46,7 @@ from study.tracking import Origin, Tracker
 from study.trainable import SharedData, run_trial
 
 NAME = "crash"
-TRIALS, EPOCHS = 7, 3
+TOTALS, EPOCHS = (5, 8), 3  # trials asked for at first, and then
 PLACES = (
     "record.open", "record.open.rows", "record.open.asked", "record.start.before", "record.start.after",
     "record.epoch.before", "record.epoch.between", "record.epoch.after",
@@ -98,7 +98,7 @@ class Study:
         return Study(space=space, settings=settings, data=data)
 
 
-def work(study: Study, root: Path, trials: int = TRIALS) -> None:
+def work(study: Study, root: Path, trials: int = TOTALS[-1]) -> None:
     """One session: continue the study until it is finished or cannot go on."""
     shared = SharedData.of(study.data)
     record = Record.open(root / NAME, study.settings, total=trials)
@@ -171,12 +171,33 @@ def fork(body: Callable[[], None], *, kill_after: float | None = None, fault: st
     return os.waitstatus_to_exitcode(status)
 
 
-def session(study: Study, root: Path, *, kill_after: float | None = None, fault: str = "") -> int:
+def _count_faults(root: Path) -> None:
+    """Note every fault that takes effect; not every place in a plan is passed."""
+    plain = faults._act
+
+    def noted(action: str, name: str) -> None:
+        with (root / "faults.log").open("a") as file:
+            file.write(f"{name} {action}\n")
+        plain(action, name)
+
+    faults._act = noted
+
+
+def taken(root: Path) -> int:
+    """Faults from plans that have taken effect so far."""
+    path = root / "faults.log"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def session(study: Study, root: Path, trials: int, *, kill_after: float | None = None, fault: str = "") -> int:
     """One session in a process of its own."""
 
     def body() -> None:
+        designs.LEAST_SOBOL = 2  # so that a study this small has optimiser's trials that follow one another
+        os.chdir(root)  # where MLflow puts what has no other place
         _count_epochs(root)
-        work(study, root)
+        _count_faults(root)
+        work(study, root, trials)
 
     return fork(body, kill_after=kill_after, fault=fault)
 
@@ -220,20 +241,19 @@ def disturbed(study: Study, root: Path, template: Path, rng: random.Random, most
     root.mkdir()
     shutil.copy(template, root / "mlflow.db")
     chain = Chain()
-    while True:
-        fault, kill_after = draw_fault(rng) if chain.sessions < most else ("", None)
-        code = session(study, root, kill_after=kill_after, fault=fault)
-        chain.sessions += 1
-        assert code in (0, 75, -signal.SIGKILL), f"session {chain.sessions} with {fault!r} ended with {code}"
-        if fault.endswith(("full", "hang=0.2")) and "tracking" in fault:
-            chain.faults += fault.count("@")
-        elif code != 0:
-            chain.faults += 1
-        if code == 0:
-            return chain
-        if rng.random() < 0.25 and tear(rng, root):
-            chain.torn += 1
-            chain.faults += 1
+    for trials in TOTALS:
+        code = -1
+        while code != 0:
+            fault, kill_after = draw_fault(rng) if chain.sessions < most else ("", None)
+            before = taken(root)
+            code = session(study, root, trials, kill_after=kill_after, fault=fault)
+            chain.sessions += 1
+            assert code in (0, 75, -signal.SIGKILL), f"session {chain.sessions} with {fault!r} ended with {code}"
+            chain.faults += taken(root) - before if fault else code == -signal.SIGKILL
+            if code != 0 and rng.random() < 0.25 and tear(rng, root):
+                chain.torn += 1
+                chain.faults += 1
+    return chain
 
 
 # What a study left behind.
@@ -305,7 +325,8 @@ def reference(study: Study, root: Path, template: Path) -> dict[str, Any]:
     """What an undisturbed study leaves behind."""
     root.mkdir()
     shutil.copy(template, root / "mlflow.db")
-    assert session(study, root) == 0
+    for trials in TOTALS:
+        assert session(study, root, trials) == 0
     return contents(root)
 
 

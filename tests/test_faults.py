@@ -176,7 +176,9 @@ def test_a_killed_driver_is_continued_to_the_same_end(tmp_path, undisturbed):
     process = start(tmp_path, "--max-concurrent", "1")
     before = epochs_recorded(tmp_path)
     wait_for(lambda: epochs_recorded(tmp_path) > before, process)
-    print(f"the first epoch after a kill was recorded {time.monotonic() - started:.1f} s after the command")
+    seconds = time.monotonic() - started
+    print(f"the first epoch after a kill was recorded {seconds:.1f} s after the command")
+    assert seconds < 30 * max(1.0, os.getloadavg()[0] / os.cpu_count()), "on a machine that is not busy, 30 s"
     code, _, err = finish(process)
     assert code == 0, err
     assert essence(settled(tmp_path)) == undisturbed
@@ -201,6 +203,7 @@ def test_a_killed_worker_resumes_from_its_checkpoint(tmp_path, undisturbed):
             os.kill(worker, signal.SIGKILL)
     code, _, err = finish(process)
     assert code == 0, err
+    assert err.count("its worker died; it is started again") >= 2, err
     assert essence(settled(tmp_path)) == undisturbed
 
 
@@ -249,9 +252,10 @@ def test_a_disk_that_is_really_full_stops_a_study_that_the_same_command_continue
     if mounted.returncode:
         pytest.skip(f"a small disk is made by root: {mounted.stderr.decode().strip()}")
     try:
-        code, _, err = run(tmp_path)
-        assert code == 75 and "the same command continues" in err, err
-        assert "No space left" in err or "disk is full" in err, err
+        for _ in range(2):  # the second time it is full from the beginning
+            code, _, err = run(tmp_path)
+            assert code == 75 and "the same command continues" in err, err
+            assert "No space left" in err or "disk is full" in err or "disk I/O error" in err, err
         subprocess.run(["mount", "-o", "remount,size=500m", disk], check=True)
         code, _, err = run(tmp_path)
         assert code == 0, err
