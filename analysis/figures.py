@@ -92,7 +92,7 @@ def forest(analysis: Analysis, ax: Axes | None = None) -> Axes:
     ax.set_yticks(range(len(effects)), [e.label for e in effects])
     ax.set_ylim(-0.6, len(effects) - 0.4)
     ax.set_xlim(left=min(0.0, min(e.effect.low for e in effects)))
-    ax.set_xlabel("effect on validation accuracy at the full budget (accuracy points)")
+    ax.set_xlabel("effect at the full budget (accuracy points)")
     ax.xaxis.grid(True, color=PALE, lw=0.6)
     ax.set_axisbelow(True)
     ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), fontsize=9)

@@ -148,7 +148,7 @@ def fragile(here, monkeypatch) -> list[str]:
     """Ray replaced by one that breaks down so often as there are entries in this list, and then trains in turn."""
     breakdowns: list[str] = []
 
-    def run_trials(engine, data, wanted):
+    def run_trials(engine, data, wanted, look=None):
         if breakdowns:
             engine.next_job()
             raise pool.PoolLost(breakdowns.pop())
