@@ -30,14 +30,15 @@ class CNN(nn.Module):
 
     def forward(self, images: Tensor, dropout: Tensor | None = None) -> Tensor:
         """images: (R, B, S, S) float in [0, 1]; dropout: (R, B, 20) uniform, drops whole maps; returns (R, B, C)."""
-        maps = functional.max_pool2d(self.conv1(images.transpose(0, 1)), 2).relu()
-        maps = self.conv2(maps)
-        if dropout is not None:
-            keep = (dropout >= self.config.dropout).float() / (1 - self.config.dropout)
-            maps = maps * keep.transpose(0, 1).flatten(1)[:, :, None, None]
-        maps = functional.max_pool2d(maps, 2).relu()
-        features = maps.unflatten(1, (len(images), -1)).transpose(0, 1).flatten(2)
-        return self.out(self.hidden(features).relu())
+        features = []
+        for r, canvases in enumerate(images):
+            maps = functional.max_pool2d(self.conv1(_one_channel(canvases), r), 2).relu()
+            maps = self.conv2(maps, r)
+            if dropout is not None:
+                keep = (dropout[r] >= self.config.dropout).float() / (1 - self.config.dropout)
+                maps = maps * keep[:, :, None, None]
+            features.append(functional.max_pool2d(maps, 2).relu().flatten(1))
+        return self.out(self.hidden(torch.stack(features)).relu())
 
 
 class ConvNet(nn.Module):
@@ -54,9 +55,8 @@ class ConvNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (R, B, S, S) float in [0, 1]; returns (R, B, C)."""
-        maps = self.conv(images.transpose(0, 1)).relu()
-        features = maps.unflatten(1, (len(images), -1)).transpose(0, 1).flatten(2)
-        return self.out(self.hidden(features).relu())
+        features = [self.conv(_one_channel(canvases), r).relu().flatten(1) for r, canvases in enumerate(images)]
+        return self.out(self.hidden(torch.stack(features)).relu())
 
 
 class FullyConnected(nn.Module):
@@ -74,3 +74,8 @@ class FullyConnected(nn.Module):
         """images: (R, B, S, S) float in [0, 1]; returns (R, B, C)."""
         h = self.hidden1(images.flatten(2)).relu()
         return self.out(torch.relu(self.hidden2(h)))
+
+
+def _one_channel(canvases: Tensor) -> Tensor:
+    """(B, S, S) as maps (B, 1, S, S) laid out channels last, in which a CPU convolves two to three times as fast."""
+    return canvases[:, None].contiguous(memory_format=torch.channels_last)

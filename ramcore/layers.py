@@ -135,7 +135,7 @@ class LayerNorm(nn.Module):
 
 
 class Conv(nn.Module):
-    """A convolution per replicate, as one grouped convolution."""
+    """A convolution per replicate. One after the other: a CPU is slow at grouped convolutions."""
 
     def __init__(self, weights: Weights, inputs: int, outputs: int, kernel: int, stride: int = 1) -> None:
         super().__init__()
@@ -144,9 +144,6 @@ class Conv(nn.Module):
         self.weight = weights.uniform((outputs, inputs, kernel, kernel), bound)
         self.bias = weights.uniform((outputs,), bound)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (N, R * I, height, width); returns (N, R * O, ...)."""
-        replicates = len(self.weight)
-        return functional.conv2d(
-            x, self.weight.flatten(0, 1), self.bias.flatten(), stride=self.stride, groups=replicates
-        )
+    def forward(self, x: Tensor, replicate: int) -> Tensor:
+        """x: (N, I, height, width) of one replicate; returns its (N, O, ...)."""
+        return functional.conv2d(x, self.weight[replicate], self.bias[replicate], stride=self.stride)

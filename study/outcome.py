@@ -23,8 +23,8 @@ from ramcore.data import TaskData
 from ramcore.evaluation import build_model, evaluate
 from ramcore.pictures import draw_glimpses, glimpse_paths
 from study.checkpoints import Checkpoints, Folder
-from study.progress import accuracies, best_trial, percent
-from study.record import Record, TrialRecord
+from study.progress import accuracies, percent
+from study.record import Record, TrialRecord, best_trial
 from study.tracking import Publish
 
 

@@ -17,7 +17,7 @@ from ramcore.recipes import TUNED
 from study import designs
 from study.checkpoints import open_folder
 from study.designs import Design, Plan
-from study.record import RecordError, RecordLost, StudySettings, read_best, read_settings
+from study.record import RecordError, RecordLost, StudySettings, best_trial, read_settings, read_trials
 from study.snapshots import fetch, is_remote, record_folder, studies
 from study.space import Space, search_space
 
@@ -78,13 +78,18 @@ def prepare(flags: Flags) -> Prepared:
         )
     if flags.sobol_share is not None and design != "search":
         raise UsageError(f"--sobol-share is a search's; the design is {design}: leave it out")
-    task_data, warnings = _load(wanted, tasks[0], flags.data_dir)
+    warnings: list[str] = []
+    if wanted == "auto" and not flags.study:
+        wanted = _data_of_an_existing_study(flags.storage, tasks, design, warnings)
+    task_data = _load(wanted, tasks[0], flags.data_dir, warnings)
     data: Data = task_data.data  # type: ignore[assignment]
-    name = flags.study or f"{'-'.join(tasks)}-{data}-{design}"
+    name = flags.study or default_name(tasks, data, design)
     folder = record_folder(flags.storage, name)
     known = known or _read(flags.storage, name)
 
-    source = _source(flags.storage, tasks[0], data, needed=design in designs.AROUND_A_SEARCH and known is None)
+    source = None
+    if design in designs.AROUND_A_SEARCH and known is None:
+        source = _source(flags.storage, tasks[0], data, warnings)
     epochs = flags.epochs or (known[0].epochs if known else source[0].epochs if source else None)
     epochs = epochs or designs.DEFAULT_EPOCHS[design]
     seeds = flags.seeds_per_trial or (known[0].seeds_per_trial if known else designs.DEFAULT_SEEDS[design])
@@ -154,40 +159,66 @@ def _rows(
     return around_the_best
 
 
-def _source(storage: str, task: str, data: str, *, needed: bool) -> tuple[StudySettings, dict[str, Any]] | None:
+def _source(storage: str, task: str, data: str, warnings: list[str]) -> tuple[StudySettings, dict[str, Any]]:
     """The search whose best configuration a design starts from: the newest of the same task and data in the storage."""
-    if not needed:
-        return None
-    found: list[tuple[float, StudySettings, dict[str, Any]]] = []
+    found: list[tuple[float, StudySettings, dict[str, Any], str]] = []
     for name in studies(storage):
         path = record_folder(storage, name) / "study.db"
         try:
             fetch(storage, name)
             known = read_settings(path)
+            if known is None or (known[0].design, known[0].task, known[0].data) != ("search", task, data):
+                continue
+            trials, _ = read_trials(path)
         except (OSError, RecordError, RecordLost) as error:
             logger.warning("the study %s is left out: %s", name, error)
             continue
-        if known and (known[0].design, known[0].task, known[0].data) == ("search", task, data):
-            best = read_best(path)
-            if best is not None:
-                found.append((path.stat().st_mtime, known[0], best))
+        best = best_trial(trials)
+        if best is not None:
+            ended = sum(t.state != "running" for t in trials)
+            unfinished = f"{ended} of {known[1]} trials have ended" if ended < known[1] else ""
+            found.append((path.stat().st_mtime, known[0], dataclasses.asdict(best.plan.config), unfinished))
     if not found:
         raise UsageError(
             f"this design starts from a search's best configuration; {storage} holds no search of {task} {data} with a "
             f"finished trial: run `python -m study.run --task {task} --data {data}` first"
         )
-    _, settings, best = max(found, key=lambda item: item[0])
+    _, settings, best, unfinished = max(found, key=lambda item: item[0])
+    if unfinished:
+        warnings.append(
+            f"this design keeps the best configuration that {settings.study} has now, and that search is not finished "
+            f"({unfinished}): finish it first if a better one may be found"
+        )
     return settings, best
 
 
-def _load(wanted: str, task: Task, data_dir: Path | None) -> tuple[TaskData, list[str]]:
+def default_name(tasks: tuple[Task, ...], data: str, design: Design) -> str:
+    """What a study is called that was given no name."""
+    return f"{'-'.join(tasks)}-{data}-{design}"
+
+
+def _data_of_an_existing_study(storage: str, tasks: tuple[Task, ...], design: Design, warnings: list[str]) -> str:
+    """What `--data auto` means: the same command continues a study, also where MNIST has come or gone since.
+
+    A study of MNIST goes before one of digits; without either, "auto" is left to mean MNIST if it can be had.
+    """
+    for data in ("mnist", "digits"):
+        name = default_name(tasks, data, design)
+        if _read(storage, name) is not None:
+            if data == "digits":
+                warnings.append(f"{name} is continued, on the bundled digits: pass --data mnist for a study of MNIST")
+            return data
+    return "auto"
+
+
+def _load(wanted: str, task: Task, data_dir: Path | None, warnings: list[str]) -> TaskData:
     if wanted != "auto":
-        return load_task(Config(data=wanted, task=task), data_dir), []  # type: ignore[arg-type]
+        return load_task(Config(data=wanted, task=task), data_dir)  # type: ignore[arg-type]
     try:
-        return load_task(Config(data="mnist", task=task), data_dir), []
+        return load_task(Config(data="mnist", task=task), data_dir)
     except DataMissing as error:
-        warning = f"training on the bundled digits (1,797 images of 8x8 pixels), not on MNIST: {error}"
-        return load_task(Config(data="digits", task=task)), [warning]
+        warnings.append(f"training on the bundled digits (1,797 images of 8x8 pixels), not on MNIST: {error}")
+        return load_task(Config(data="digits", task=task))
 
 
 def check_numbers(flags: Flags) -> None:

@@ -17,16 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from study.designs import STOPPABLE
-from study.record import TrialRecord
+from study.record import TrialRecord, best_trial
 
 _SHOWN_RUNNING = 8  # rows of running trials at most
 _FULL_SPREAD = (0.8, 1.25)  # of the time left, when too little is known to tell
-
-
-def best_trial(trials: list[TrialRecord]) -> TrialRecord | None:
-    """The complete trial of highest objective; the earliest of equals."""
-    complete = [t for t in trials if t.value is not None]
-    return max(complete, key=lambda t: (t.value or 0.0, -t.number), default=None)
 
 
 def accuracies(trial: TrialRecord) -> tuple[float, ...]:

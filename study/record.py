@@ -407,15 +407,6 @@ def read_settings(path: Path) -> tuple[StudySettings, int] | None:
     return (StudySettings(**attrs["settings"]), attrs["totals"][-1]) if "settings" in attrs else None
 
 
-def read_best(path: Path) -> dict[str, Any] | None:
-    """Configuration of the best complete trial of the study in a SQLite file; None if it has none."""
-    study, rdb = _open_storage(path, None)
-    trials = study.get_trials(states=(TrialState.COMPLETE,)) if study is not None else []
-    rdb.engine.dispose()
-    best = max(trials, key=lambda t: (t.value or 0.0, -t.number), default=None)
-    return None if best is None else best.user_attrs["plan"]["config"]
-
-
 def read_trials(path: Path) -> tuple[list[TrialRecord], list[Plan] | None]:
     """The trials of the study in a SQLite file, and the rows of its design if that is fixed."""
     study, rdb = _open_storage(path, None)
@@ -423,6 +414,12 @@ def read_trials(path: Path) -> tuple[list[TrialRecord], list[Plan] | None]:
     rows = study.user_attrs.get("rows") if study is not None else None
     rdb.engine.dispose()
     return trials, None if rows is None else [Plan.from_dict(row) for row in rows]
+
+
+def best_trial(trials: list[TrialRecord]) -> TrialRecord | None:
+    """The complete trial of highest objective; the earliest of equals."""
+    complete = [t for t in trials if t.value is not None]
+    return max(complete, key=lambda t: (t.value or 0.0, -t.number), default=None)
 
 
 # Reading and writing details.

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import gzip
+import hashlib
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from ramcore import data as ram_data
 from ramcore.config import Config
 from ramcore.data import TaskData, load_source, make_task
 
@@ -51,3 +54,27 @@ def tiny(digits) -> tuple[Config, TaskData]:
     )
     small = {name: type(split)(split.images[:200], split.labels[:200]) for name, split in digits.items()}
     return config, make_task("digits", "original", small)
+
+
+@pytest.fixture
+def idx_folder(tmp_path, monkeypatch, digits) -> Path:
+    """A small IDX source in a folder, under the name mnist."""
+    files = []
+    for stem, name in (("train", "train"), ("t10k", "test")):
+        split = digits[name]
+        for kind, array in (("images-idx3", split.images), ("labels-idx1", split.labels.to(torch.uint8))):
+            header = bytes([0, 0, 8, array.dim()]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+            content = header + array.contiguous().numpy().tobytes()
+            packed = gzip.compress(content, mtime=0)
+            path = tmp_path / "data" / f"{stem}-{kind}-ubyte.gz"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(packed)
+            md5, sha256 = hashlib.md5(packed).hexdigest(), hashlib.sha256(content).hexdigest()
+            files.append(ram_data._IdxFile(path.stem, tuple(array.shape), md5, sha256))
+    source = ram_data._IdxSource(("http://127.0.0.1:9/",), tuple(files))
+    unsigned = ram_data._IdxSource(source.mirrors, tuple(f._replace(sha256=None) for f in files))
+    monkeypatch.setattr(ram_data, "_IDX_SOURCES", {"mnist": source, "fashion-mnist": unsigned})
+    monkeypatch.setattr(ram_data, "_VALIDATION_SIZE", 197)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("RAM_DATA_DIR", raising=False)
+    return tmp_path / "data"

@@ -135,32 +135,6 @@ def test_mnist_is_split_as_everywhere(mnist_dir):
     assert task.test.labels[:5].tolist() == [7, 2, 1, 0, 4]
 
 
-@pytest.fixture
-def idx_folder(tmp_path, monkeypatch, digits) -> Path:
-    """A small IDX source in a folder, under the name mnist."""
-    import hashlib
-
-    files = []
-    for stem, name in (("train", "train"), ("t10k", "test")):
-        split = digits[name]
-        for kind, array in (("images-idx3", split.images), ("labels-idx1", split.labels.to(torch.uint8))):
-            header = bytes([0, 0, 8, array.dim()]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
-            content = header + array.contiguous().numpy().tobytes()
-            packed = gzip.compress(content, mtime=0)
-            path = tmp_path / "data" / f"{stem}-{kind}-ubyte.gz"
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(packed)
-            md5, sha256 = hashlib.md5(packed).hexdigest(), hashlib.sha256(content).hexdigest()
-            files.append(data_module._IdxFile(path.stem, tuple(array.shape), md5, sha256))
-    source = data_module._IdxSource(("http://127.0.0.1:9/",), tuple(files))
-    unsigned = data_module._IdxSource(source.mirrors, tuple(f._replace(sha256=None) for f in files))
-    monkeypatch.setattr(data_module, "_IDX_SOURCES", {"mnist": source, "fashion-mnist": unsigned})
-    monkeypatch.setattr(data_module, "_VALIDATION_SIZE", 197)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("RAM_DATA_DIR", raising=False)
-    return tmp_path / "data"
-
-
 def test_idx_files_gz_or_plain(idx_folder, digits):
     packed = load_source("mnist", idx_folder)
     assert torch.equal(packed["train"].images, digits["train"].images[:1000])

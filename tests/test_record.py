@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 from ramcore.config import Config
 from study.designs import Plan
-from study.record import Record, RecordError, StudySettings, read_best, read_settings
+from study.record import Record, RecordError, StudySettings, best_trial, read_settings, read_trials
 from study.space import search_space
 
 SPACE = search_space(Config(data="digits", task="original", epochs=3))
@@ -190,7 +190,10 @@ def test_the_record_can_be_read_from_outside(folder):
             record.add_epoch(i, 1, metrics(1, accuracy, accuracy))
             record.end(i, "complete", "finished")
     assert read_settings(folder / "study.db") == (SETTINGS, 5)
-    assert read_best(folder / "study.db") == dataclasses.asdict(plan(1).config)
+    trials, rows = read_trials(folder / "study.db")
+    assert rows is None and [t.state for t in trials] == ["complete"] * 3
+    best = best_trial(trials)
+    assert best is not None and best.plan == plan(1)
 
 
 def test_commits_are_durable(folder):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from ramcore.data import load_task
 from study import designs, pool, run
 from study.outcome import pareto_front
 from study.progress import duration, percent, time_left
-from study.record import Epoch, TrialRecord
+from study.record import Epoch, Record, TrialRecord, read_settings
 from study.run import Flags, main
 from study.space import search_space
 from study.trainable import run_trial
@@ -179,6 +180,42 @@ def test_a_ray_that_keeps_breaking_down_ends_the_run_and_the_same_command_contin
     assert "Ray broke down 3 times without an epoch between: killed" in capsys.readouterr().err
     fragile.clear()
     assert main(SMALL) == run.DONE
+
+
+# A study that meets another one.
+
+
+def test_the_same_command_continues_a_study_of_digits_where_mnist_has_come(fragile, idx_folder, capsys):
+    dry = dataclasses.replace(SMALL, data="auto", study=None, data_dir=idx_folder, dry_run=True)
+    assert main(dry) == run.DONE
+    assert "Study original-mnist-search: new" in capsys.readouterr().out
+    assert main(dataclasses.replace(SMALL, study=None)) == run.DONE
+    capsys.readouterr()
+    assert main(dry) == run.DONE
+    said = capsys.readouterr()
+    assert "Study original-digits-search" in said.out and ": new" not in said.out
+    assert "original-digits-search is continued, on the bundled digits: pass --data mnist" in said.err
+
+
+def test_the_same_command_refuses_to_go_on_with_mnist_where_mnist_has_gone(fragile, idx_folder, capsys):
+    assert main(dataclasses.replace(SMALL, data="mnist", study=None, data_dir=idx_folder)) == run.DONE
+    capsys.readouterr()
+    empty = idx_folder.parent / "empty"
+    empty.mkdir()
+    assert "mnist" in refused(capsys, task="original", data="auto", data_dir=empty, trials=2, epochs=1)
+
+
+def test_a_design_around_an_unfinished_search_says_so(fragile, capsys):
+    assert main(SMALL) == run.DONE
+    around = Flags(data="digits", task="original", design="replicate", dry_run=True)
+    capsys.readouterr()
+    assert main(around) == run.DONE
+    assert "is not finished" not in capsys.readouterr().err
+    settings, _ = read_settings(Path("runs/s/study.db")) or pytest.fail("no study")
+    Record.open(Path("runs/s"), settings, total=4).close()  # asked for two more
+    assert main(around) == run.DONE
+    said = capsys.readouterr().err
+    assert "the best configuration that s has now, and that search is not finished (2 of 4 trials have ended)" in said
 
 
 # The whole thing.
