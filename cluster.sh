@@ -22,6 +22,7 @@ node() {
         .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[cluster]'
         sha256sum pyproject.toml constraints.txt > .venv/installed
     fi
+    chmod 600 ~/cluster.yaml # it may hold the keys of a storage
     (umask 077 && environment > "$ENVIRONMENT")
     # First in the file, because the usual ~/.bashrc ends early for shells without a terminal.
     local line="[ ! -f $ENVIRONMENT ] || . $ENVIRONMENT" bashrc=""
@@ -56,18 +57,24 @@ mlflow() {
         kill "$old"
         while kill -0 "$old" 2> /dev/null; do sleep 0.5; done
     fi
+    if answers; then
+        echo "error: port $MLFLOW_PORT must be free for the MLflow server; something answers there: end it, or change MLFLOW_PORT in cluster.sh" >&2
+        exit 1
+    fi
     setsid nohup bash cluster.sh serve > ~/mlflow.log 2>&1 < /dev/null &
     echo $! > ~/.mlflow.pid
     for _ in $(seq 180); do
-        if .venv/bin/python -c "import urllib.request as r; r.urlopen('$MLFLOW/health', timeout=1)" 2> /dev/null; then
-            return
-        fi
         kill -0 $! 2> /dev/null || break
+        ! answers || return 0
         sleep 1
     done
     tail -n 20 ~/mlflow.log
     echo "error: the MLflow server must answer within 3 minutes; it did not: see ~/mlflow.log on the head" >&2
     exit 1
+}
+
+answers() {
+    .venv/bin/python -c "import urllib.request as r; r.urlopen('$MLFLOW/health', timeout=1)" 2> /dev/null
 }
 
 serve() { # on loopback: other machines come through SSH

@@ -127,7 +127,11 @@ class RemoteFolder:
             self._fs.delete_file(self._path(name))
 
     def delete_folder(self, folder: str) -> None:
-        """Object stores have no folders to delete."""
+        # An object store has no folders, but pyarrow leaves an empty object in the place of one.
+        selector = pyarrow.fs.FileSelector(self._path(folder), allow_not_found=True)
+        with contextlib.suppress(OSError):
+            if not self._fs.get_file_info(selector):
+                self._fs.delete_dir(self._path(folder))
 
 
 def open_folder(storage: str, study: str) -> Folder:

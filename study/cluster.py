@@ -249,15 +249,18 @@ def capacity(present: list[Node], growth: Growth | None, need: Need) -> int:
     return max(here, heads + growth.workers * need.fits(growth.worker))
 
 
-def wait_for_workers(need: Need, growth: Growth | None, *, others: bool, say: Callable[[str], None]) -> list[Node]:
+def wait_for_workers(
+    need: Need, growth: Growth | None, trials: int, *, others: bool, say: Callable[[str], None]
+) -> list[Node]:
     """Wait until a node can run a trial; returns the nodes.
 
-    Up to JOIN_MINUTES if the cluster says that it grows, meanwhile asking for all the room that it can grow to, so that
+    Up to JOIN_MINUTES if the cluster says that it grows, meanwhile asking for the room that the trials can use, so that
     its autoscaler starts the workers at once; else up to JOIN_MINUTES_FIXED, for workers that are being started.
 
     Args:
         need: of a trial.
         growth: what the cluster may grow to.
+        trials: that could run at a time, if there were room.
         others: wait for a node beside the driver's too, for what can be asked of such a node only.
         say: is told every 15 seconds.
 
@@ -284,7 +287,7 @@ def wait_for_workers(need: Need, growth: Growth | None, *, others: bool, say: Ca
             if able >= 1 and not alone:
                 return present
             if growth is not None and not asked:
-                asked = [hold.remote(JOIN_MINUTES * 60) for _ in range(capacity(present, growth, need))]
+                asked = [hold.remote(JOIN_MINUTES * 60) for _ in range(min(trials, capacity(present, growth, need)))]
             waited = time.monotonic() - started
             if waited >= minutes * 60:
                 break
@@ -361,6 +364,8 @@ class Check:
             except (NodeDiedError, TaskUnschedulableError):
                 continue
             except GetTimeoutError:
+                if node.id not in {n.id for n in nodes()}:
+                    continue
                 yield (
                     node,
                     (

@@ -2,7 +2,8 @@
 
 The time is an estimate. How long an epoch takes is read from the study's own trials if it has any; else three of its
 configurations (a quarter, half and three quarters up in multiply-adds) are timed for a few seconds where the trials
-would run: on this machine, or on a node that can run a trial. Each is timed alone, on 1/25 or less of the images. How
+would run: on this machine, or on a node that can run a trial (while a cluster has none, on its head, which the plan
+says). Each is timed alone, on 1/25 or less of the images. How
 many epochs there will be is uncertain too, because early stopping decides: see `study.progress.time_left`.
 """
 
@@ -162,18 +163,21 @@ def _on_cluster(
         machines = growth.workers if growth is not None else max(1, len(able))
         if any(t.epochs for t in trials):
             return slots, machines, where, [], f"from {sum(len(t.epochs) for t in trials)} epochs so far"
-        if not able:
-            return slots, machines, where, [], "no worker is up on which an epoch could be timed"
         some, data = _some(configs), ray.put(SharedData.of(prepared.data))
-        task = ray.remote(num_cpus=need.cpus, num_gpus=need.gpus, scheduling_strategy=cluster.only_on(able[0]))(
-            time_epochs
-        )
+        # Without a worker, on a node that runs no trials: nobody pays for a machine to see a plan.
+        node, gpus = (able[0], need.gpus) if able else (present[0], 0.0)
+        cpus = need.cpus if able else 0.0
+        task = ray.remote(num_cpus=cpus, num_gpus=gpus, scheduling_strategy=cluster.only_on(node))(time_epochs)
         seeds = tuple(range(prepared.settings.seeds_per_trial))
         try:
-            seconds = ray.get(task.remote(some, data, seeds, need.cpus, need.gpus), timeout=_PATIENCE)
+            seconds = ray.get(task.remote(some, data, seeds, need.cpus, gpus), timeout=_PATIENCE)
         except RayError as error:
-            return slots, machines, where, [], f"timing an epoch on {able[0]} failed ({cluster.telling_line(error)})"
-        return slots, machines, where, seconds, f"{len(some)} configurations timed now, on {able[0]}"
+            return slots, machines, where, [], f"timing an epoch on {node} failed ({cluster.telling_line(error)})"
+        timed = f"{len(some)} configurations timed now, on {node}"
+        if not able:
+            faster = " and on its CPU, where a GPU is faster" if need.gpus else ""
+            timed += f", as no worker is up{faster}"
+        return slots, machines, where, seconds, timed
 
 
 _PATIENCE = 180.0  # seconds for the timing on a node, which may be busy with another study

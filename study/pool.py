@@ -146,7 +146,8 @@ def ray_running(address: str | None) -> Iterator[None]:
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise ClusterError(
                     f"--address must be that of a Ray cluster that takes this driver; {address} does not "
-                    f"({one_line(error)}): mend that, or pass --address local for this machine alone"
+                    f"({one_line(error)}): mend that; from a machine outside of the cluster, forward its head's port "
+                    "8265 and pass --address http://127.0.0.1:8265; or pass --address local for this machine alone"
                 ) from error
     try:
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there, which ends the process on the spot

@@ -53,6 +53,15 @@ class Prepared:
     exists: bool  # whether this is the continuation of a study
     warnings: tuple[str, ...]
 
+    @property
+    def trials_left(self) -> int:
+        """Trials that have not ended."""
+        if not self.exists:
+            return self.total or len(self.rows() if self.rows else ())
+        trials, rows = read_trials(self.folder / "study.db")
+        total = min(self.total or 0, len(rows)) if rows is not None else self.total or 0
+        return total - sum(t.state != "running" for t in trials)
+
 
 def prepare(flags: Flags) -> Prepared:
     """Resolve the flags. What is not given is taken from the study of that name if it exists, else from the defaults.
@@ -61,6 +70,8 @@ def prepare(flags: Flags) -> Prepared:
         UsageError, ConfigError, DataError, RecordError: one line each.
     """
     check_numbers(flags)
+    if flags.money_budget is not None and flags.price_per_hour is None:  # known where the study runs
+        raise UsageError("a money budget needs a price; got --money-budget alone: pass --price-per-hour too")
     _check_writable(flags.storage)
     known = _read(flags.storage, flags.study) if flags.study else None
     if known is None:
@@ -94,7 +105,9 @@ def prepare(flags: Flags) -> Prepared:
     epochs = epochs or designs.DEFAULT_EPOCHS[design]
     seeds = flags.seeds_per_trial or (known[0].seeds_per_trial if known else designs.DEFAULT_SEEDS[design])
     share = flags.sobol_share if flags.sobol_share is not None else known[0].sobol_share if known else None
-    total = flags.trials or (known[1] if known else designs.DEFAULT_TRIALS if design == "search" else None)
+    total = flags.trials or (designs.DEFAULT_TRIALS if design == "search" else None)
+    if known:
+        total = max(flags.trials or 0, known[1])  # a study never has fewer than it was asked for
 
     base = dataclasses.replace(BASE, data=data, task=tasks[0], epochs=epochs)
     if data == "digits":
@@ -247,8 +260,6 @@ def check_numbers(flags: Flags) -> None:
         raise UsageError(
             f"--gpus-per-trial must be at least 0; got {flags.gpus_per_trial:g}: pass 0, a fraction or a count"
         )
-    if flags.money_budget is not None and flags.price_per_hour is None:
-        raise UsageError("a money budget needs a price; got --money-budget alone: pass --price-per-hour too")
     if flags.study is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", flags.study):
         raise UsageError(
             "a study's name is a folder's name: up to 100 letters, digits, and . _ + - after the first; "
@@ -276,6 +287,7 @@ def _check_writable(storage: str) -> None:
             folder = open_folder(storage, ".probe")
             folder.write("probe", b"")
             folder.delete("probe")
+            folder.delete_folder("")
         except (OSError, ValueError) as error:  # pyarrow's ValueError: no such kind of storage
             raise UsageError(_unreachable(storage, error)) from error
         return

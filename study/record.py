@@ -40,9 +40,10 @@ from optuna.distributions import BaseDistribution
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from study.checkpoints import open_folder
 from study.designs import DEFAULT_SOBOL_SHARE, Plan
 from study.faults import fault_point
-from study.snapshots import LeaseHeld, Snapshots
+from study.snapshots import Lease, LeaseHeld, Snapshots, fetch, is_remote, record_folder
 
 logger = logging.getLogger(__name__)
 
@@ -395,6 +396,47 @@ class Record:
                 self.changed.wait(timeout)
             numbers, self._dirty = self._dirty, set()
             return numbers
+
+
+def open_record(
+    storage: str,
+    settings: StudySettings,
+    *,
+    total: int | None,
+    rows: Callable[[], list[Plan]] | None = None,
+    say: Callable[[str], None] = logger.info,
+) -> Record:
+    """`Record.open` for a study in a storage; in a remote one, with its lease and what was written until that was ours.
+
+    Args:
+        storage: a folder, or a URI that pyarrow understands.
+        settings, total, rows: as for `Record.open`.
+        say: is told of waiting for another machine's driver.
+
+    Raises:
+        RecordError: another driver has it, here or elsewhere, or it is a study with other settings.
+        RecordLost: the storage cannot be reached.
+    """
+    folder = record_folder(storage, settings.study)
+    record = Record.open(folder, settings, total=total, rows=rows)
+    if not is_remote(storage):
+        return record
+    try:
+        shared = open_folder(storage, settings.study)
+        lease = Lease(shared, settings.study)
+        lease.take(say)
+        # Whoever had the lease may have gone on since our copy was made.
+        record.close()
+        fetch(storage, settings.study)
+        record = Record.open(folder, settings, total=total, rows=rows)
+        record.snapshots = Snapshots(folder / "study.db", shared, lease)
+    except LeaseHeld as error:
+        record.close()
+        raise RecordError(str(error)) from error
+    except OSError as error:
+        record.close()
+        raise RecordLost(f"the storage cannot be written: {error}") from error
+    return record
 
 
 def read_settings(path: Path) -> tuple[StudySettings, int] | None:

@@ -34,7 +34,7 @@ from study.cluster import ClusterError
 from study.designs import Design
 from study.plan import plan_lines
 from study.prepare import Prepared, UsageError, check_numbers, prepare
-from study.record import Record, RecordError, RecordLost
+from study.record import Record, RecordError, RecordLost, open_record
 
 if TYPE_CHECKING:
     from study.tracking import Tracker
@@ -151,13 +151,13 @@ def main(flags: Flags) -> int:
             tracking.check_reachable(uri)
         if flags.address is not None:
             cluster.check_lasting(flags.storage, uri)
+        if flags.address is not None and (trials := min(prepared.trials_left, flags.max_concurrent or 2**31)) > 0:
             with pool.ray_running(flags.address):
                 others = "://" not in prepared.storage and wanted.growth is not None and wanted.growth.workers > 0
-                present = cluster.wait_for_workers(wanted.need, wanted.growth, others=others, say=_say)
+                present = cluster.wait_for_workers(wanted.need, wanted.growth, trials, others=others, say=_say)
                 if problem := check(present):
                     raise ClusterError(problem)
-        record = Record.open(prepared.folder, prepared.settings, total=prepared.total, rows=prepared.rows)
-        _keep_in_storage(record, prepared)
+        record = open_record(prepared.storage, prepared.settings, total=prepared.total, rows=prepared.rows, say=_say)
     except (*_REFUSALS, tracking.TrackingError, pool.PoolError) as error:
         return _refuse(error)
     except RecordLost as error:
@@ -167,26 +167,6 @@ def main(flags: Flags) -> int:
         return 128 + signal.SIGINT
     with record:
         return _run(flags, prepared, record, wanted, uri, check)
-
-
-def _keep_in_storage(record: Record, prepared: Prepared) -> None:
-    """Take the study's lease in a remote storage and begin to write the record back there."""
-    from study.checkpoints import open_folder
-    from study.snapshots import Lease, LeaseHeld, Snapshots, is_remote
-
-    if not is_remote(prepared.storage):
-        return
-    folder = open_folder(prepared.storage, record.settings.study)
-    lease = Lease(folder, record.settings.study)
-    try:
-        lease.take(_say)
-        record.snapshots = Snapshots(prepared.folder / "study.db", folder, lease)
-    except LeaseHeld as error:
-        record.close()
-        raise RecordError(str(error)) from error
-    except OSError as error:
-        record.close()
-        raise RecordLost(f"the storage cannot be written: {error}") from error
 
 
 def _settled(flags: Flags) -> Flags:
@@ -232,7 +212,8 @@ def _run(flags: Flags, prepared: Prepared, record: Record, wanted: Any, uri: str
         """Take in who has joined the cluster or left it."""
         present = cluster.nodes()
         meter.set(sum(wanted.need.fits(node.resources) > 0 for node in present))
-        if problem := check(present):
+        # Asked twice: what a node says once, in the middle of a long study, may be a moment's trouble.
+        if check(present) and (problem := check(cluster.nodes())):
             engine.stop(problem)
         progress.slots = max(progress.slots, wanted.slots)
         return progress.slots

@@ -12,6 +12,7 @@ import re
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -135,6 +136,11 @@ class Engine:
         """Whether every trial asked for has ended."""
         trials = self.record.trials.values()
         return len(trials) >= self.total and all(t.state != "running" for t in trials)
+
+    @property
+    def handed_out(self) -> bool:
+        """Whether no trial is left to start, or none is to be started any more."""
+        return self.stopping is not None or (not self._lost and len(self.record.trials) >= self.total)
 
     def stop_when(self, deadline: Callable[[], str | None]) -> None:
         """Ask this before going on: it returns why to stop, or None."""
@@ -325,6 +331,7 @@ class TuneScheduler(_Unsaved, FIFOScheduler):
         super().__init__()
         self._engine = engine
         self._slots = slots
+        self._kept: Callable[[], None] | None = None  # takes back what `on_trial_add` did, once
         self._keeps_workers = False
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
@@ -338,7 +345,15 @@ class TuneScheduler(_Unsaved, FIFOScheduler):
             controller = getattr(tune_controller, "_tune_controller", tune_controller)
             if (cache := getattr(controller, "_actor_cache", None)) is not None:
                 cache.increase_max(trial.placement_group_factory, by=self._slots)
+                self._kept = partial(cache.decrease_max, trial.placement_group_factory, by=self._slots)
             self._keeps_workers = True
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """As ever; once nothing is left to hand out, idle workers go, and with them the machines of a cluster."""
+        if self._kept is not None and self._engine.handed_out:
+            self._kept()
+            self._kept = None
+        return super().choose_trial_to_run(tune_controller)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Record, decide."""

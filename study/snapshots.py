@@ -85,7 +85,8 @@ def studies(storage: str) -> list[str]:
         return sorted(path.parent.name for path in Path(storage).glob(f"*/{NAME}"))
     system, root = pyarrow.fs.FileSystem.from_uri(storage.rstrip("/"))
     found = system.get_file_info(pyarrow.fs.FileSelector(root, allow_not_found=True))
-    return sorted(info.base_name for info in found if info.type == pyarrow.fs.FileType.Directory)
+    folders = (info.base_name for info in found if info.type == pyarrow.fs.FileType.Directory)
+    return sorted(name for name in folders if not name.startswith("."))
 
 
 def _set_aside(path: Path) -> None:

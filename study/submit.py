@@ -69,12 +69,17 @@ def _submit_or_follow(flags: Flags, address: str) -> int:
     with _leaving() as left:
         try:
             if running is None:
-                _submit(client, job, entrypoint, study)
-                _say(f"submitted to {address} as job {job}; it goes on without this machine")
+                _submit(client, job, entrypoint, {} if flags.dry_run else {_TAG: study})
+                goes_on = "" if flags.dry_run else "; it goes on without this machine"
+                _say(f"submitted to {address} as job {job}{goes_on}")
             else:
                 _say(f"job {job} is running this study: following it")
             return _follow(client, job)
         except _Left:
+            if flags.dry_run:
+                client.stop_job(job)
+                _say("left; the plan is not made")
+                return 128 + left[0]
             _say(
                 f"left; the job goes on\n  follow it  {command()}\n  stop it    {_ray_job('stop', address, job)}\n"
                 f"  its state  {_ray_job('status', address, job)}"
@@ -118,7 +123,8 @@ def _prepare_client(address: str) -> None:
         _say(
             f"warning: the token and the code go to {parts.hostname} unencrypted; forward its port through SSH instead"
         )
-    os.environ["RAY_ADDRESS"] = address  # which Ray would prefer to what it is told
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # which Ray would prefer to what it is told
+        os.environ[name] = address
     if os.environ.get("RAY_AUTH_TOKEN") or (Path.home() / ".ray" / "auth_token").is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
@@ -143,7 +149,7 @@ def _new_id(study: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9-]+', '-', study)}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _submit(client: JobSubmissionClient, job: str, entrypoint: str, study: str) -> None:
+def _submit(client: JobSubmissionClient, job: str, entrypoint: str, metadata: dict[str, str]) -> None:
     commit, dirty = working_tree()
     told = {"command": command(), "commit": commit, "dirty": dirty}
     with code_folder() as folder:
@@ -151,7 +157,7 @@ def _submit(client: JobSubmissionClient, job: str, entrypoint: str, study: str) 
             client.submit_job(
                 entrypoint=entrypoint,
                 submission_id=job,
-                metadata={_TAG: study},
+                metadata=metadata,
                 runtime_env={
                     "working_dir": str(folder),
                     "env_vars": {SUBMITTED: json.dumps(told), "RAY_JOB_STOP_WAIT_TIME_S": _STOP_SECONDS},

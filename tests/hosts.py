@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 HOME = Path("/srv/ram")  # of root, on every host
-NEEDED = ("ip", "nsenter", "rsync", "setpriv", "ssh", "ssh-keygen", "sshd", "unshare")
+NEEDED = ("curl", "ip", "nsenter", "rsync", "setpriv", "ss", "ssh", "ssh-keygen", "sshd", "unshare")
 BRIDGE = "10.77.0.1"
 
 _BOOT = """

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -227,6 +229,51 @@ def test_a_dry_run_says_what_is_there_and_what_it_may_cost(two_nodes, here, caps
     assert list(here.iterdir()) == []
 
 
+@pytest.fixture
+def lonely_head():
+    """A cluster whose workers come when they are needed: a head that runs no trials, and nobody else."""
+    with cluster_of(0) as found:
+        yield found
+
+
+def test_a_cluster_without_workers_yet_is_planned_for_and_asked_for_no_more_than_there_is_to_do(
+    lonely_head, here, capsys, monkeypatch
+):
+    monkeypatch.setenv("RAM_MAX_WORKERS", "3")
+    monkeypatch.setenv("RAM_WORKER_CPUS", "4")
+    flags = Flags(data="digits", address=lonely_head.address, dry_run=True, price_per_hour=0.5, epochs=2)
+    assert main(flags) == run.DONE
+    out = capsys.readouterr().out
+    assert "1 nodes, 0 CPUs, 0 GPUs" in out or "1 node, 0 CPUs, 0 GPUs" in out
+    assert "slots      12, one trial each" in out
+    assert "trial-hours" in out and "(the head), as no worker is up" in out and "for 3 workers at 0.5 an hour" in out
+
+    # A finished study needs nobody: the same command says how it ended and starts no machine.
+    small = Flags(data="digits", task="original", study="s", trials=1, epochs=1, storage=str(here / "runs"))
+    assert main(small) == run.DONE
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster, "wait_for_workers", lambda *_, **__: pytest.fail("asked for workers"))
+        assert main(dataclasses.replace(small, address=lonely_head.address)) == run.DONE
+
+    # One trial asks for one place, though twelve could be had.
+    asked: list[tuple[Any, ...]] = []
+    remote = pool.ray.remote
+
+    def noted(**options: Any) -> Any:
+        return lambda task: SimpleNamespace(
+            remote=lambda *given: (asked.append(given), remote(**options)(task).remote(*given))[1]
+        )
+
+    monkeypatch.setattr(pool.ray, "remote", noted)
+    monkeypatch.setattr(cluster, "JOIN_MINUTES", 0.05)
+    growth = Growth(workers=3, worker={"CPU": 4.0, "GPU": 0.0})
+    for trials, places in ((1, 1), (100, 12)):
+        asked.clear()
+        with ray_running(lonely_head.address), pytest.raises(ClusterError, match="none came"):
+            wait_for_workers(Need(cpus=1, gpus=0), growth, trials, others=False, say=lambda _: None)
+        assert len(asked) == places
+
+
 @pytest.fixture(scope="module")
 def joined(two_nodes):
     """The same cluster, with this process as a driver: the tests above join it themselves."""
@@ -284,7 +331,7 @@ def test_workers_that_are_still_joining_are_waited_for(joined):
     need = Need(cpus=2, gpus=0)
     coming = threading.Timer(2.0, lambda: came.append(add_node(joined, num_cpus=2)))
     coming.start()
-    present = wait_for_workers(need, None, others=False, say=lines.append)
+    present = wait_for_workers(need, None, 1, others=False, say=lines.append)
     coming.join()
     joined.remove_node(came[0])
     assert any(need.fits(n.resources) for n in present)
@@ -294,10 +341,10 @@ def test_workers_that_are_still_joining_are_waited_for(joined):
 def test_waiting_ends(joined, monkeypatch):
     monkeypatch.setattr(cluster, "JOIN_MINUTES_FIXED", 0.02)
     with pytest.raises(ClusterError, match=r"a trial needs a node with 64 CPUs and 0 GPUs; within 0\.02 min none"):
-        wait_for_workers(Need(cpus=64, gpus=0), None, others=False, say=print)
+        wait_for_workers(Need(cpus=64, gpus=0), None, 1, others=False, say=print)
     small = Growth(workers=2, worker={"CPU": 4.0, "GPU": 0.0})
     with pytest.raises(ClusterError, match="a trial must fit on a node; it takes 64 CPUs and 0 GPUs"):
-        wait_for_workers(Need(cpus=64, gpus=0), small, others=False, say=print)
+        wait_for_workers(Need(cpus=64, gpus=0), small, 1, others=False, say=print)
 
 
 def until_two_nodes_work() -> Any:

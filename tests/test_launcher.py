@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 import boto3
+import jsonschema
+import kubernetes_validate
 import pytest
 import yaml
 from moto.server import ThreadedMotoServer
@@ -21,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 RAY = Path(sys.executable).with_name("ray")
 YAML = ["cluster.yaml", "cluster-local.yaml"]
 MARK = "@EDIT "
+KUBERNETES = "1.34"  # whose schema pods are checked against
 
 
 def edited(name: str, **values: str) -> str:
@@ -88,6 +91,15 @@ def test_the_head_runs_no_trials_and_the_workers_are_spot_machines_that_go_away(
     assert read["provider"]["cache_stopped_nodes"] is False
 
 
+def test_a_worker_that_never_joins_and_one_whose_head_is_lost_end_themselves():
+    read = config("cluster.yaml")
+    worker = read["available_node_types"]["worker"]["node_config"]
+    assert worker["InstanceInitiatedShutdownBehavior"] == "terminate"
+    assert worker["UserData"].splitlines() == ["#!/bin/sh", "shutdown +60"]
+    *_, called_off, watched = read["worker_start_ray_commands"]
+    assert "shutdown -c" in called_off and "cluster.sh watch sudo shutdown now" in watched
+
+
 def test_every_machine_on_aws_has_its_role_its_image_and_the_closed_firewall():
     for kind, node in config("cluster.yaml")["available_node_types"].items():
         assert node["node_config"]["IamInstanceProfile"] == {"Name": f"ram-study-{kind}"}
@@ -123,6 +135,129 @@ def test_the_two_files_prepare_their_nodes_alike():
     aws, local = config("cluster.yaml"), config("cluster-local.yaml")
     for key in ("setup_commands", "head_setup_commands", "cluster_synced_files", "rsync_exclude"):
         assert aws[key] == local[key], key
+
+
+# KubeRay's own types (RayJobSpec, RayClusterSpec and what they are made of, as of 1.5.1), without what we do not use of
+# pods: those are Kubernetes' own and checked against its schema.
+_STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
+_COUNT = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+
+
+def _fields(required: tuple[str, ...], **properties: dict) -> dict:
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+
+_RAY_CLUSTER = _fields(
+    ("headGroupSpec",),
+    rayVersion={"type": "string"},
+    enableInTreeAutoscaling={"type": "boolean"},
+    autoscalerOptions={"type": "object"},
+    authOptions=_fields((), mode={"enum": ["disabled", "token"]}),
+    gcsFaultToleranceOptions={"type": "object"},
+    headServiceAnnotations=_STRINGS,
+    managedBy={"type": "string"},
+    suspend={"type": "boolean"},
+    upgradeStrategy={"type": "object"},
+    headGroupSpec=_fields(
+        ("template",),
+        template={"type": "object"},
+        rayStartParams=_STRINGS,
+        serviceType={"type": "string"},
+        headService={"type": "object"},
+        enableIngress={"type": "boolean"},
+        labels=_STRINGS,
+        resources=_STRINGS,
+    ),
+    workerGroupSpecs={
+        "type": "array",
+        "items": _fields(
+            ("groupName", "minReplicas", "maxReplicas", "template"),
+            groupName={"type": "string"},
+            replicas=_COUNT,
+            minReplicas=_COUNT,
+            maxReplicas=_COUNT,
+            numOfHosts=_COUNT,
+            idleTimeoutSeconds=_COUNT,
+            suspend={"type": "boolean"},
+            scaleStrategy={"type": "object"},
+            rayStartParams=_STRINGS,
+            template={"type": "object"},
+            labels=_STRINGS,
+            resources=_STRINGS,
+        ),
+    },
+)
+_RAY_JOB = _fields(
+    ("apiVersion", "kind", "metadata", "spec"),
+    apiVersion={"const": "ray.io/v1"},
+    kind={"const": "RayJob"},
+    metadata={"type": "object", "required": ["name"]},
+    spec=_fields(
+        (),
+        activeDeadlineSeconds=_COUNT,
+        backoffLimit=_COUNT,
+        clusterSelector=_STRINGS,
+        deletionStrategy={"type": "object"},
+        entrypoint={"type": "string"},
+        entrypointNumCpus={"type": "number"},
+        entrypointNumGpus={"type": "number"},
+        entrypointResources={"type": "string"},
+        jobId={"type": "string"},
+        managedBy={"type": "string"},
+        metadata=_STRINGS,
+        rayClusterSpec=_RAY_CLUSTER,
+        runtimeEnvYAML={"type": "string"},
+        shutdownAfterJobFinishes={"type": "boolean"},
+        submissionMode={"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
+        submitterConfig={"type": "object"},
+        submitterPodTemplate={"type": "object"},
+        suspend={"type": "boolean"},
+        ttlSecondsAfterFinished=_COUNT,
+    ),
+)
+
+
+def test_the_kubernetes_manifest_passes_its_schema():
+    job = yaml.safe_load(edited("kuberay.yaml"))
+    jsonschema.validate(job, _RAY_JOB)
+    cluster = job["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert group["template"].keys() <= {"metadata", "spec"}
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, **group["template"]}
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+        # Not in the schema, but Kubernetes refuses GPUs whose request is not their limit.
+        for container in pod["spec"]["containers"]:
+            limits, requests = (container["resources"][kind].get("nvidia.com/gpu") for kind in ("limits", "requests"))
+            assert limits == requests
+
+
+@pytest.mark.parametrize(
+    ("at", "wrong"),
+    [
+        ("entrypoint: ", "entrypont: "),
+        ("minReplicas: 0", "minReplicas: none"),
+        ('num-cpus: "0"', "num-cpus: 0"),
+        ("mode: token", "mode: password"),
+    ],
+)
+def test_the_schema_tells_a_wrong_manifest(at, wrong):
+    text = edited("kuberay.yaml")
+    assert text.count(at) == 1
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(yaml.safe_load(text.replace(at, wrong)), _RAY_JOB)
+
+
+def test_the_kubernetes_manifest_says_of_its_workers_what_they_are():
+    cluster = yaml.safe_load(edited("kuberay.yaml"))["spec"]["rayClusterSpec"]
+    head, (workers,) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+    (container,) = workers["template"]["spec"]["containers"]
+    environment = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert head["template"]["spec"]["containers"][0]["env"] == container["env"]
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    assert environment["RAM_MAX_WORKERS"] == str(workers["maxReplicas"])
+    assert environment["RAM_WORKER_CPUS"] == container["resources"]["limits"]["cpu"]
+    assert environment["RAM_WORKER_GPUS"] == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert cluster["rayVersion"] == re.findall(r"(?m)^ray(?:\[.*\])?==(\S+)", (ROOT / "constraints.txt").read_text())[0]
 
 
 # The same against a mock of AWS.
@@ -197,6 +332,26 @@ def test_workers_may_use_the_bucket_and_nothing_else(aws, stack):
     statements = version["Document"]["Statement"]
     assert {s["Resource"] for s in statements} == {f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"}
     assert all(action.startswith("s3:") for s in statements for action in s["Action"])
+
+
+def test_only_the_clusters_own_machines_can_be_tagged_or_ended(aws, stack):
+    iam = aws("iam")
+    launcher = next(p for p in iam.list_policies(Scope="Local")["Policies"] if p["PolicyName"] == "ram-study-launcher")
+    documents = [
+        iam.get_role_policy(RoleName="ram-study-head", PolicyName="workers")["PolicyDocument"],
+        iam.get_policy_version(PolicyArn=launcher["Arn"], VersionId="v1")["PolicyVersion"]["Document"],
+    ]
+    mine = {"StringEquals": {"ec2:ResourceTag/ray-cluster-name": "ram-study"}}
+    new = {"StringEquals": {"ec2:CreateAction": "RunInstances"}}
+    for document in (yaml.safe_load(d) if isinstance(d, str) else d for d in documents):
+        conditions: dict[str, list[dict]] = {}
+        for statement in document["Statement"]:
+            actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
+            for action in actions:
+                conditions.setdefault(action, []).append(statement.get("Condition"))
+                assert not action.startswith("iam:PassRole") or "*" not in statement["Resource"]
+        assert conditions["ec2:TerminateInstances"] == [mine]
+        assert sorted(conditions["ec2:CreateTags"], key=str) == sorted([mine, new], key=str)
 
 
 def ray(*command: str, home: Path) -> subprocess.CompletedProcess[str]:

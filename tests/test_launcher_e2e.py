@@ -30,6 +30,7 @@ STUDY = f"--data digits --task original --trials {TRIALS} --epochs {EPOCHS} --se
 NAME = "original-digits-search"
 DASHBOARD, MLFLOW = 8265, 5001
 RAY = {"gcs_server", "raylet", "python", "ray::DashboardA", "ray::RuntimeEnv"}  # behind Ray's token
+CHANGE = 'metrics["code"] = "of the laptop"'
 PATIENCE = 900.0  # seconds; on a machine with nothing else to do every step takes under 120
 
 _started = time.monotonic()
@@ -65,7 +66,9 @@ def image(pytestconfig: pytest.Config) -> Path:
 @pytest.fixture(scope="module")
 def lab(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     if lacking := missing():
-        pytest.skip(f"needs {', '.join(lacking)}: install openssh-server, openssh-client, rsync, iproute2, util-linux")
+        pytest.skip(
+            f"needs {', '.join(lacking)}: install openssh-server, openssh-client, rsync, iproute2, util-linux, curl"
+        )
     with Lab(tmp_path_factory.mktemp("lab"), image, ("laptop", "head", "one", "two", "three")) as machines:
         moto = machines.on_bridge([str(Path(sys.executable).with_name("moto_server")), "-H", BRIDGE, "-p", "9000"])
         for name in ("laptop", "head", "one", "two"):
@@ -106,6 +109,9 @@ def laptop(lab: Lab) -> Host:
         assert text.count(mark) == 1, mark
         text = text.replace(mark, value)
     subprocess.run([*host.console, f"cat > ~/ram-study/{YAML}"], input=text.encode(), check=True)
+    # A change that the machines' installation lacks.
+    change = f"sed -i 's/^    def tell(.*$/&\\n        {CHANGE}/' study/trainable.py"
+    host.run(f"cd ~/ram-study && {change} && grep -qF '{CHANGE}' study/trainable.py")
     return host
 
 
@@ -131,8 +137,8 @@ def answers(host: Host, port: int, of: str = "127.0.0.1") -> bool:
 
 
 def status(host: Host, url: str, header: str = "Accept: */*") -> int:
-    """The HTTP status that a machine gets."""
-    return int(host.run(f"curl -s -o /dev/null -w %{{http_code}} -H '{header}' '{url}'").stdout)
+    """The HTTP status that a machine gets; 0 from what does not speak HTTP."""
+    return int(host.run(f"curl -s -m 10 -o /dev/null -w %{{http_code}} -H '{header}' '{url}'", check=False).stdout)
 
 
 def refusal(laptop: Host, command: str) -> str:
@@ -171,14 +177,21 @@ def test_the_whole_story(lab: Lab, laptop: Host, tmp_path: Path) -> None:
     for port in (DASHBOARD, MLFLOW):
         assert answers(head, port) and not answers(laptop, port, of="head")
     for host in (head, one, two):
-        assert {program for _, program in listeners(host)} <= {"sshd", *RAY}, listeners(host)
+        found = listeners(host)
+        assert {program for _, program in found} <= {"sshd", *RAY}, found
+        for address, program in found:
+            if program != "sshd":  # also the agent of each node, which would start jobs
+                url = f"http://{host.address}:{address.rpartition(':')[2]}"
+                for route in ("/", "/api/job_agent/jobs/"):
+                    assert not 200 <= status(laptop, url + route) < 300, (address, program, route)
     assert status(head, f"http://127.0.0.1:{DASHBOARD}/api/jobs/") == 401
     assert status(head, f"http://127.0.0.1:{DASHBOARD}/nodes?view=summary") == 401
     experiments = f"http://127.0.0.1:{MLFLOW}/api/2.0/mlflow/experiments/search?max_results=1"
     assert status(head, experiments) == 200 and status(head, experiments, "Host: evil.example") == 403
     note("without a token or with a forged host, nothing answers")
     for host in (head, one, two):
-        assert host.run("stat -c %a ~/.ray/auth_token ~/.ram-study.env").stdout.split() == ["600", "600"]
+        modes = host.run("stat -c %a ~/.ray/auth_token ~/.ram-study.env ~/cluster.yaml").stdout.split()
+        assert modes == ["600", "600", "600"]
 
     # Submit through the forwarded port; without the token first.
     with subprocess.Popen(
@@ -228,6 +241,11 @@ def test_the_whole_story(lab: Lab, laptop: Host, tmp_path: Path) -> None:
                 "select t.state, count(distinct v.step), count(*) from trials t join trial_intermediate_values v "
                 "using (trial_id) group by t.trial_id"
             ).fetchall()
+            epochs = database.execute(
+                "select value_json from trial_user_attributes where key like 'epoch %'"
+            ).fetchall()
+        assert epochs and all('"of the laptop"' in text for (text,) in epochs)
+        note("all nodes ran the code of the laptop's working tree")
         assert len(rows) == TRIALS and {state for state, _, _ in rows} <= {"COMPLETE", "PRUNED"}
         assert all(steps == values for _, steps, values in rows)
         assert all(steps == EPOCHS for state, steps, _ in rows if state == "COMPLETE")

@@ -24,9 +24,10 @@ from optuna.trial import TrialState
 from test_record import SETTINGS, SPACE, metrics, plan
 
 from study.checkpoints import Checkpoints, RemoteFolder, open_folder
-from study.record import Record
+from study.cluster import probe
+from study.record import Record, open_record
 from study.run import USAGE, Flags, main
-from study.snapshots import Lease, Snapshots, fetch, record_folder
+from study.snapshots import fetch, record_folder, studies
 
 ROOT = Path(__file__).resolve().parent.parent
 STORAGE = "s3://bucket/ram-study"
@@ -55,10 +56,10 @@ def store(tmp_path, monkeypatch) -> Iterator[Path]:
     server.stop()
 
 
-def keys() -> list[str]:
-    """What the bucket holds."""
+def keys(*, marks: bool = False) -> list[str]:
+    """What the bucket holds; with pyarrow's marks of folders if asked for."""
     found = boto3.client("s3").list_objects_v2(Bucket="bucket").get("Contents", [])
-    return sorted(item["Key"] for item in found if not item["Key"].endswith("/"))  # pyarrow's marks of folders
+    return sorted(item["Key"] for item in found if marks or not item["Key"].endswith("/"))
 
 
 def test_checkpoints_live_in_a_bucket(store):
@@ -79,17 +80,21 @@ def test_checkpoints_live_in_a_bucket(store):
     assert keys() == [f"{folder}/best.pt"]
 
 
-def test_a_record_outlives_the_drivers_machine(store):
-    def open_record() -> Record:
-        fetch(STORAGE, "s")
-        folder = record_folder(STORAGE, "s")
-        record = Record.open(folder, SETTINGS, total=5)
-        lease = Lease(open_folder(STORAGE, "s"), "s")
-        lease.take(print)
-        record.snapshots = Snapshots(folder / "study.db", open_folder(STORAGE, "s"), lease)
-        return record
+def test_looking_at_a_bucket_leaves_nothing_there(store):
+    answer = probe(STORAGE, ".probe-of-this-test")
+    assert not answer["lacks"] and not answer["unreachable"]
+    assert all("probe" not in key for key in keys(marks=True))
+    open_folder(STORAGE, "s").write("study.db", b"")
+    open_folder(STORAGE, ".hidden").write("x", b"")
+    assert studies(STORAGE) == ["s"]
 
-    with open_record() as record:
+
+def test_a_record_outlives_the_drivers_machine(store):
+    def open_here() -> Record:
+        fetch(STORAGE, "s")
+        return open_record(STORAGE, SETTINGS, total=5)
+
+    with open_here() as record:
         for index, accuracy in enumerate((0.2, 0.6)):
             record.start(plan(index), SPACE.distributions())
             record.add_epoch(index, 1, metrics(1, accuracy, accuracy))
@@ -97,7 +102,7 @@ def test_a_record_outlives_the_drivers_machine(store):
         uid = record.uid
     assert keys() == ["ram-study/s/study.db"]
     shutil.rmtree(store)
-    with open_record() as record:
+    with open_here() as record:
         assert [(t.state, len(t.epochs)) for t in record.trials.values()] == [("complete", 1), ("running", 1)]
         assert record.uid == uid
 

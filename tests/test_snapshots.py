@@ -8,10 +8,11 @@ import time
 import pytest
 from test_record import SETTINGS, SPACE, metrics, plan
 
+from study import record as record_module
 from study import snapshots
 from study.checkpoints import open_folder
 from study.record import Record, RecordLost
-from study.snapshots import LEASE, Lease, LeaseHeld, Snapshots, fetch, is_remote, record_folder, studies
+from study.snapshots import LEASE, Lease, LeaseHeld, fetch, is_remote, record_folder, studies
 
 
 @pytest.fixture
@@ -24,12 +25,7 @@ def storage(tmp_path, monkeypatch) -> str:
 
 def open_record(storage: str) -> Record:
     fetch(storage, "s")
-    folder = record_folder(storage, "s")
-    record = Record.open(folder, SETTINGS, total=5)
-    lease = Lease(open_folder(storage, "s"), "s")
-    lease.take(print)
-    record.snapshots = Snapshots(folder / "study.db", open_folder(storage, "s"), lease)
-    return record
+    return record_module.open_record(storage, SETTINGS, total=5, say=print)
 
 
 def test_a_path_is_its_own_place(tmp_path):
@@ -89,6 +85,48 @@ def test_a_driver_whose_machine_is_gone_is_waited_for_and_then_succeeded(storage
     with open_record(storage) as record:
         record.start(plan(), SPACE.distributions())
     assert open_folder(storage, "s").names("") == ["study.db"]  # the lease is given back
+
+
+def test_what_another_driver_wrote_while_this_one_waited_is_not_overwritten(storage, tmp_path, monkeypatch):
+    with open_record(storage) as first:
+        first.start(plan(), SPACE.distributions())
+    old = (tmp_path / "store" / "s" / "study.db").read_bytes()
+    with open_record(storage) as first:
+        first.add_epoch(0, 1, metrics(1, 0.5, 0.5))
+        first.end(0, "complete", "finished")
+    new = (tmp_path / "store" / "s" / "study.db").read_bytes()
+    shutil.rmtree(tmp_path / "cache")  # this machine has never seen the study
+    (tmp_path / "store" / "s" / "study.db").write_bytes(old)
+    take = Lease.take
+
+    def waits_for_its_end(lease: Lease, say: object) -> None:
+        (tmp_path / "store" / "s" / "study.db").write_bytes(new)
+        take(lease, print)
+
+    monkeypatch.setattr(Lease, "take", waits_for_its_end)
+    with open_record(storage) as mine:
+        assert [(t.state, len(t.epochs)) for t in mine.trials.values()] == [("complete", 1)]
+        mine.start(plan(1), SPACE.distributions())
+    shutil.rmtree(tmp_path / "cache")
+    with open_record(storage) as mine:
+        assert [(t.state, len(t.epochs)) for t in mine.trials.values()] == [("complete", 1), ("running", 0)]
+
+
+def test_a_study_that_another_driver_made_while_this_one_waited_is_the_study(storage, tmp_path, monkeypatch):
+    with open_record(storage) as theirs:
+        theirs.start(plan(), SPACE.distributions())
+    made = (tmp_path / "store" / "s" / "study.db").read_bytes()
+    shutil.rmtree(tmp_path / "store" / "s")
+    shutil.rmtree(tmp_path / "cache")
+    take = Lease.take
+
+    def waits_for_its_end(lease: Lease, say: object) -> None:
+        open_folder(storage, "s").write("study.db", made)
+        take(lease, print)
+
+    monkeypatch.setattr(Lease, "take", waits_for_its_end)
+    with open_record(storage) as mine:
+        assert mine.uid == theirs.uid and len(mine.trials) == 1
 
 
 def test_a_driver_that_was_succeeded_stops(storage):

@@ -132,6 +132,28 @@ def test_a_missing_or_wrong_token_is_said_in_one_line(head, tmp_path, token, sai
     assert "copy ~/.ray/auth_token from the cluster's head" in line
 
 
+def test_a_money_budget_is_weighed_where_the_price_is_known(head, tmp_path):
+    process = laptop(head, tmp_path, *STUDY, "--money-budget", "5")
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 2
+    assert "error: a money budget needs a price; got --money-budget alone" in out  # the job's answer, not the laptop's
+
+
+def test_a_plan_does_not_count_as_the_studys_driver(head, tmp_path):
+    plan = laptop(head, tmp_path, *STUDY, "--study", "planned", "--dry-run")
+    assert plan.stderr is not None
+    job = re.search(r"as job (\S+)", plan.stderr.readline())
+    assert job is not None
+    plan.send_signal(signal.SIGINT)
+    _, err = plan.communicate(timeout=60)
+    assert plan.returncode == 130 and "left; the plan is not made" in err
+    again = laptop(head, tmp_path, *STUDY, "--study", "planned", "--dry-run", "--trials", "3")
+    out, err = again.communicate(timeout=200)
+    assert again.returncode == 0, out + err
+    assert "Study planned: new" in out and "trials     3" in out
+    assert state(head, job[1]) in ("STOPPED", "SUCCEEDED")
+
+
 def test_the_job_gets_the_flags_that_were_given(monkeypatch):
     monkeypatch.delenv("RAM_STORAGE", raising=False)
     flags = Flags(address="http://127.0.0.1:8265", data="digits", trials=5, cpus_per_trial=0.5, dry_run=True)
