@@ -210,7 +210,8 @@ def ofat(space: Space, best: Values, seeds_per_trial: int) -> list[Plan]:
     seeds = tuple(range(seeds_per_trial))
     small = space.clamped(best | {"patch_size": SMALL_PATCH})
     plans: list[Plan] = []
-    for name, baseline in (("best", best), ("small patch", small)):
+    baselines = {"best": best, "small patch": small} if small != best else {"best": best}
+    for name, baseline in baselines.items():
         plans.append(Plan(config=space.config(baseline), arm="ofat", row=f"baseline {name}", seeds=seeds))
         for dimension in space.dimensions:
             levels = [dimension.from_unit(u) for u in OFAT_LEVELS]

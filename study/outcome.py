@@ -120,10 +120,10 @@ def describe(outcome: Outcome, searched: tuple[str, ...]) -> list[str]:
 def publisher(outcome: Outcome, folder: Folder, data: TaskData) -> Publish:
     """What logs the end of a study: best_config.json, and the best model with its glimpses if its weights are there."""
     best = outcome.best
-    saved = Checkpoints(folder, best.number).load_best()
 
     def publish(client: mlflow.MlflowClient, run_id: str) -> None:
         client.log_text(run_id, json.dumps(outcome.best_config(), indent=1), "best_config.json")
+        saved = Checkpoints(folder, best.number).load_best()
         if saved is None:
             return
         with tempfile.TemporaryDirectory(prefix="ram-study-") as scratch:

@@ -19,7 +19,7 @@ from study import cluster
 from study.cluster import ClusterError
 from study.designs import Plan, published, search_arms
 from study.prepare import Prepared
-from study.record import TrialRecord, read_trials
+from study.record import TrialRecord, read_totals, read_trials
 
 if TYPE_CHECKING:
     from study.pool import Pool
@@ -44,7 +44,10 @@ def plan_lines(flags: Flags, prepared: Prepared, uri: str, pool: Pool) -> list[s
     else:
         assert space is not None
         configs = [space.config(space.sobol(i, 0)) for i in range(_POINTS)]
-        arms = search_arms([prepared.total or 0], len(published(space)), settings.sobol_share)
+        totals = read_totals(prepared.folder / "study.db") if prepared.exists else []
+        if (prepared.total or 0) > (totals[-1] if totals else 0):
+            totals.append(prepared.total or 0)
+        arms = search_arms(totals, len(published(space)), settings.sobol_share)
     place = _on_cluster if flags.address is not None else _here
     slots, machines, where, seconds, timed = place(flags, prepared, uri, pool, trials, configs)
     lines = [

@@ -19,6 +19,7 @@ _SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no csv, json and tensorboard files a trial: MLflow has it all
     "RAY_AIR_NEW_OUTPUT": "0",  # the newer console prints its tables even when told to be quiet
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours also knows SIGTERM and leaves trials to be continued
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # for a trial's thread to end; Tune loses the next trial after its 2 s
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # Tune's experiment state is not used
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }

@@ -71,7 +71,7 @@ def time_left(
     ended = [len(t.epochs) for t in trials if t.plan.arm in STOPPABLE and t.state != "running"]
     short = statistics.fmean(ended) if ended else epochs / 4
     done = {t.number: t for t in trials}
-    low = high = longest = 0.0
+    low = high = longest_low = longest_high = 0.0
     for number, arm in enumerate(arms):
         trial = done.get(number)
         if trial is not None and trial.state != "running":
@@ -79,9 +79,9 @@ def time_left(
         trained = len(trial.epochs) if trial else 0
         expected = max(short - trained, 0.0) if arm in STOPPABLE else epochs - trained
         low, high = low + expected, high + epochs - trained
-        longest = max(longest, expected)
+        longest_low, longest_high = max(longest_low, expected), max(longest_high, epochs - trained)
     # Neither can be shorter than the longest trial still to be trained.
-    return max(low / slots, longest) * quick, max(high / slots, longest) * slow
+    return max(low / slots, longest_low) * quick, max(high / slots, longest_high) * slow
 
 
 class Progress:

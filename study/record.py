@@ -10,8 +10,10 @@ state second; whichever of these a crash cuts off, `Record.open` finishes or the
 
 In the storage:
   study user attributes   settings (StudySettings), totals (trials asked for, as it grew), rows (of a fixed design),
-                          uid, created, "test 0007" (of a trial whose test images were read after its end)
-  trial user attributes   plan (Plan.to_dict); arm, row, seeds (for readers); "epoch 0007" (one record an epoch:
+                          uid, created, "run 0007" (what one run of the command was: commit, versions, devices, ...),
+                          "test 0007" (of a trial whose test images were read after its end)
+  trial user attributes   plan (Plan.to_dict); run (the number of the one that began it); arm, row, seeds (for readers);
+                          "epoch 0007" (one record an epoch:
                           {"time": ms since 1970, "metrics": EpochMetrics.to_dict()}), test, end ({"state", "reason",
                           "time"})
   intermediate values     mean validation accuracy over seeds, by epoch
@@ -48,7 +50,7 @@ from study.snapshots import Lease, LeaseHeld, Snapshots, fetch, is_remote, recor
 logger = logging.getLogger(__name__)
 
 State = Literal["running", "complete", "pruned", "failed"]
-_OPTUNA_STATE: dict[State, TrialState] = {
+OPTUNA_STATE: dict[State, TrialState] = {
     "running": TrialState.RUNNING,
     "complete": TrialState.COMPLETE,
     "pruned": TrialState.PRUNED,
@@ -126,6 +128,7 @@ class TrialRecord:
     trial_id: int  # Optuna's
     plan: Plan
     started: int  # ms since 1970
+    run: int | None = None  # number of the run of the command that began it
     epochs: list[Epoch] = field(default_factory=list)  # epochs 1, 2, ... without gaps
     state: State = "running"
     reason: str = ""
@@ -149,6 +152,7 @@ class Record:
         self._dirty: set[int] = set()
         self.created: int = study.user_attrs["created"]  # ms since 1970
         self.uid: str = study.user_attrs["uid"]  # tells two studies of one name apart in MLflow
+        self.runs: list[dict[str, Any]] = []  # of the command, those that trained; see `begin_run`
         self.snapshots: Snapshots | None = None  # of a record whose storage is elsewhere
         self._lock = lock
         self._rdb = rdb
@@ -237,6 +241,8 @@ class Record:
 
     def _load(self) -> None:
         tests = self.study.user_attrs
+        while (run := tests.get(_run_key(len(self.runs)))) is not None:
+            self.runs.append(run)
         for frozen in self.study.get_trials(deepcopy=False):
             trial = _from_storage(frozen)
             trial.test = tests.get(_test_key(trial.number), trial.test)
@@ -269,6 +275,12 @@ class Record:
 
     # Writing: each of these returns after the commit.
 
+    def begin_run(self, origin: dict[str, Any]) -> None:
+        """Note where and with what the trials that start from now on are trained: commit, versions, devices, ..."""
+        with _write_errors():
+            self.study.set_user_attr(_run_key(len(self.runs)), origin)
+        self.runs.append(origin)
+
     def start(self, plan: Plan, distributions: dict[str, BaseDistribution]) -> TrialRecord:
         """Enter a new trial, with everything that defines it in one commit.
 
@@ -277,12 +289,12 @@ class Record:
             distributions: of its searched values, for Optuna; empty for a trial outside the space (the CNN).
         """
         params = {name: getattr(plan.config, name) for name in distributions}
-        now = _now()
+        now, run = _now(), len(self.runs) - 1 if self.runs else None
         template = optuna.trial.create_trial(
             state=TrialState.RUNNING,
             params=params,
             distributions=distributions,
-            user_attrs={"plan": plan.to_dict(), "started": now, **_readable(plan)},
+            user_attrs={"plan": plan.to_dict(), "started": now, "run": run, **_readable(plan)},
         )
         with _write_errors():
             fault_point("record.start.before")
@@ -291,7 +303,7 @@ class Record:
             if self.snapshots is not None:
                 self.snapshots.save()
         fault_point("record.start.after")
-        trial = TrialRecord(number=number, trial_id=trial_id, plan=plan, started=now)
+        trial = TrialRecord(number=number, trial_id=trial_id, plan=plan, started=now, run=run)
         self.trials[number] = trial
         self._touch(number)
         return trial
@@ -375,7 +387,7 @@ class Record:
     def _set_state(self, trial: TrialRecord) -> None:
         values = [trial.value] if trial.value is not None else None
         with _write_errors():
-            self._storage.set_trial_state_values(trial.trial_id, _OPTUNA_STATE[trial.state], values)
+            self._storage.set_trial_state_values(trial.trial_id, OPTUNA_STATE[trial.state], values)
 
     @property
     def epochs(self) -> int:
@@ -423,7 +435,7 @@ def open_record(
         return record
     try:
         shared = open_folder(storage, settings.study)
-        lease = Lease(shared, settings.study)
+        lease = Lease(shared, settings.study, folder)
         lease.take(say)
         # Whoever had the lease may have gone on since our copy was made.
         record.close()
@@ -447,6 +459,14 @@ def read_settings(path: Path) -> tuple[StudySettings, int] | None:
     attrs = study.user_attrs if study is not None else {}
     rdb.engine.dispose()
     return (StudySettings(**attrs["settings"]), attrs["totals"][-1]) if "settings" in attrs else None
+
+
+def read_totals(path: Path) -> list[int]:
+    """The trials that the study in a SQLite file was asked for, as they grew."""
+    study, rdb = _open_storage(path, None)
+    totals = list(study.user_attrs.get("totals", [])) if study is not None else []
+    rdb.engine.dispose()
+    return totals
 
 
 def read_trials(path: Path) -> tuple[list[TrialRecord], list[Plan] | None]:
@@ -479,6 +499,7 @@ def _from_storage(frozen: FrozenTrial) -> TrialRecord:
         trial_id=frozen._trial_id,
         plan=Plan.from_dict(attrs["plan"]),
         started=attrs["started"],
+        run=attrs.get("run"),
     )
     while (entry := attrs.get(_epoch_key(len(trial.epochs) + 1))) is not None:
         metrics = entry["metrics"]
@@ -495,6 +516,10 @@ def _apply_end(trial: TrialRecord, end: dict[str, Any]) -> None:
 
 def _epoch_key(epoch: int) -> str:
     return f"epoch {epoch:04d}"
+
+
+def _run_key(number: int) -> str:
+    return f"run {number:04d}"
 
 
 def _test_key(number: int) -> str:

@@ -34,7 +34,7 @@ from study.cluster import ClusterError
 from study.designs import Design
 from study.plan import plan_lines
 from study.prepare import Prepared, UsageError, check_numbers, prepare
-from study.record import Record, RecordError, RecordLost, open_record
+from study.record import Record, RecordError, RecordLost, best_trial, open_record
 
 if TYPE_CHECKING:
     from study.tracking import Tracker
@@ -225,20 +225,27 @@ def _run(flags: Flags, prepared: Prepared, record: Record, wanted: Any, uri: str
         try:
             breakdowns = 0
             while not engine.finished and not engine.should_stop():
-                before = record.epochs
+                before, working = record.epochs, False
                 try:
                     with pool.ray_running(flags.address):
                         progress.slots, devices = wanted.slots, wanted.devices
                         if tracker is None:
+                            record.begin_run(_origin(flags, devices))
                             tracker = _start_tracker(flags, prepared, record, uri, devices)
                             progress.outage = lambda followed=tracker: followed.outage
                         if not engine.should_stop():  # a signal may have come while Ray started
                             follow = None if flags.address is None else look
+                            working = True
                             pool.run_trials(engine, SharedData.of(prepared.data), wanted, look=follow)
-                    break
+                            if not engine.finished and not engine.should_stop():
+                                raise pool.PoolLost("Ray Tune ended with trials to go")
                 except pool.PoolLost as error:
                     breakdowns = 1 if record.epochs > before else breakdowns + 1
-                    if breakdowns == _BREAKDOWNS:
+                    running = [t.number for t in record.trials.values() if t.state == "running"]
+                    if breakdowns == _BREAKDOWNS and working and len(running) == 1:  # nobody else was there
+                        engine.worker_lost(running[0], f"Ray broke down {breakdowns} times over it; {error}")
+                        breakdowns = 0
+                    elif breakdowns == _BREAKDOWNS:
                         engine.stop(f"Ray broke down {breakdowns} times without an epoch between: {error}")
                     else:
                         progress.note(f"Ray broke down and is started again: {error}")
@@ -247,7 +254,7 @@ def _run(flags: Flags, prepared: Prepared, record: Record, wanted: Any, uri: str
             if tracker is None:
                 return _refuse(error)
             engine.stop(str(error))  # the cluster went while the study ran
-        except RecordLost as error:
+        except (RecordLost, OSError) as error:  # OSError: Ray's own files, on a full disk
             engine.stop(str(error))
         try:
             record.flush()
@@ -263,6 +270,9 @@ def _run(flags: Flags, prepared: Prepared, record: Record, wanted: Any, uri: str
                 outcome.read_best_test(record, folder, prepared.data)
             except (RecordLost, OSError) as error:
                 _say(f"warning: {error}; the test accuracy is read by the next run of the same command")
+            else:
+                if (best := best_trial(list(record.trials.values()))) is not None and best.test is None:
+                    _say(f"warning: the best weights, of trial {best.number:04d}, are gone: no test accuracy, no model")
         found = outcome.conclude(record)
         publish = outcome.publisher(found, folder, prepared.data) if found and done else None
         status = "finished" if done else "failed" if code == BROKEN else "stopped"
@@ -319,16 +329,13 @@ def _start_tracker(flags: Flags, prepared: Prepared, record: Record, uri: str, d
     from study.tracking import Origin, Tracker
 
     settings = record.settings
-    commit, dirty = working_tree()
+    # Of the last run that trained: whoever only looks at a study again did not make it.
+    origin = record.runs[-1] if record.runs else _origin(flags, devices)
     described = {
         **{k: v for k, v in asdict(settings).items() if k != "space"},
         "trials": record.totals[-1],
-        "flags": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(flags).items()},
-        "command": command(),
-        "commit": commit,
-        "commit_dirty": dirty,
-        "versions": _versions(),
-        "devices": devices,
+        **origin,
+        "runs": record.runs,
         "data_sizes": prepared.data.sizes,
         "record": str(prepared.folder / "study.db"),
     }
@@ -343,10 +350,27 @@ def _start_tracker(flags: Flags, prepared: Prepared, record: Record, uri: str, d
     params = {
         name: str(getattr(settings, name)) for name in ("task", "data", "design", "epochs", "seeds_per_trial")
     } | {"trials": str(record.totals[0])}
-    origin = Origin(settings=described, commit=commit, dirty=dirty, params=params)
-    tracker = Tracker(record, uri, origin, space)
+    tracker = Tracker(
+        record,
+        uri,
+        Origin(settings=described, commit=origin["commit"], dirty=origin["commit_dirty"], params=params),
+        space,
+    )
     tracker.start()
     return tracker
+
+
+def _origin(flags: Flags, devices: dict[str, float]) -> dict[str, Any]:
+    """What is needed to do this run again."""
+    commit, dirty = working_tree()
+    return {
+        "flags": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(flags).items()},
+        "command": command(),
+        "commit": commit,
+        "commit_dirty": dirty,
+        "versions": _versions(),
+        "devices": devices,
+    }
 
 
 def _budget(flags: Flags, received: list[int], meter: cluster.Meter) -> Callable[[], str | None]:

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import contextmanager
+from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import optuna
 from optuna.samplers import TPESampler
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 from ray import tune
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -27,7 +32,7 @@ from study.checkpoints import Checkpoints, Folder
 from study.designs import Arm, Plan, published, search_arms
 from study.faults import fault_point
 from study.halving import Halving, Ladder
-from study.record import Record, RecordLost, State, TrialRecord
+from study.record import OPTUNA_STATE, Record, RecordLost, State, TrialRecord
 from study.space import Space, Values
 from study.trainable import Job
 
@@ -66,8 +71,12 @@ class FeasibleTPE(TPESampler):
         self._space = space
         self._number = number
 
-    def suggest(self, study: optuna.Study) -> Values:
-        """A feasible point: resampled while infeasible, clamped at last."""
+    def suggest(self, study: Any) -> Values:
+        """A feasible point: resampled while infeasible, clamped at last.
+
+        Args:
+            study: an Optuna study, or `Seen`.
+        """
         coming = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING)
         coming.number = self._number
         values: Values = {}
@@ -77,6 +86,47 @@ class FeasibleTPE(TPESampler):
             if self._space.feasible(values):
                 return values
         return self._space.clamped(values)
+
+
+class Seen:
+    """A record as TPE asks an Optuna study for it, from memory: read from the database, the trials that are running
+    would take longer than the sampling.
+    """
+
+    directions: ClassVar = [StudyDirection.MAXIMIZE]
+    direction: ClassVar = StudyDirection.MAXIMIZE
+
+    def __init__(self, record: Record, space: Space) -> None:
+        self._record = record
+        self._distributions = space.distributions()
+        self._ended: dict[int, FrozenTrial] = {}
+
+    def _is_multi_objective(self) -> bool:
+        return False
+
+    def _get_trials(self, deepcopy: bool, states: Container[TrialState], use_cache: bool) -> list[FrozenTrial]:
+        return [t for t in map(self._frozen, self._record.trials.values()) if t.state in states]
+
+    def _frozen(self, trial: TrialRecord) -> FrozenTrial:
+        if trial.number in self._ended:
+            return self._ended[trial.number]
+        values = {epoch: e.value for epoch, e in enumerate(trial.epochs, start=1) if math.isfinite(e.value)}
+        frozen = FrozenTrial(
+            number=trial.number,
+            trial_id=trial.trial_id,
+            state=OPTUNA_STATE[trial.state],
+            value=trial.value,
+            params={name: getattr(trial.plan.config, name) for name in self._distributions},
+            distributions=self._distributions,
+            intermediate_values=values,
+            user_attrs={},
+            system_attrs={},
+            datetime_start=datetime.fromtimestamp(trial.started / 1000),
+            datetime_complete=None if trial.ended is None else datetime.fromtimestamp(trial.ended / 1000),
+        )
+        if trial.state != "running":
+            self._ended[trial.number] = frozen
+        return frozen
 
 
 class Engine:
@@ -107,6 +157,7 @@ class Engine:
         self._first_ends: list[str] = []  # of this run; an error's text, or the trial's own name
         self._ladder = Ladder(halving, record.settings.epochs)
         self._published = published(space) if space is not None else []
+        self._seen = Seen(record, space) if space is not None else None
         if record.rows is None:
             self.arms: list[Arm] = search_arms(record.totals, len(self._published), record.settings.sobol_share)
         else:
@@ -160,6 +211,11 @@ class Engine:
         """Hand out again, first of all, what the record calls running: nobody else holds the record, so it was lost."""
         self._lost = sorted((t.number for t in self.record.trials.values() if t.state == "running"), reverse=True)
 
+    def hand_out_again(self, number: int) -> None:
+        """Hand a trial out once more: nobody works on it."""
+        if self.record.trials[number].state == "running" and number not in self._lost:
+            self._lost.append(number)
+
     # What is next.
 
     def next_job(self) -> Job | None:
@@ -207,7 +263,7 @@ class Engine:
         elif arm == "sobol":
             values = self.space.sobol(before, seed)
         else:
-            values = FeasibleTPE(self.space, seed, number).suggest(self.record.study)
+            values = FeasibleTPE(self.space, seed, number).suggest(self._seen)
         seeds = tuple(range(self.record.settings.seeds_per_trial))
         return Plan(config=self.space.config(values), arm=arm, row=row, seeds=seeds)
 
@@ -332,6 +388,7 @@ class TuneScheduler(_Unsaved, FIFOScheduler):
         self._engine = engine
         self._slots = slots
         self._kept: Callable[[], None] | None = None  # takes back what `on_trial_add` did, once
+        self._epochs_at_death: dict[int, int] = {}  # of each trial whose worker died, at the last time
         self._keeps_workers = False
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
@@ -364,13 +421,20 @@ class TuneScheduler(_Unsaved, FIFOScheduler):
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Its worker died, or never came up: Tune tries again, on another node if need be, up to a point."""
+        """Its worker died, or never came up: it is tried again, on another node if need be, up to a point."""
         with guarded(self._engine):
             number = trial.config["number"]
-            if trial.should_recover():
-                self._engine.watcher.note(f"trial {number:04d}: its worker died; it is started again")
-            else:
+            by_tune = trial.status == Trial.RUNNING and trial.should_recover()
+            epochs = len(self._engine.record.trials[number].epochs)
+            if epochs > self._epochs_at_death.get(number, 0):  # it comes on, so it is not what kills workers
+                trial.run_metadata.num_failures = 1
+            self._epochs_at_death[number] = epochs
+            if not trial.should_recover():
                 self._engine.worker_lost(number, f"its worker died {trial.num_failures} times; {_last_line(trial)}")
+                return
+            if not by_tune:  # Tune gives up what had not begun, and what died often however far it came
+                self._engine.hand_out_again(number)
+            self._engine.watcher.note(f"trial {number:04d}: its worker died; it is started again")
 
 
 def _last_line(trial: Any) -> str:

@@ -29,6 +29,7 @@ from study.checkpoints import Folder, open_folder
 
 NAME = "study.db"
 LEASE = "driver.json"
+_COPY = "copy-id"  # names a working copy
 _PUSHED = "in-storage"  # marks a working copy of which the storage has had a state
 _INTERVAL = 60.0  # seconds between two copies while nothing starts or ends
 _EXPIRES = 180.0  # seconds that a lease stands without being renewed before another driver may take over
@@ -122,15 +123,27 @@ class LeaseHeld(ValueError):
 class Lease:
     """The right to drive a study, as a file in its storage."""
 
-    def __init__(self, folder: Folder, study: str) -> None:
+    def __init__(self, folder: Folder, study: str, copy: Path) -> None:
+        """Of a study.
+
+        Args:
+            folder: of the study in its storage.
+            study: its name.
+            copy: folder of the working copy. Drivers of one copy keep each other out by its lock file, so among them
+                a lease that was left behind need not be waited for.
+        """
         self._folder = folder
         self._study = study
         self._holder = uuid.uuid4().hex
+        place = copy / _COPY
+        if not place.exists():
+            place.write_text(uuid.uuid4().hex)
+        self._copy = place.read_text()
 
     def take(self, say: Callable[[str], None]) -> None:
         """Take it, waiting while another machine's may still be renewed. Raises LeaseHeld if it is; OSError."""
         first = self._read()
-        if first is not None and first["host"] != socket.gethostname():  # here, the lock file knows better
+        if first is not None and first.get("copy") != self._copy:
             left = _EXPIRES - max(0.0, time.time() - first["time"])
             if left > 0:
                 say(f"{first['host']} was driving {self._study}: waiting up to {left:.0f} s to see whether it still is")
@@ -147,7 +160,7 @@ class Lease:
 
     def renew(self) -> None:
         """Say that we are still here. Raises OSError."""
-        mine = {"holder": self._holder, "host": socket.gethostname(), "time": time.time()}
+        mine = {"holder": self._holder, "copy": self._copy, "host": socket.gethostname(), "time": time.time()}
         self._folder.write(LEASE, json.dumps(mine).encode())
 
     def check(self) -> None:

@@ -33,6 +33,9 @@ SCHEMA = "1"
 DEFAULT_URI = "sqlite:///mlflow.db"
 _METRICS_A_CALL = 900  # MLflow takes at most 1,000 in one call; some are not an epoch's
 _BACKOFF = (1.0, 2.0, 5.0, 10.0)  # seconds between tries during an outage
+_REST = 2.0  # times as long as writing took, between two writings: the driver's other threads have more urgent work
+_REST_MOST = 5.0  # seconds; epochs that come meanwhile share a call
+_PUBLISH_TRIES = 3  # before a study ends without what it was to publish
 _MEANS = ("train_loss", "train_accuracy", "reward", "baseline_error", "gradient_norm", "val_loss", "val_accuracy")
 
 _RUN_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
@@ -139,6 +142,8 @@ class Tracker:
         self._status = "running"
         self._publish: Publish | None = None
         self._publishing = False
+        self._publish_failures: list[str] = []
+        self._interrupted = False  # whether there was an outage: a call that failed may have been carried out later
         self._published = ""  # the key of what MLflow has of that
         self._known = False  # whether what we believe MLflow holds is true; false at first and after each failed call
         self._outage: str | None = None
@@ -183,6 +188,8 @@ class Tracker:
             waited = 0.0 if self._publishing else time.monotonic() - self._progress
             if waited > patience or not self._thread.is_alive():
                 return self._untracked()
+        if len(self._publish_failures) == _PUBLISH_TRIES:
+            return f"the best model ({self._publish_failures[-1]})"
         return None
 
     def _untracked(self) -> str:
@@ -211,6 +218,7 @@ class Tracker:
             # Read before the changes are taken: the record is not changed any more once this is set.
             closing = self._closing.is_set()
             self._pending |= self.record.take_changed(timeout=0.0 if closing else 1.0)
+            began = time.monotonic()
             try:
                 fault_point("tracking.before")
                 client = client or _connect(self.uri)
@@ -222,7 +230,7 @@ class Tracker:
                 if self._outage is None:
                     logger.warning("tracking is interrupted (%s); training goes on", _first_line(error))
                 self._outage = _first_line(error)
-                self._known = False
+                self._known, self._interrupted = False, True
                 # Woken early only by the study's end.
                 self._closing.wait(_BACKOFF[min(failures, len(_BACKOFF) - 1)])
                 if self._closing.is_set():
@@ -235,6 +243,7 @@ class Tracker:
             if closing:
                 self._idle.set()
                 return
+            self._closing.wait(min(_REST * (time.monotonic() - began), _REST_MOST))
 
     def _sync(self, client: mlflow.MlflowClient) -> None:
         """Bring MLflow up to the record; what was done before an error is not repeated."""
@@ -262,23 +271,37 @@ class Tracker:
                     metrics.append(Metric("best_val_accuracy", best, trial.ended or 0, count))
         for i in range(0, len(metrics), 1000):
             client.log_batch(self.run_id, metrics=metrics[i : i + 1000])
-        self._ends_logged = len(ended)
+        self._ends_logged = max(self._ends_logged, len(ended))
         self._progress = time.monotonic()
 
     def _conclude(self, client: mlflow.MlflowClient) -> None:
         """End the parent run."""
+        if self._interrupted:  # look for runs made twice
+            self._interrupted = False
+            self._find_runs(client)
+            self._sync(client)
         assert self.run_id is not None
         if self._publish is not None and self._publish.key != self._published:
-            mlflow.set_tracking_uri(self.uri)  # a model can be logged in MLflow's global way only
-            self._publishing = True  # imports and drawing take as long as they take
-            try:
-                self._publish.call(client, self.run_id)
-            finally:
-                self._publishing = False
-                self._progress = time.monotonic()
-            client.set_tag(self.run_id, "ram.published", self._publish.key)
+            self._publish_now(client, self._publish)
         client.set_tag(self.run_id, "ram.status", self._status)
         client.set_terminated(self.run_id, _RUN_STATUS[self._status])
+
+    def _publish_now(self, client: mlflow.MlflowClient, publish: Publish) -> None:
+        """Log what belongs to a finished study; without it after some failures, which must not hold the end up."""
+        assert self.run_id is not None
+        if len(self._publish_failures) == _PUBLISH_TRIES:
+            return
+        mlflow.set_tracking_uri(self.uri)  # a model can be logged in MLflow's global way only
+        self._publishing = True  # imports and drawing take as long as they take
+        try:
+            publish.call(client, self.run_id)
+        except _OUTAGE as error:
+            self._publish_failures.append(_first_line(error))
+            raise
+        finally:
+            self._publishing = False
+            self._progress = time.monotonic()
+        client.set_tag(self.run_id, "ram.published", publish.key)
 
     def _find_runs(self, client: mlflow.MlflowClient) -> None:
         """Learn what MLflow holds of this study, make the parent run if there is none, mark all that lags behind."""
@@ -320,7 +343,7 @@ class Tracker:
         child = self._children.get(trial.number)
         return (
             child is not None
-            and child.epochs == len(trial.epochs)
+            and child.epochs >= len(trial.epochs)
             and child.ended == (trial.state != "running")
             and child.tested == (trial.test is not None)
         )
@@ -369,8 +392,7 @@ class Tracker:
                     "ram.arm": trial.plan.arm,
                     "ram.row": trial.plan.row,
                     "ram.seeds": ",".join(map(str, trial.plan.seeds)),
-                    "ram.commit": self.origin.commit,
-                    "ram.commit_dirty": str(self.origin.dirty).lower(),
+                    **self._commit(trial.run),
                 },
             )
             fault_point("tracking.run.after")
@@ -385,10 +407,11 @@ class Tracker:
         start = max(child.epochs, 0)
         epochs_a_call = max(1, _METRICS_A_CALL // (len(_MEANS) + 2 + len(trial.plan.seeds)))
         while True:
-            stop = min(start + epochs_a_call, len(epochs))
+            # A record that came back older than it was has fewer epochs than MLflow, for a while.
+            stop = max(start, min(start + epochs_a_call, len(epochs)))
             for number in range(start, stop):
                 metrics += _epoch_metrics(number + 1, epochs[number].time, epochs[number].metrics)
-            last = stop == len(epochs)
+            last = stop >= len(epochs)
             tags = [RunTag("ram.tracked_epochs", str(stop))]
             if last:
                 tags.append(RunTag("ram.state", state))
@@ -408,6 +431,13 @@ class Tracker:
             client.set_terminated(child.run_id, "FAILED" if state == "failed" else "FINISHED", trial.ended)
             child.ended = True
         self._progress = time.monotonic()
+
+    def _commit(self, run: int | None) -> dict[str, str]:
+        """Tags: with what code a trial was begun."""
+        origin = self.origin.commit, self.origin.dirty
+        if run is not None:
+            origin = self.record.runs[run]["commit"], self.record.runs[run]["commit_dirty"]
+        return {"ram.commit": origin[0], "ram.commit_dirty": str(origin[1]).lower()}
 
 
 def _connect(uri: str) -> mlflow.MlflowClient:

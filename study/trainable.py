@@ -12,7 +12,8 @@ import gc
 import json
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -87,31 +88,45 @@ def run_trial(job: Job, data: SharedData, report: Callable[[dict[str, Any]], Non
         torch.cuda.empty_cache()
     try:
         _train(job, data, report, device)
+    except _StorageLost as error:
+        report({"interrupted": str(error)})
     except Exception as error:  # the boundary: whatever a trial raises is that trial's failure, told to the driver
-        if isinstance(error, OSError):  # of the checkpoints' storage: full, gone or out of reach, not the trial's fault
-            said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            report({"interrupted": f"{error.strerror}: {error.filename or 'checkpoint'}" if error.strerror else said})
-        else:
-            lines = (str(error) or "no message").splitlines()
-            report({"error": f"{type(error).__name__}: {lines[0]}", "details": traceback.format_exc()})
+        lines = (str(error) or "no message").splitlines()
+        report({"error": f"{type(error).__name__}: {lines[0]}", "details": traceback.format_exc()})
+
+
+class _StorageLost(Exception):
+    """The checkpoints' storage is full, gone or out of reach: not the trial's fault."""
+
+
+@contextmanager
+def _storage() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise _StorageLost(f"{error.strerror}: {error.filename or 'checkpoint'}" if error.strerror else said) from error
 
 
 def _train(job: Job, data: SharedData, report: Callable[[dict[str, Any]], None], device: str) -> None:
     fault_point("trial.start")
-    checkpoints = Checkpoints(open_folder(job.storage, job.study), job.number)
+    with _storage():
+        checkpoints = Checkpoints(open_folder(job.storage, job.study), job.number)
     trainer = Trainer(job.config, data.task(job.config.task), seeds=job.seeds, device=device)
     identity = {"config": asdict(job.config), "seeds": list(job.seeds)}
     history: list[dict[str, Any]] = []
-    if saved := checkpoints.load(identity):
+    with _storage():
+        saved = checkpoints.load(identity)
+    if saved:
         trainer.load_state_dict(saved["trainer"])
         history = saved["history"]
 
     def tell(metrics: dict[str, Any]) -> None:
         result: dict[str, Any] = {"epoch": metrics["epoch"], "metrics": metrics}
         if metrics["epoch"] == job.config.epochs and not any(metrics["diverged"]):
-            checkpoints.save_best(
-                {"identity": identity, "weights": trainer.best_weights(), "epoch": list(trainer.best_epoch)}
-            )
+            best = {"identity": identity, "weights": trainer.best_weights(), "epoch": list(trainer.best_epoch)}
+            with _storage():
+                checkpoints.save_best(best)
             if job.arm in TESTED:
                 result["test"] = read_test(trainer)
         fault_point("report.before")
@@ -124,9 +139,10 @@ def _train(job: Job, data: SharedData, report: Callable[[dict[str, Any]], None],
     while trainer.epochs_done < job.config.epochs:
         metrics = trainer.epoch().to_dict()
         history.append(metrics)
-        checkpoints.save(
-            trainer.epochs_done, {"identity": identity, "trainer": trainer.state_dict(), "history": history}
-        )
+        with _storage():
+            checkpoints.save(
+                trainer.epochs_done, {"identity": identity, "trainer": trainer.state_dict(), "history": history}
+            )
         tell(metrics)
 
 

@@ -56,6 +56,14 @@ def tiny(digits) -> tuple[Config, TaskData]:
     return config, make_task("digits", "original", small)
 
 
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory) -> Path:
+    """An MLflow database without runs; making one takes seconds, copying it does not."""
+    from crash import new_database
+
+    return new_database(tmp_path_factory.mktemp("mlflow"))
+
+
 @pytest.fixture
 def idx_folder(tmp_path, monkeypatch, digits) -> Path:
     """A small IDX source in a folder, under the name mnist."""

@@ -5,13 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 from crash import Silent
+from ray.tune.experiment import Trial
 from ray.tune.utils.object_cache import _ObjectCache
 
 from ramcore.config import Config
 from study.checkpoints import LocalFolder
 from study.halving import Halving
 from study.record import Record, StudySettings
-from study.searcher import SAME_FAILURES, Engine, FeasibleTPE, TuneScheduler
+from study.searcher import MAX_WORKER_DEATHS, SAME_FAILURES, Engine, FeasibleTPE, Seen, TuneScheduler
 from study.space import search_space
 
 EPOCHS = 4
@@ -129,6 +130,22 @@ def test_tpe_suggests_by_trial_number(opened):
     assert all(SPACE.contains(FeasibleTPE(SPACE, 0, n).suggest(study)) for n in range(30))
 
 
+def test_tpe_sees_in_memory_what_optunas_storage_holds(opened):
+    engine = opened(12)
+    for n in range(10):
+        engine.next_job()
+        train(engine, n, 0.9 - 0.05 * n)  # the last two are stopped early
+    engine.next_job()
+    report(engine, 10, 1, 0.95)  # runs
+    engine.next_job()
+    engine.report(11, {"error": "RuntimeError: no", "details": ""})
+    seen = Seen(engine.record, SPACE)
+    for number in range(12, 18):
+        assert FeasibleTPE(SPACE, 0, number).suggest(seen) == FeasibleTPE(SPACE, 0, number).suggest(engine.record.study)
+    train(engine, 10, 0.99)  # told from the beginning: epoch 1 is known
+    assert FeasibleTPE(SPACE, 0, 18).suggest(seen) == FeasibleTPE(SPACE, 0, 18).suggest(engine.record.study)
+
+
 def test_an_infeasible_suggestion_is_clamped_at_last(opened, monkeypatch):
     engine = opened(4)
     corner = SPACE.default | {"patch_size": 14, "num_scales": 4}
@@ -236,3 +253,69 @@ def test_of_trials_that_end_at_once_every_worker_is_kept_for_the_next(opened):
         scheduler.on_trial_add(controller, trial)
     assert [controller._actor_cache.cache_object("1 CPU", worker) for worker in "abcd"] == [True, True, True, False]
     scheduler.on_trial_add(SimpleNamespace(), trial)  # a Ray without it is none the worse
+
+
+def test_idle_workers_go_once_nothing_is_left_to_hand_out(opened):
+    cache = _ObjectCache(may_keep_one=True)
+    controller = SimpleNamespace(_actor_cache=cache, get_trials=lambda: [])
+    engine = opened(2)
+    scheduler = TuneScheduler(engine, slots=3)
+    scheduler.on_trial_add(controller, SimpleNamespace(placement_group_factory="1 CPU"))
+    for worker in "ab":
+        cache.cache_object("1 CPU", worker)
+    engine.next_job()
+    scheduler.choose_trial_to_run(controller)
+    assert cache.total_max_objects == 3 and list(cache.flush_cached_objects()) == []
+    engine.next_job()
+    scheduler.choose_trial_to_run(controller)
+    scheduler.choose_trial_to_run(controller)
+    assert cache.total_max_objects == 0 and sorted(cache.flush_cached_objects(force_all=True)) == ["a", "b"]
+
+
+def dead(number: int, failures: int, status: str = Trial.RUNNING) -> SimpleNamespace:
+    """A trial of Tune's whose worker has died so often."""
+    metadata = SimpleNamespace(num_failures=failures)
+
+    def recovers() -> bool:
+        return metadata.num_failures <= MAX_WORKER_DEATHS
+
+    return SimpleNamespace(
+        config={"number": number}, run_metadata=metadata, num_failures=failures, status=status, error_file=None,
+        should_recover=recovers,
+    )  # fmt: skip
+
+
+def test_a_trial_whose_worker_dies_again_and_again_without_an_epoch_fails(opened):
+    engine = opened(3)
+    engine.next_job()
+    scheduler = TuneScheduler(engine, slots=1)
+    for failures in range(1, MAX_WORKER_DEATHS + 1):
+        scheduler.on_trial_error(None, dead(0, failures))
+        assert engine.record.trials[0].state == "running"
+    scheduler.on_trial_error(None, dead(0, MAX_WORKER_DEATHS + 1))
+    assert engine.record.trials[0].state == "failed"
+    assert engine.record.trials[0].reason == "error: its worker died 6 times; no message"
+
+
+def test_a_trial_that_comes_on_survives_any_number_of_worker_deaths(opened):
+    engine = opened(3)
+    engine.next_job()
+    scheduler = TuneScheduler(engine, slots=1)
+    report(engine, 0, 1, 0.5)
+    for failures in range(1, MAX_WORKER_DEATHS + 1):
+        trial = dead(0, failures)
+        scheduler.on_trial_error(None, trial)
+    report(engine, 0, 2, 0.5)
+    trial = dead(0, MAX_WORKER_DEATHS + 1)  # Tune has given it up
+    scheduler.on_trial_error(None, trial)
+    assert trial.run_metadata.num_failures == 1 and engine.record.trials[0].state == "running"
+    assert engine.next_job().number == 0
+
+
+def test_a_trial_that_tune_loses_before_it_began_is_handed_out_again_once(opened):
+    engine = opened(3)
+    engine.next_job()
+    scheduler = TuneScheduler(engine, slots=1)
+    for _ in range(2):
+        scheduler.on_trial_error(None, dead(0, 1, status=Trial.PENDING))
+    assert [engine.next_job().number for _ in range(2)] == [0, 1]

@@ -45,7 +45,8 @@ def test_a_study_goes_on_from_the_storage_when_its_driver_machine_is_lost(storag
         assert record.trials[1].plan == plan(1)
 
 
-def test_a_trial_is_in_the_storage_before_it_is_handed_out(storage, tmp_path):
+def test_a_trial_is_in_the_storage_before_it_is_handed_out(storage, tmp_path, monkeypatch):
+    monkeypatch.setattr(snapshots, "_EXPIRES", 0.5)
     with open_record(storage) as record:
         record.start(plan(), SPACE.distributions())
         shutil.rmtree(tmp_path / "cache")  # the machine is gone
@@ -67,14 +68,14 @@ def elsewhere(storage: str, seconds_ago: float) -> None:
     open_folder(storage, "s").write(LEASE, json.dumps(lease).encode())
 
 
-def test_a_driver_on_another_machine_keeps_this_one_out(storage, monkeypatch):
+def test_a_driver_on_another_machine_keeps_this_one_out(storage, tmp_path, monkeypatch):
     monkeypatch.setattr(snapshots, "_EXPIRES", 2.0)
     elsewhere(storage, 0)
     renewing = threading.Timer(0.5, elsewhere, (storage, 0))
     renewing.start()
     said: list[str] = []
     with pytest.raises(LeaseHeld, match="a study has one driver at a time; elsewhere is running s"):
-        Lease(open_folder(storage, "s"), "s").take(said.append)
+        Lease(open_folder(storage, "s"), "s", tmp_path).take(said.append)
     renewing.join()
     assert "waiting up to 2 s to see whether it still is" in said[0]
 

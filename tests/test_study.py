@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,8 @@ import torch
 
 from ramcore.config import Config
 from ramcore.data import load_task
-from study import designs, pool, run
+from study import designs, outcome, pool, run
+from study.checkpoints import Checkpoints
 from study.outcome import pareto_front
 from study.progress import duration, percent, time_left
 from study.record import Epoch, Record, TrialRecord, read_settings
@@ -132,6 +135,8 @@ def test_the_time_left_is_a_range_that_knows_about_early_stopping():
     low, high = time_left(done, arms, 4, slots=1) or (0, 0)
     # One TPE trial is left: as short as the one before it, or all four epochs of 10 s, give or take.
     assert low == pytest.approx(10 * 0.8) and high == pytest.approx(40 * 1.25)
+    # With more slots than trials it is no shorter: its epochs follow one another.
+    assert time_left(done, arms, 4, slots=8) == (low, high)
     assert time_left([], arms, 4, slots=1) is None
     assert time_left([*done, trial(3, 0.1, arm="tpe", state="pruned")], arms, 4, slots=1) == (0, 0)
 
@@ -145,13 +150,21 @@ def test_how_figures_are_written():
 
 
 @pytest.fixture
-def fragile(here, monkeypatch) -> list[str]:
-    """Ray replaced by one that breaks down so often as there are entries in this list, and then trains in turn."""
+def fragile(here, empty_database, monkeypatch) -> list[str]:
+    """Ray replaced by one that breaks down so often as there are entries in this list, and then trains in turn; and
+    no model is logged, which takes seconds.
+    """
+    shutil.copy(empty_database, here / "mlflow.db")
+    # In full: MLflow keeps what it opened, and would write into the database of the test before.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{here}/mlflow.db")
+    monkeypatch.setattr(outcome, "_log_model", lambda *_: None)
+    monkeypatch.setattr(outcome, "_draw", lambda best, weights, data, path: path.touch())
     breakdowns: list[str] = []
 
     def run_trials(engine, data, wanted, look=None):
         if breakdowns:
-            engine.next_job()
+            while engine.next_job():
+                pass
             raise pool.PoolLost(breakdowns.pop())
         while job := engine.next_job():
             run_trial(job, data, lambda result, number=job.number: engine.report(number, result))
@@ -180,6 +193,99 @@ def test_a_ray_that_keeps_breaking_down_ends_the_run_and_the_same_command_contin
     assert "Ray broke down 3 times without an epoch between: killed" in capsys.readouterr().err
     fragile.clear()
     assert main(SMALL) == run.DONE
+
+
+def test_a_trial_over_which_ray_breaks_down_again_and_again_is_failed(fragile, capsys):
+    fragile.extend(["out of memory"] * 3)
+    assert main(dataclasses.replace(SMALL, trials=1)) == run.SOME_FAILED
+    assert "failed: trial 0000: error: Ray broke down 3 times over it; out of memory" in capsys.readouterr().out
+
+
+def test_a_ray_that_does_not_start_is_no_trials_fault(fragile, monkeypatch, capsys):
+    fragile.extend(["killed"])
+    running = pool.ray_running
+    attempts = []
+
+    @contextlib.contextmanager
+    def starts_once(address):
+        attempts.append(address)
+        if len(attempts) > 1:
+            raise pool.PoolLost("timed out during startup")
+        with running(address):
+            yield
+
+    monkeypatch.setattr(pool, "ray_running", starts_once)
+    assert main(dataclasses.replace(SMALL, trials=1)) == run.STOPPED
+    assert "1 to be continued" in capsys.readouterr().out
+
+
+def test_a_tune_that_ends_early_is_started_again(fragile, monkeypatch, capsys):
+    run_trials = pool.run_trials
+    lost = []
+
+    def ends_early(engine, data, wanted, look=None):
+        if not lost:
+            lost.append(engine.next_job())
+            return
+        run_trials(engine, data, wanted, look)
+
+    monkeypatch.setattr(pool, "run_trials", ends_early)
+    assert main(SMALL) == run.DONE
+    captured = capsys.readouterr()
+    assert "Ray Tune ended with trials to go" in captured.err and "2 trials finished" in captured.out
+
+
+def test_rays_own_files_on_a_full_disk_stop_the_study_that_the_same_command_continues(fragile, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "/tmp/ray")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "run_trials", full)
+        assert main(SMALL) == run.STOPPED
+    assert "No space left on device" in capsys.readouterr().err
+    assert main(SMALL) == run.DONE
+
+
+def test_best_weights_that_cannot_be_read_leave_a_finished_study(fragile, monkeypatch, capsys):
+    def unreadable(*_):
+        raise OSError(5, "Input/output error", "best.pt")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "load_best", unreadable)
+        patch.setattr("study.tracking._BACKOFF", (0.1,))
+        assert main(SMALL) == run.DONE
+    captured = capsys.readouterr()
+    assert "2 trials finished" in captured.out and "test accuracy is read by the next run" in captured.err
+    assert "MLflow lacks the best model ([Errno 5] Input/output error" in captured.err
+    assert main(SMALL) == run.DONE
+    captured = capsys.readouterr()
+    assert "test accuracy" in captured.out and captured.err == ""
+
+
+def test_a_money_budget_stops_a_study_that_the_same_command_continues(fragile, capsys):
+    assert main(dataclasses.replace(SMALL, money_budget=1e-9, price_per_hour=100.0)) == run.STOPPED
+    assert "the money budget of 1e-09 is used up" in capsys.readouterr().err
+    assert main(SMALL) == run.DONE
+
+
+def test_how_a_study_came_about_is_told_by_those_who_trained_it(fragile, monkeypatch):
+    def settings() -> dict:
+        client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+        (parent,) = client.search_runs(["1"], "tags.`ram.kind` = 'study'")
+        told = json.loads(mlflow.artifacts.load_text(f"{parent.info.artifact_uri}/study.json"))
+        assert (parent.data.tags["ram.commit"], parent.data.tags["ram.commit_dirty"]) == (
+            told["commit"], str(told["commit_dirty"]).lower(),
+        )  # fmt: skip
+        return told
+
+    for commit, trials in (("a" * 40, 1), ("b" * 40, 2), ("c" * 40, 2)):
+        monkeypatch.setattr(run, "working_tree", lambda commit=commit: (commit, False))
+        monkeypatch.setattr(run, "command", lambda trials=trials: f"python -m study.run --trials {trials}")
+        assert main(dataclasses.replace(SMALL, trials=trials)) == run.DONE
+    told = settings()  # the third run trained nothing
+    assert (told["commit"], told["command"]) == ("b" * 40, "python -m study.run --trials 2")
+    assert [r["commit"] for r in told["runs"]] == ["a" * 40, "b" * 40]
+    assert told["versions"]["torch"] == torch.__version__ and told["flags"]["data"] == "digits"
 
 
 # A study that meets another one.

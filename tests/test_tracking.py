@@ -1,21 +1,22 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import socket
+import sqlite3
+import threading
 import time
-from pathlib import Path
 
 import mlflow
 import pytest
-from crash import new_database
 
 from ramcore.config import Config
 from study import tracking
 from study.designs import Plan
 from study.record import Record, StudySettings
 from study.space import search_space
-from study.tracking import Origin, Tracker, TrackingError, check_reachable, tracking_uri
+from study.tracking import Origin, Publish, Tracker, TrackingError, check_reachable, tracking_uri
 
 SPACE = search_space(Config(data="digits", task="original", epochs=3))
 SETTINGS = StudySettings(
@@ -30,12 +31,6 @@ SETTINGS = StudySettings(
     space=SPACE.describe(),
 )
 ORIGIN = Origin(settings={"command": "python -m study.run"}, commit="abc", dirty=False, params={"task": "original"})
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory) -> Path:
-    """An MLflow database without runs; making one takes seconds, copying it does not."""
-    return new_database(tmp_path_factory.mktemp("mlflow"))
 
 
 @pytest.fixture
@@ -189,6 +184,89 @@ def test_an_outage_is_told_and_waits_for_no_longer_than_the_patience(record, cap
     assert time.monotonic() - started < 6
     assert untracked is not None and untracked.startswith("3 epochs of 2 trials (")
     assert "training goes on" in caplog.text
+
+
+def test_a_model_that_cannot_be_published_does_not_hold_the_end_up(record, uri, monkeypatch):
+    monkeypatch.setattr(tracking, "_BACKOFF", (0.1,))
+    trial(record, (0.2, 0.4))
+    tries = []
+
+    def full(client: mlflow.MlflowClient, run_id: str) -> None:
+        tries.append(run_id)
+        raise OSError(28, "No space left on device")
+
+    tracker = Tracker(record, uri, ORIGIN, {"schema": 1})
+    tracker.start()
+    untracked = tracker.finish("finished", publish=Publish(key="trial 0", call=full))
+    assert untracked is not None and "the best model" in untracked and "No space left on device" in untracked
+    assert len(tries) == 3
+    parent = runs(uri)["a study"]
+    assert parent.info.status == "FINISHED" and "ram.published" not in parent.data.tags
+    # The next run of the command tries again.
+    tracker = Tracker(record, uri, ORIGIN, {"schema": 1})
+    tracker.start()
+    assert tracker.finish("finished", publish=Publish(key="trial 0", call=lambda *_: None)) is None
+    assert runs(uri)["a study"].data.tags["ram.published"] == "trial 0"
+
+
+def test_a_record_that_came_back_older_doubles_nothing(record, uri, tmp_path):
+    trial(record, (0.2, 0.4), end=None)
+    backup = tmp_path / "backup.db"
+    with contextlib.closing(sqlite3.connect(tmp_path / "s" / "study.db")) as now:
+        now.execute("vacuum into ?", (str(backup),))
+    for epoch in (2, 3):
+        record.add_epoch(0, epoch, metrics(epoch, 0.1 * epoch, 0.3))
+    track(record, uri, "stopped")
+    record.close()
+    for path in (tmp_path / "s").glob("study.db*"):
+        path.unlink()
+    backup.rename(tmp_path / "s" / "study.db")
+    with Record.open(tmp_path / "s", SETTINGS, total=3) as older:
+        assert len(older.trials[0].epochs) == 1
+        assert track(older, uri, "stopped") is None
+        for epoch in (2, 3):
+            older.add_epoch(0, epoch, metrics(epoch, 0.1 * epoch, 0.3))
+        older.end(0, "complete", "finished")
+        assert track(older, uri) is None
+    child = runs(uri)["trial 0000"]
+    assert [step for step, _ in history(uri, child, "val_accuracy")] == [1, 2, 3]
+    assert child.data.tags["ram.state"] == "complete" and child.info.status == "FINISHED"
+    assert len(history(uri, runs(uri)["a study"], "trials_finished")) == 1
+
+
+def test_a_trial_carries_the_commit_that_it_was_begun_with(record, uri):
+    record.begin_run({"commit": "first", "commit_dirty": False})
+    trial(record, (0.2, 0.4))
+    record.begin_run({"commit": "second", "commit_dirty": True})
+    trial(record, (0.2, 0.4))
+    track(record, uri)  # by somebody at the commit "abc"
+    found = {name: (r.data.tags["ram.commit"], r.data.tags["ram.commit_dirty"]) for name, r in runs(uri).items()}
+    assert found == {"a study": ("abc", "false"), "trial 0000": ("first", "false"), "trial 0001": ("second", "true")}
+
+
+def test_reports_that_come_while_mlflow_is_written_share_a_call(record, uri, monkeypatch):
+    calls: list[str] = []
+    log_batch = mlflow.MlflowClient.log_batch
+
+    def slow(self: mlflow.MlflowClient, run_id: str, *args: object, **kwargs: object) -> object:
+        assert threading.current_thread().name == "tracking"
+        calls.append(run_id)
+        time.sleep(0.2)
+        return log_batch(self, run_id, *args, **kwargs)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", slow)
+    trial(record, (0.2, 0.4), end=None)
+    tracker = Tracker(record, uri, ORIGIN, {"schema": 1})
+    tracker.start()
+    started = time.monotonic()
+    for epoch in range(2, 42):
+        record.add_epoch(0, epoch, metrics(epoch, 0.5, 0.5))
+        time.sleep(0.05)
+    assert time.monotonic() - started < 10  # nobody waited for the tracker
+    assert tracker.finish("stopped") is None
+    child = runs(uri)["trial 0000"]
+    assert [step for step, _ in history(uri, child, "val_accuracy")] == list(range(1, 42))
+    assert calls.count(child.info.run_id) < 20
 
 
 def test_two_studies_of_one_name_have_a_parent_each(record, uri, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from ramcore.train import Trainer
 from study.checkpoints import Checkpoints, open_folder
 from study.trainable import Job, SharedData, run_trial
 
@@ -101,6 +102,15 @@ def test_a_full_disk_is_not_the_trials_fault(job, data, monkeypatch):
 
     monkeypatch.setattr(Checkpoints, "save", full)
     assert reports(job, data) == [{"interrupted": "No space left on device: epoch_0001.pt"}]
+
+
+def test_an_error_of_files_that_are_not_checkpoints_is_the_trials(job, data, monkeypatch):
+    def absent(*_):
+        raise FileNotFoundError(2, "No such file or directory", "kernel.so")
+
+    monkeypatch.setattr(Trainer, "epoch", absent)
+    (result,) = reports(job, data)
+    assert result["error"].startswith("FileNotFoundError: ")
 
 
 def test_a_job_survives_its_journey(job):
