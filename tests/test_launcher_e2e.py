@@ -7,6 +7,7 @@ for the machines, which takes minutes.
 
 from __future__ import annotations
 
+import json
 import re
 import sqlite3
 import subprocess
@@ -69,7 +70,7 @@ def lab(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         pytest.skip(
             f"needs {', '.join(lacking)}: install openssh-server, openssh-client, rsync, iproute2, util-linux, curl"
         )
-    with Lab(tmp_path_factory.mktemp("lab"), image, ("laptop", "head", "one", "two", "three")) as machines:
+    with Lab(tmp_path_factory.mktemp("lab"), image, ("laptop", "head", "one", "two", "three", "alone")) as machines:
         moto = machines.on_bridge([str(Path(sys.executable).with_name("moto_server")), "-H", BRIDGE, "-p", "9000"])
         for name in ("laptop", "head", "one", "two"):
             machines.boot(name)
@@ -159,6 +160,58 @@ def listeners(host: Host) -> set[tuple[str, str]]:
         if not re.match(r"(127\.|\[::1\]|\[::ffff:127\.)", address):
             found.add((address, program))
     return found
+
+
+def test_workers_come_from_nothing_and_go_when_idle(lab: Lab) -> None:
+    """The autoscaler of the AWS cluster, which here starts its workers as processes of one machine."""
+    host = lab.boot("alone")
+    head = "f" * 51 + "00000"  # as this provider of Ray's calls it
+    node_types = {
+        "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        "worker": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
+    }
+    config = {
+        "cluster_name": "alone", "max_workers": 2, "idle_timeout_minutes": 0.2, "upscaling_speed": 4.0,
+        "provider": {"type": "fake_multinode", "launch_multiple": True, "head_node_id": head,
+                     "use_node_id_as_ip": True, "disable_node_updaters": True, "disable_launch_config_check": True},
+        "available_node_types": node_types, "head_node_type": "ray.head.default", "auth": {}, "docker": {},
+        "initialization_commands": [], "setup_commands": [], "head_setup_commands": [], "worker_setup_commands": [],
+        "head_start_ray_commands": [], "worker_start_ray_commands": [], "file_mounts": {}, "cluster_synced_files": [],
+        "file_mounts_sync_continuously": False, "rsync_exclude": [], "rsync_filter": [],
+    }  # fmt: skip
+    # Ray wants the defaults of each provider in a file, and this one's is not in its package.
+    defaults = (
+        "$(echo ~/ram-study/.venv/lib/python*/site-packages/ray/autoscaler/_private/fake_multi_node)/example.yaml"
+    )
+    subprocess.run([*host.console, f"tee ~/alone.json > {defaults}"], input=json.dumps(config).encode(), check=True)
+    mode = "cd ~/ram-study && export RAY_AUTH_MODE=disabled PATH=$PWD/.venv/bin:$PATH &&"
+    fake = f"RAY_FAKE_CLUSTER=1 RAY_CLOUD_INSTANCE_ID={head} RAY_OVERRIDE_NODE_ID_FOR_TESTING={head}"
+    host.run(
+        f"{mode} AUTOSCALER_UPDATE_INTERVAL_S=1 RAY_enable_autoscaler_v2=1 {fake} "
+        "ray start --head --num-cpus=0 --disable-usage-stats --autoscaling-config=$HOME/alone.json"
+    )
+    note("a head without workers")
+    look = "import ray; ray.init(address='auto', log_to_driver=False); print(sum(n['Alive'] for n in ray.nodes()))"
+
+    def nodes() -> int:
+        return int(host.run(f'{mode} python -c "{look}" 2> /dev/null').stdout.split()[-1])
+
+    assert nodes() == 1
+    places = f"--storage {HOME}/runs --tracking-uri sqlite:///{HOME}/mlflow.db"
+    growth = "RAY_ADDRESS=auto RAM_MAX_WORKERS=2 RAM_WORKER_CPUS=1"
+    study = f"python -m study.run --data digits --task original --seeds-per-trial 1 --trials 6 --epochs 20 {places}"
+    most = 0
+    with subprocess.Popen([*host.console, f"{mode} {growth} {study} > ~/study.log 2>&1"]) as process:
+        while process.poll() is None:
+            most = max(most, nodes())
+            time.sleep(2)
+    log = host.run("cat ~/study.log").stdout
+    assert process.returncode == 0, log
+    assert "waiting for a worker with 1 CPUs" in log and "0 to be continued, of 6" in log
+    assert most == 3
+    note("two workers came for six trials")
+    until("they have gone again", lambda: nodes() == 1)
+    host.power_off()
 
 
 def test_the_whole_story(lab: Lab, laptop: Host, tmp_path: Path) -> None:
