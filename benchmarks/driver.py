@@ -3,7 +3,8 @@
     python -m benchmarks.driver                   # 2,000 trials x 20 reports over 64 slots, 12 minutes or more
     python -m benchmarks.driver --trials 300      # a shorter one
 
-The trials wait instead of training; everything else is what `study.run` does (with tracking on), early stopping being
+The trials wait instead of training, each by its own epoch's time, half to one and a half times --seconds, as
+configurations differ in cost; everything else is what `study.run` does (with tracking on), early stopping being
 computed at each rung but not obeyed, so that every trial sends all its reports. Printed: how long a report waited for
 its commit, what each trial cost beyond its waiting, how far tracking was behind at the end, and the driver's memory.
 """
@@ -75,13 +76,13 @@ def _waiting_trial(seconds: float, slots: int, folder: str) -> Any:
             while len(list(pathlib.Path(folder).iterdir())) < slots:
                 clock.sleep(1)
         rng = random.Random(config["number"])
-        top = rng.random()
+        top, pause = rng.random(), seconds * rng.uniform(0.5, 1.5)
         for epoch in range(1, config["config"]["epochs"] + 1):
-            clock.sleep(seconds)
+            clock.sleep(pause)
             accuracy = [top * (1 - 0.5**epoch), top * (1 - 0.5**epoch) + 0.01]
             names = ("train_loss", "train_accuracy", "reward", "baseline_error", "gradient_norm", "val_loss")
             metrics: dict[str, Any] = dict.fromkeys((*names, "val_accuracy"), accuracy)
-            metrics |= {"epoch": epoch, "seconds": seconds, "seeds": [0, 1], "diverged": [False, False]}
+            metrics |= {"epoch": epoch, "seconds": pause, "seeds": [0, 1], "diverged": [False, False]}
             metrics["sent"] = clock.time()
             tune.report({"result": text.dumps({"epoch": epoch, "metrics": metrics})})
 
@@ -160,7 +161,9 @@ def _figures(
     full = sorted(t.epochs[0].time / 1000 for t in trials)[min(flags.slots, len(trials)) - 1]
     end = max(t.ended or 0 for t in trials) / 1000
     steady = [t for t in trials if t.started / 1000 > full]
-    beyond = sorted((t.ended or 0) / 1000 - t.started / 1000 - flags.reports * flags.seconds for t in steady)
+    beyond = sorted(
+        (t.ended or 0) / 1000 - t.started / 1000 - sum(e.metrics["seconds"] for e in t.epochs) for t in steady
+    )
     epochs = sum(len(t.epochs) for t in trials)
 
     def quantiles(values: list[float]) -> str:
@@ -170,7 +173,7 @@ def _figures(
         return " / ".join(f"{1000 * v:.0f}" for v in at) + " ms (median / 95% / 99% / most)"
 
     return [
-        f"{len(trials)} trials, {epochs} reports over {flags.slots} slots, a report every {flags.seconds:g} s a slot",
+        f"{len(trials)} trials, {epochs} reports over {flags.slots} slots; of a slot one every {flags.seconds:g} s",
         f"all slots working after {full - begin:.0f} s; the rest took {end - full:.0f} s, "
         f"{(epochs - flags.slots) / max(end - full, 1e-9):.0f} reports/s "
         f"(slots that wait for nothing: {flags.slots / flags.seconds:.0f})",

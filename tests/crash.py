@@ -24,7 +24,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -234,21 +234,26 @@ class Chain:
     sessions: int = 0
     faults: int = 0  # that took effect
     torn: int = 0
+    plans: list[str] = field(default_factory=list)
 
 
-def disturbed(study: Study, root: Path, template: Path, rng: random.Random, most: int = 60) -> Chain:
-    """Run a study through faults until it is finished; at most so many of them."""
+def disturbed(study: Study, root: Path, template: Path, seed: int, most: int = 60) -> Chain:
+    """Run a study through faults until it is finished; at most so many of them. Each session's are drawn from the seed
+    and its number, whatever became of those before.
+    """
     root.mkdir()
     shutil.copy(template, root / "mlflow.db")
     chain = Chain()
     for trials in TOTALS:
         code = -1
         while code != 0:
+            rng = random.Random(f"{seed} {chain.sessions}")
             fault, kill_after = draw_fault(rng) if chain.sessions < most else ("", None)
+            chain.plans.append(fault or ("nothing" if kill_after is None else f"kill after {kill_after:.3f} s"))
             before = taken(root)
             code = session(study, root, trials, kill_after=kill_after, fault=fault)
             chain.sessions += 1
-            assert code in (0, 75, -signal.SIGKILL), f"session {chain.sessions} with {fault!r} ended with {code}"
+            assert code in (0, 75, -signal.SIGKILL), f"seed {seed}: the last of {chain.plans} ended with {code}"
             chain.faults += taken(root) - before if fault else code == -signal.SIGKILL
             if code != 0 and rng.random() < 0.25 and tear(rng, root):
                 chain.torn += 1
@@ -347,12 +352,13 @@ def check(root: Path, faults_wanted: int, seed: int, say: Callable[[str], None] 
     while total < faults_wanted:
         started = time.monotonic()
         folder = root / f"seed{seed}"
-        chain = disturbed(study, folder, template, random.Random(seed))
+        chain = disturbed(study, folder, template, seed)
         found = contents(folder)
         for part, value in expected.items():
             differing = [(a, b) for a, b in zip_longest(value, found[part]) if a != b]
             assert not differing, (
-                f"seed {seed}: {part} differs, first in\nexpected {differing[0][0]}\nfound    {differing[0][1]}"
+                f"seed {seed}, {chain.plans}: {part} differs, first in\nexpected {differing[0][0]}\n"
+                f"found    {differing[0][1]}"
             )
         again = len((folder / "trained.log").read_text().split()) - trained
         # One checkpoint interval (an epoch) a fault at most, a torn checkpoint costing the one before it as well.

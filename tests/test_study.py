@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -14,13 +15,14 @@ import numpy as np
 import optuna
 import pytest
 import torch
+from rich.console import Console
 
 from ramcore.config import Config
 from ramcore.data import load_task
 from study import designs, outcome, pool, run
 from study.checkpoints import Checkpoints
 from study.outcome import pareto_front
-from study.progress import duration, percent, time_left
+from study.progress import Progress, duration, percent, time_left
 from study.record import Epoch, Record, TrialRecord, read_settings
 from study.run import Flags, main
 from study.space import search_space
@@ -139,6 +141,22 @@ def test_the_time_left_is_a_range_that_knows_about_early_stopping():
     assert time_left(done, arms, 4, slots=8) == (low, high)
     assert time_left([], arms, 4, slots=1) is None
     assert time_left([*done, trial(3, 0.1, arm="tpe", state="pruned")], arms, 4, slots=1) == (0, 0)
+
+
+def test_the_live_display_says_how_far_the_study_is():
+    progress = Progress(study="a-study", epochs=4)
+    running = trial(2, 0.5, arm="tpe", state="running")
+    progress.resume([trial(0, 0.5, 0.6, 0.7, 0.8), trial(1, 0.1, arm="tpe", state="pruned"), running], ["tpe"] * 5)
+    for _ in range(2):
+        progress.reported(running)
+    progress.outage = lambda: "connection refused"
+    console = Console(record=True, width=120, file=io.StringIO())
+    console.print(progress._render())
+    shown = console.export_text()
+    assert "a-study" in shown and "2 of 5 ended: 1 finished, 1 stopped early, 0 failed; 1 running" in shown
+    assert "80.00 +- 1.41 %, trial 0000 (sobol)" in shown and "epochs/s" in shown and " left" in shown
+    assert "behind (connection refused); training goes on" in shown
+    assert "0002  tpe  epoch 1/4  50.00 +- 1.41 %" in shown
 
 
 def test_how_figures_are_written():
