@@ -337,7 +337,7 @@ def _start_tracker(flags: Flags, prepared: Prepared, record: Record, uri: str, d
         **origin,
         "runs": record.runs,
         "data_sizes": prepared.data.sizes,
-        "record": str(prepared.folder / "study.db"),
+        "record": f"{flags.storage.rstrip('/')}/{settings.study}/study.db",
     }
     space = {
         **settings.space,

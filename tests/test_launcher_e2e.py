@@ -137,9 +137,10 @@ def answers(host: Host, port: int, of: str = "127.0.0.1") -> bool:
     return not host.run(f"timeout 5 bash -c '</dev/tcp/{of}/{port}'", check=False).returncode
 
 
-def status(host: Host, url: str, header: str = "Accept: */*") -> int:
+def status(host: Host, url: str, header: str = "Accept: */*", *, method: str = "GET") -> int:
     """The HTTP status that a machine gets; 0 from what does not speak HTTP."""
-    return int(host.run(f"curl -s -m 10 -o /dev/null -w %{{http_code}} -H '{header}' '{url}'", check=False).stdout)
+    request = f"curl -s -m 10 -o /dev/null -w %{{http_code}} -X {method} -H '{header}' '{url}'"
+    return int(host.run(request, check=False).stdout)
 
 
 def refusal(laptop: Host, command: str) -> str:
@@ -234,9 +235,8 @@ def test_the_whole_story(lab: Lab, laptop: Host, tmp_path: Path) -> None:
         assert {program for _, program in found} <= {"sshd", *RAY}, found
         for address, program in found:
             if program != "sshd":  # also the agent of each node, which would start jobs
-                url = f"http://{host.address}:{address.rpartition(':')[2]}"
-                for route in ("/", "/api/job_agent/jobs/"):
-                    assert not 200 <= status(laptop, url + route) < 300, (address, program, route)
+                url = f"http://{host.address}:{address.rpartition(':')[2]}/api/job_agent/jobs/"
+                assert not 200 <= status(laptop, url, method="POST") < 300, (address, program)
     assert status(head, f"http://127.0.0.1:{DASHBOARD}/api/jobs/") == 401
     assert status(head, f"http://127.0.0.1:{DASHBOARD}/nodes?view=summary") == 401
     experiments = f"http://127.0.0.1:{MLFLOW}/api/2.0/mlflow/experiments/search?max_results=1"
