@@ -424,7 +424,7 @@ class TuneScheduler(_Unsaved, FIFOScheduler):
         """Its worker died, or never came up: it is tried again, on another node if need be, up to a point."""
         with guarded(self._engine):
             number = trial.config["number"]
-            by_tune = trial.status == Trial.RUNNING and trial.should_recover()
+            by_tune = trial.status == Trial.ERROR  # it has been stopped by now, and is queued again
             epochs = len(self._engine.record.trials[number].epochs)
             if epochs > self._epochs_at_death.get(number, 0):  # it comes on, so it is not what kills workers
                 trial.run_metadata.num_failures = 1

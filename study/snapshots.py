@@ -33,6 +33,7 @@ _COPY = "copy-id"  # names a working copy
 _PUSHED = "in-storage"  # marks a working copy of which the storage has had a state
 _INTERVAL = 60.0  # seconds between two copies while nothing starts or ends
 _EXPIRES = 180.0  # seconds that a lease stands without being renewed before another driver may take over
+_READS = 3  # of a lease that makes no sense, before it counts as none
 _PATIENCE = 600.0  # seconds that the store may be out of reach before the study stops
 
 logger = logging.getLogger(__name__)
@@ -174,10 +175,14 @@ class Lease:
         self._folder.delete(LEASE)
 
     def _read(self) -> dict[str, Any] | None:
-        try:
-            return json.loads(self._folder.read(LEASE))
-        except (FileNotFoundError, json.JSONDecodeError):
-            return None
+        for _ in range(_READS):
+            try:
+                return json.loads(self._folder.read(LEASE))
+            except FileNotFoundError:
+                return None
+            except ValueError:  # read while it was being written, by a store that is none of the best
+                time.sleep(0.2)
+        return None
 
 
 class Snapshots:

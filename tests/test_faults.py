@@ -428,3 +428,33 @@ os._exit(code)
     # All but the last trial are chosen without regard to the others, so two at a time end as one after the other.
     assert essence(settled(tmp_path))[:-1] == undisturbed[:-1]
     assert "reported twice" not in done.stderr
+
+
+def test_a_node_that_joins_with_other_packages_stops_the_study_that_the_same_command_continues(tmp_path):
+    (tmp_path / "shadow" / "torch-1.0.dist-info").mkdir(parents=True)
+    (tmp_path / "shadow" / "torch-1.0.dist-info" / "METADATA").write_text("Name: torch\nVersion: 1.0\n")
+    script = f"""
+import os, sys, threading, time
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={{"num_cpus": 0, "include_dashboard": False}})
+cluster.add_node(num_cpus=1)
+cluster.wait_for_nodes()
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from pathlib import Path
+from test_faults import epochs_recorded
+def join():
+    while epochs_recorded(Path.cwd()) < 2:
+        time.sleep(0.1)
+    cluster.add_node(num_cpus=1, env_vars={{"PYTHONPATH": {str(tmp_path / "shadow")!r}}})
+threading.Thread(target=join, daemon=True).start()
+from study.run import Flags, main
+code = main(Flags(data="digits", task="original", study="s", trials=2, epochs=150, address=cluster.address))
+sys.stdout.flush(); sys.stderr.flush()
+os._exit(code)
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 75, done.stderr
+    assert "stopped (every node must have the driver's versions; 127.0.0.1" in done.stderr or "torch 1.0" in done.stderr
+    assert "to be continued" in done.stdout

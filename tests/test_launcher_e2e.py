@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,19 @@ def in_checkout(laptop: Host, command: str, *, check: bool = True) -> subprocess
     run = laptop.run(f"cd ~/ram-study && . .venv/bin/activate && {command}", check=False, timeout=PATIENCE)
     assert not check or run.returncode == 0, f"{command}\n{run.stdout}\n{run.stderr}"
     return run
+
+
+@contextmanager
+def ports_forwarded(laptop: Host) -> Iterator[None]:
+    """`ray attach` with the ports of CLUSTER.md, in the background."""
+    attach = f"cd ~/ram-study && .venv/bin/ray attach {YAML} -p 8265 -p 5001 > ~/attach.log 2>&1"
+    tunnel = subprocess.Popen([*laptop.console, attach], stdin=subprocess.PIPE)
+    try:
+        yield
+        tunnel.communicate(b"exit\n", timeout=60)
+    finally:
+        tunnel.kill()
+        tunnel.wait()
 
 
 def on_head(laptop: Host, command: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -247,10 +261,7 @@ def test_the_whole_story(lab: Lab, laptop: Host, tmp_path: Path) -> None:
         assert modes == ["600", "600", "600"]
 
     # Submit through the forwarded port; without the token first.
-    with subprocess.Popen(
-        [*laptop.console, f"cd ~/ram-study && .venv/bin/ray attach {YAML} -p 8265 -p 5001 > ~/attach.log 2>&1"],
-        stdin=subprocess.PIPE,
-    ) as tunnel:
+    with ports_forwarded(laptop):
         until("the ports are forwarded", lambda: answers(laptop, DASHBOARD) and answers(laptop, MLFLOW))
         submit = f"python -m study.run --address http://127.0.0.1:{DASHBOARD} {STUDY}"
         refused = in_checkout(laptop, submit, check=False)
@@ -315,7 +326,6 @@ def test_the_whole_story(lab: Lab, laptop: Host, tmp_path: Path) -> None:
         in_checkout(laptop, "python -m analysis.sensitivity --tracking-uri http://127.0.0.1:5001")
         assert laptop.run("ls ~/ram-study/reports/*/*.html").stdout
         note("the report is on the laptop")
-        tunnel.communicate(b"exit\n", timeout=60)
 
     # On the head itself, with no flags about the cluster; first what it refuses.
     other = f"python -m study.run {STUDY} --study other --trials 2"

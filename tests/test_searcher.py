@@ -272,8 +272,11 @@ def test_idle_workers_go_once_nothing_is_left_to_hand_out(opened):
     assert cache.total_max_objects == 0 and sorted(cache.flush_cached_objects(force_all=True)) == ["a", "b"]
 
 
-def dead(number: int, failures: int, status: str = Trial.RUNNING) -> SimpleNamespace:
-    """A trial of Tune's whose worker has died so often."""
+def dead(number: int, failures: int, status: str = "") -> SimpleNamespace:
+    """A trial of Tune's whose worker has died so often, as Tune shows it: as ERROR when it will start it again, as
+    RUNNING when it gives it up.
+    """
+    status = status or (Trial.ERROR if failures <= MAX_WORKER_DEATHS else Trial.RUNNING)
     metadata = SimpleNamespace(num_failures=failures)
 
     def recovers() -> bool:
@@ -292,6 +295,7 @@ def test_a_trial_whose_worker_dies_again_and_again_without_an_epoch_fails(opened
     for failures in range(1, MAX_WORKER_DEATHS + 1):
         scheduler.on_trial_error(None, dead(0, failures))
         assert engine.record.trials[0].state == "running"
+        assert not engine._lost  # Tune has it
     scheduler.on_trial_error(None, dead(0, MAX_WORKER_DEATHS + 1))
     assert engine.record.trials[0].state == "failed"
     assert engine.record.trials[0].reason == "error: its worker died 6 times; no message"

@@ -179,3 +179,13 @@ def test_the_studies_of_a_storage_are_found_without_a_working_copy(storage, tmp_
         record.start(plan(), SPACE.distributions())
     shutil.rmtree(tmp_path / "cache")
     assert studies(storage) == ["s"]
+
+
+def test_a_lease_that_makes_no_sense_is_read_again(storage, monkeypatch):
+    with open_record(storage) as record:
+        good = open_folder(storage, "s").read(LEASE)
+        answers = [b"\xa3\xff", good[:10], good]
+        with monkeypatch.context() as patch:
+            patch.setattr(record.snapshots._folder, "read", lambda name: answers.pop(0))
+            record.start(plan(), SPACE.distributions())
+        assert not answers
