@@ -132,6 +132,8 @@ def test_a_missing_or_wrong_token_is_said_in_one_line(head, tmp_path, token, sai
     assert "copy ~/.ray/auth_token from the cluster's head" in line
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_money_budget_is_weighed_where_the_price_is_known(head, tmp_path):
     process = laptop(head, tmp_path, *STUDY, "--money-budget", "5")
     out, _ = process.communicate(timeout=200)
@@ -139,6 +141,8 @@ def test_a_money_budget_is_weighed_where_the_price_is_known(head, tmp_path):
     assert "error: a money budget needs a price; got --money-budget alone" in out  # the job's answer, not the laptop's
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_plan_does_not_count_as_the_studys_driver(head, tmp_path):
     plan = laptop(head, tmp_path, *STUDY, "--study", "planned", "--dry-run")
     assert plan.stderr is not None
