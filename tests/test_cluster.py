@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -199,6 +201,21 @@ def test_a_local_ray_that_starts_too_slowly_is_lost_not_a_traceback(monkeypatch)
         pass
 
 
+@pytest.mark.parametrize(("trials", "places"), [(1, 1), (100, 12)])
+def test_no_more_places_are_asked_for_than_there_are_trials(monkeypatch, trials, places):
+    asked: list[tuple[Any, ...]] = []
+    fake = SimpleNamespace(remote=lambda *given: asked.append(given))
+    monkeypatch.setattr(pool.ray, "remote", lambda **_: lambda task: fake)
+    monkeypatch.setattr(pool.ray, "cancel", lambda *_, **__: None)
+    monkeypatch.setattr(pool.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "head"))
+    monkeypatch.setattr(cluster, "nodes", lambda: [node(0, head=True)])
+    monkeypatch.setattr(cluster, "JOIN_MINUTES", 0.01)
+    growth = Growth(workers=3, worker={"CPU": 4.0, "GPU": 0.0})
+    with pytest.raises(ClusterError, match="none came"):
+        wait_for_workers(Need(cpus=1, gpus=0), growth, trials, others=False, say=lambda _: None)
+    assert len(asked) == places
+
+
 # A real cluster.
 
 
@@ -236,7 +253,8 @@ def lonely_head():
         yield found
 
 
-def test_a_cluster_without_workers_yet_is_planned_for_and_asked_for_no_more_than_there_is_to_do(
+@pytest.mark.slow
+def test_a_cluster_without_workers_yet_is_planned_for_and_not_asked_for_any_when_nothing_is_to_do(
     lonely_head, here, capsys, monkeypatch
 ):
     monkeypatch.setenv("RAM_MAX_WORKERS", "3")
@@ -250,28 +268,14 @@ def test_a_cluster_without_workers_yet_is_planned_for_and_asked_for_no_more_than
 
     # A finished study needs nobody: the same command says how it ended and starts no machine.
     small = Flags(data="digits", task="original", study="s", trials=1, epochs=1, storage=str(here / "runs"))
-    assert main(small) == run.DONE
+    alone = ("--data", "digits", "--task", "original", "--study", "s", "--trials", "1", "--epochs", "1")
+    subprocess.run(
+        [sys.executable, "-m", "study.run", *alone, "--address", "local"],
+        env={**os.environ, "PYTHONPATH": str(Path(run.__file__).parent.parent)}, check=True, timeout=200,
+    )  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setattr(cluster, "wait_for_workers", lambda *_, **__: pytest.fail("asked for workers"))
         assert main(dataclasses.replace(small, address=lonely_head.address)) == run.DONE
-
-    # One trial asks for one place, though twelve could be had.
-    asked: list[tuple[Any, ...]] = []
-    remote = pool.ray.remote
-
-    def noted(**options: Any) -> Any:
-        return lambda task: SimpleNamespace(
-            remote=lambda *given: (asked.append(given), remote(**options)(task).remote(*given))[1]
-        )
-
-    monkeypatch.setattr(pool.ray, "remote", noted)
-    monkeypatch.setattr(cluster, "JOIN_MINUTES", 0.05)
-    growth = Growth(workers=3, worker={"CPU": 4.0, "GPU": 0.0})
-    for trials, places in ((1, 1), (100, 12)):
-        asked.clear()
-        with ray_running(lonely_head.address), pytest.raises(ClusterError, match="none came"):
-            wait_for_workers(Need(cpus=1, gpus=0), growth, trials, others=False, say=lambda _: None)
-        assert len(asked) == places
 
 
 @pytest.fixture(scope="module")
