@@ -437,7 +437,9 @@ def test_a_node_that_joins_with_other_packages_stops_the_study_that_the_same_com
 import os, sys, threading, time
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 from ray.cluster_utils import Cluster
-cluster = Cluster(initialize_head=True, head_node_args={{"num_cpus": 0, "include_dashboard": False}})
+cluster = Cluster(
+    initialize_head=True, head_node_args={{"num_cpus": 0, "include_dashboard": False}}, shutdown_at_exit=False
+)
 cluster.add_node(num_cpus=1)
 cluster.wait_for_nodes()
 sys.path.insert(0, {str(ROOT / "tests")!r})
