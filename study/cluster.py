@@ -363,26 +363,20 @@ class Check:
                 yield node, ray.get(asked[node.id], timeout=max(1.0, end - time.monotonic()))
             except (NodeDiedError, TaskUnschedulableError):
                 continue
-            except GetTimeoutError:
-                if node.id not in {n.id for n in nodes()}:
-                    continue
-                yield (
-                    node,
-                    (
-                        f"every node must answer within {_PROBE_SECONDS / 60:g} min; {node} did not: look at it with "
-                        "`ray status`, or take it out of the cluster"
-                    ),
-                )
             except RayError as error:
                 if node.id not in {n.id for n in nodes()}:
                     continue
-                yield (
-                    node,
-                    (
+                if isinstance(error, GetTimeoutError):
+                    problem = (
+                        f"every node must answer within {_PROBE_SECONDS / 60:g} min; {node} did not: look at it with "
+                        "`ray status`, or take it out of the cluster"
+                    )
+                else:
+                    problem = (
                         f"every node must be able to run the project; {node} cannot ({telling_line(error)}): install "
                         "the project there as CLUSTER.md says, or take the node out of the cluster"
-                    ),
-                )
+                    )
+                yield node, problem
 
     def _judge(self, node: Node, answer: dict[str, Any]) -> str | None:
         ours = versions()

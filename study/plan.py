@@ -3,8 +3,8 @@
 The time is an estimate. How long an epoch takes is read from the study's own trials if it has any; else three of its
 configurations (a quarter, half and three quarters up in multiply-adds) are timed for a few seconds where the trials
 would run: on this machine, or on a node that can run a trial (while a cluster has none, on its head, which the plan
-says). Each is timed alone, on 1/25 or less of the images. How
-many epochs there will be is uncertain too, because early stopping decides: see `study.progress.time_left`.
+says). Each is timed alone, on 1/25 or less of the images. How many epochs there will be is uncertain too, because early
+stopping decides: see `study.progress.time_left`.
 """
 
 from __future__ import annotations

@@ -91,10 +91,10 @@ def prepare(flags: Flags) -> Prepared:
         raise UsageError(f"--sobol-share is a search's; the design is {design}: leave it out")
     warnings: list[str] = []
     if wanted == "auto" and not flags.study:
-        wanted = _data_of_an_existing_study(flags.storage, tasks, design, warnings)
+        wanted, known = _existing_study(flags.storage, tasks, design, warnings)
     task_data = _load(wanted, tasks[0], flags.data_dir, warnings)
     data: Data = task_data.data  # type: ignore[assignment]
-    name = flags.study or default_name(tasks, data, design)
+    name = flags.study or _default_name(tasks, data, design)
     folder = record_folder(flags.storage, name)
     known = known or _read(flags.storage, name)
 
@@ -205,23 +205,26 @@ def _source(storage: str, task: str, data: str, warnings: list[str]) -> tuple[St
     return settings, best
 
 
-def default_name(tasks: tuple[Task, ...], data: str, design: Design) -> str:
+def _default_name(tasks: tuple[Task, ...], data: str, design: Design) -> str:
     """What a study is called that was given no name."""
     return f"{'-'.join(tasks)}-{data}-{design}"
 
 
-def _data_of_an_existing_study(storage: str, tasks: tuple[Task, ...], design: Design, warnings: list[str]) -> str:
-    """What `--data auto` means: the same command continues a study, also where MNIST has come or gone since.
+def _existing_study(
+    storage: str, tasks: tuple[Task, ...], design: Design, warnings: list[str]
+) -> tuple[str, tuple[StudySettings, int] | None]:
+    """What `--data auto` means, and what is known of the study that it continues: the same command continues a study,
+    also where MNIST has come or gone since.
 
     A study of MNIST goes before one of digits; without either, "auto" is left to mean MNIST if it can be had.
     """
     for data in ("mnist", "digits"):
-        name = default_name(tasks, data, design)
-        if _read(storage, name) is not None:
+        name = _default_name(tasks, data, design)
+        if (known := _read(storage, name)) is not None:
             if data == "digits":
                 warnings.append(f"{name} is continued, on the bundled digits: pass --data mnist for a study of MNIST")
-            return data
-    return "auto"
+            return data, known
+    return "auto", None
 
 
 def _load(wanted: str, task: Task, data_dir: Path | None, warnings: list[str]) -> TaskData:

@@ -34,7 +34,7 @@ from study.cluster import ClusterError
 from study.designs import Design
 from study.plan import plan_lines
 from study.prepare import Prepared, UsageError, check_numbers, prepare
-from study.record import Record, RecordError, RecordLost, best_trial, open_record
+from study.record import Record, RecordError, RecordLost, open_record
 
 if TYPE_CHECKING:
     from study.tracking import Tracker
@@ -265,16 +265,16 @@ def _run(flags: Flags, prepared: Prepared, record: Record, wanted: Any, uri: str
         if tracker is None:
             tracker = _start_tracker(flags, prepared, record, uri, devices)
         done = code in (DONE, SOME_FAILED)
-        if done:
+        found = outcome.conclude(record)
+        publish = None
+        if done and found is not None:
             try:
-                outcome.read_best_test(record, folder, prepared.data)
+                if not outcome.read_best_test(record, folder, prepared.data):
+                    number = found.best.number
+                    _say(f"warning: the best weights, of trial {number:04d}, are gone: no test accuracy, no model")
             except (RecordLost, OSError) as error:
                 _say(f"warning: {error}; the test accuracy is read by the next run of the same command")
-            else:
-                if (best := best_trial(list(record.trials.values()))) is not None and best.test is None:
-                    _say(f"warning: the best weights, of trial {best.number:04d}, are gone: no test accuracy, no model")
-        found = outcome.conclude(record)
-        publish = outcome.publisher(found, folder, prepared.data) if found and done else None
+            publish = outcome.publisher(found, folder, prepared.data)
         status = "finished" if done else "failed" if code == BROKEN else "stopped"
         untracked = tracker.finish(status, publish=publish)
     _report(prepared, engine, found, uri, untracked, code)

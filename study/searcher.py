@@ -387,7 +387,7 @@ class TuneScheduler(_Unsaved, FIFOScheduler):
         super().__init__()
         self._engine = engine
         self._slots = slots
-        self._kept: Callable[[], None] | None = None  # takes back what `on_trial_add` did, once
+        self._release: Callable[[], None] | None = None  # takes back what `on_trial_add` did, once
         self._epochs_at_death: dict[int, int] = {}  # of each trial whose worker died, at the last time
         self._keeps_workers = False
 
@@ -402,14 +402,14 @@ class TuneScheduler(_Unsaved, FIFOScheduler):
             controller = getattr(tune_controller, "_tune_controller", tune_controller)
             if (cache := getattr(controller, "_actor_cache", None)) is not None:
                 cache.increase_max(trial.placement_group_factory, by=self._slots)
-                self._kept = partial(cache.decrease_max, trial.placement_group_factory, by=self._slots)
+                self._release = partial(cache.decrease_max, trial.placement_group_factory, by=self._slots)
             self._keeps_workers = True
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """As ever; once nothing is left to hand out, idle workers go, and with them the machines of a cluster."""
-        if self._kept is not None and self._engine.handed_out:
-            self._kept()
-            self._kept = None
+        if self._release is not None and self._engine.handed_out:
+            self._release()
+            self._release = None
         return super().choose_trial_to_run(tune_controller)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:

@@ -277,8 +277,7 @@ class Tracker:
     def _conclude(self, client: mlflow.MlflowClient) -> None:
         """End the parent run."""
         if self._interrupted:  # look for runs made twice
-            self._interrupted = False
-            self._find_runs(client)
+            self._interrupted = self._known = False
             self._sync(client)
         assert self.run_id is not None
         if self._publish is not None and self._publish.key != self._published:

@@ -234,12 +234,17 @@ def test_a_folder_of_one_node_is_refused_before_anything_is_made(two_nodes, here
     assert list(here.iterdir()) == []
 
 
-def test_a_dry_run_says_what_is_there_and_what_it_may_cost(two_nodes, here, capsys, monkeypatch):
+def planned(address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a dry run prints on a cluster that may grow to three workers of four CPUs."""
     monkeypatch.setenv("RAM_MAX_WORKERS", "3")
     monkeypatch.setenv("RAM_WORKER_CPUS", "4")
-    flags = Flags(data="digits", address=two_nodes.address, dry_run=True, price_per_hour=0.5, epochs=2)
+    flags = Flags(data="digits", address=address, dry_run=True, price_per_hour=0.5, epochs=2)
     assert main(flags) == run.DONE
-    out = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_a_dry_run_says_what_is_there_and_what_it_may_cost(two_nodes, here, capsys, monkeypatch):
+    out = planned(two_nodes.address, monkeypatch, capsys)
     assert "2 nodes, 1 CPUs, 0 GPUs" in out and "may grow to 3 workers of 4 CPUs, 0 GPUs" in out
     assert "slots      12, one trial each" in out
     assert "trial-hours" in out and "timed now, on 127.0.0.1" in out and "for 3 workers at 0.5 an hour" in out
@@ -257,11 +262,7 @@ def lonely_head():
 def test_a_cluster_without_workers_yet_is_planned_for_and_not_asked_for_any_when_nothing_is_to_do(
     lonely_head, here, capsys, monkeypatch
 ):
-    monkeypatch.setenv("RAM_MAX_WORKERS", "3")
-    monkeypatch.setenv("RAM_WORKER_CPUS", "4")
-    flags = Flags(data="digits", address=lonely_head.address, dry_run=True, price_per_hour=0.5, epochs=2)
-    assert main(flags) == run.DONE
-    out = capsys.readouterr().out
+    out = planned(lonely_head.address, monkeypatch, capsys)
     assert "1 nodes, 0 CPUs, 0 GPUs" in out or "1 node, 0 CPUs, 0 GPUs" in out
     assert "slots      12, one trial each" in out
     assert "trial-hours" in out and "(the head), as no worker is up" in out and "for 3 workers at 0.5 an hour" in out

@@ -400,64 +400,59 @@ def test_a_tracking_server_that_never_returns_is_told_and_made_good_by_the_next_
 # Several nodes.
 
 
-def test_a_node_that_is_lost_costs_an_epoch_at_most(tmp_path, undisturbed):
+def on_nodes(folder: Path, workers: int, after: int, event: str, **flags: int) -> subprocess.CompletedProcess[str]:
+    """A study on a head that runs no trials and some workers of one CPU, in a process of its own.
+
+    Args:
+        folder: its working directory.
+        workers: at first, the list `nodes`.
+        after: epochs, whereupon `event` happens.
+        event: a statement about `cluster` and `nodes`, carried out in a thread.
+        flags: trials and epochs.
+    """
     script = f"""
 import os, sys, threading, time
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 from ray.cluster_utils import Cluster
-cluster = Cluster(initialize_head=True, head_node_args={{"num_cpus": 0, "include_dashboard": False}})
-nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+cluster = Cluster(  # its hooks at exit are signal handlers, which threads cannot set
+    initialize_head=True, head_node_args={{"num_cpus": 0, "include_dashboard": False}}, shutdown_at_exit=False
+)
+nodes = [cluster.add_node(num_cpus=1) for _ in range({workers})]
 cluster.wait_for_nodes()
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from pathlib import Path
 from test_faults import epochs_recorded
-def lose():
-    while epochs_recorded(Path.cwd()) < 4:
+def happen():
+    while epochs_recorded(Path.cwd()) < {after}:
         time.sleep(0.1)
-    cluster.remove_node(nodes[0], allow_graceful=False)
-    print("node removed", file=sys.stderr, flush=True)
-threading.Thread(target=lose, daemon=True).start()
+    {event}
+    print("it has happened", file=sys.stderr, flush=True)
+    time.sleep(600)  # a node goes with the thread that made it
+threading.Thread(target=happen, daemon=True).start()
 from study.run import Flags, main
-code = main(Flags(data="digits", task="original", study="s", trials=5, epochs=3, address=cluster.address))
+code = main(Flags(data="digits", task="original", study="s", address=cluster.address, **{flags!r}))
 sys.stdout.flush(); sys.stderr.flush()
+cluster.shutdown()
 os._exit(code)
 """
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and "node removed" in done.stderr, done.stderr
+    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=900)
+
+
+def test_a_node_that_is_lost_costs_an_epoch_at_most(tmp_path, undisturbed):
+    done = on_nodes(tmp_path, 2, 4, "cluster.remove_node(nodes[0], allow_graceful=False)", trials=5, epochs=3)
+    assert done.returncode == 0 and "it has happened" in done.stderr, done.stderr
     # All but the last trial are chosen without regard to the others, so two at a time end as one after the other.
     assert essence(settled(tmp_path))[:-1] == undisturbed[:-1]
     assert "reported twice" not in done.stderr
 
 
 def test_a_node_that_joins_with_other_packages_stops_the_study_that_the_same_command_continues(tmp_path):
-    (tmp_path / "shadow" / "torch-1.0.dist-info").mkdir(parents=True)
-    (tmp_path / "shadow" / "torch-1.0.dist-info" / "METADATA").write_text("Name: torch\nVersion: 1.0\n")
-    script = f"""
-import os, sys, threading, time
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-from ray.cluster_utils import Cluster
-cluster = Cluster(
-    initialize_head=True, head_node_args={{"num_cpus": 0, "include_dashboard": False}}, shutdown_at_exit=False
-)
-cluster.add_node(num_cpus=1)
-cluster.wait_for_nodes()
-sys.path.insert(0, {str(ROOT / "tests")!r})
-from pathlib import Path
-from test_faults import epochs_recorded
-def join():
-    while epochs_recorded(Path.cwd()) < 2:
-        time.sleep(0.1)
-    cluster.add_node(num_cpus=1, env_vars={{"PYTHONPATH": {str(tmp_path / "shadow")!r}}})
-    time.sleep(600)  # a node goes with the thread that made it
-threading.Thread(target=join, daemon=True).start()
-from study.run import Flags, main
-code = main(Flags(data="digits", task="original", study="s", trials=2, epochs=60, address=cluster.address))
-sys.stdout.flush(); sys.stderr.flush()
-os._exit(code)
-"""
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=900)
+    shadow = tmp_path / "shadow"
+    (shadow / "torch-1.0.dist-info").mkdir(parents=True)
+    (shadow / "torch-1.0.dist-info" / "METADATA").write_text("Name: torch\nVersion: 1.0\n")
+    joins = f"cluster.add_node(num_cpus=1, env_vars={{'PYTHONPATH': {str(shadow)!r}}})"
+    done = on_nodes(tmp_path, 1, 2, joins, trials=2, epochs=60)
     assert done.returncode == 75, done.stderr
     assert "stopped (every node must have the driver's versions;" in done.stderr and "torch 1.0" in done.stderr
     assert "to be continued" in done.stdout
