@@ -6,13 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when numpy and torch are imported; two tests run at a time
+
 import torch
 
 from ramcore import data as ram_data
 from ramcore.config import Config
 from ramcore.data import TaskData, load_source, make_task
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
