@@ -29,7 +29,7 @@ class CNN(nn.Module):
         self.out = Linear(weights, 50, NUM_CLASSES)
 
     def forward(self, images: Tensor, dropout: Tensor | None = None) -> Tensor:
-        """images: (R, B, S, S) float in [0, 1]; dropout: (R, B, 20) uniform, drops whole maps; returns (R, B, C)."""
+        """images: (R, B, S, S) float; dropout: (R, B, 20) uniform, drops whole maps; returns (R, B, C)."""
         features = []
         for r, canvases in enumerate(images):
             maps = functional.max_pool2d(self.conv1(_one_channel(canvases), r), 2).relu()
@@ -54,7 +54,7 @@ class ConvNet(nn.Module):
         self.out = Linear(weights, config.hidden_size, NUM_CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: (R, B, S, S) float in [0, 1]; returns (R, B, C)."""
+        """images: (R, B, S, S) float; returns (R, B, C)."""
         features = [self.conv(_one_channel(canvases), r).relu().flatten(1) for r, canvases in enumerate(images)]
         return self.out(self.hidden(torch.stack(features)).relu())
 
@@ -71,7 +71,7 @@ class FullyConnected(nn.Module):
         self.out = Linear(weights, config.hidden_size, NUM_CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: (R, B, S, S) float in [0, 1]; returns (R, B, C)."""
+        """images: (R, B, S, S) float; returns (R, B, C)."""
         h = self.hidden1(images.flatten(2)).relu()
         return self.out(torch.relu(self.hidden2(h)))
 

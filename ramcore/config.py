@@ -42,6 +42,7 @@ class Config:
     patch_size: int = 12  # pixels along a side of every scale of the retina
     num_scales: int = 3  # concentric patches, each scale_factor times as wide as the one before, 1 to 6
     scale_factor: int = 2  # width of a scale over the width of the one before, at least 2
+    input_gain: float = 1.0  # what the network is given is the pixels, in [0, 1], times this
     glimpse_size: int = 128  # units of each of the glimpse network's what and where paths
     hidden_size: int = 256  # units of the core and of the glimpse code; of each hidden layer when model is fc
     core: Core = "rnn"  # rnn is the papers' rectified core
@@ -145,6 +146,7 @@ _INTEGERS: tuple[tuple[str, int, int], ...] = (
     ("eval_samples", 0, 10_000),
 )
 _REALS: tuple[tuple[str, float, float, bool], ...] = (
+    ("input_gain", 0.0, math.inf, True),
     ("location_std", 0.0, math.inf, True),
     ("loss_mixing", 0.0, 1.0, False),
     ("step_supervision", 0.0, 1.0, False),

@@ -44,6 +44,11 @@ def build_model(config: Config, seeds: Tensor) -> nn.Module:
     return RAM(config, seeds)
 
 
+def whole_image_input(config: Config, images: Tensor) -> Tensor:
+    """8-bit canvases as the networks without glimpses take them: pixels in [0, 1], times the configuration's gain."""
+    return images.float() * (config.input_gain / 255)
+
+
 def whole_image_rollout(logits: Tensor) -> Rollout:
     """A network without glimpses, (R, B, C) scores, as a rollout of one look and no decision about where."""
     none = logits.new_empty(len(logits), 0, logits.shape[1])
@@ -67,7 +72,7 @@ def class_log_probs(
         (R, t, B, C) log probabilities.
     """
     if not isinstance(model, RAM):
-        logits = model(images.expand(len(seeds), -1, -1, -1).float() / 255)
+        logits = model(whole_image_input(config, images.expand(len(seeds), -1, -1, -1)))
         return functional.log_softmax(logits, -1)[:, None]
     pyramid = model.retina.pyramid(images)
     first = first_locations(config, index).expand(len(seeds), -1, -1)

@@ -167,6 +167,7 @@ class RAM(nn.Module):
             num_scales=config.num_scales,
             scale_factor=config.scale_factor,
             canvas_size=config.canvas_size,
+            gain=config.input_gain,
         )
         self.glimpse = GlimpseNetwork(weights, config)
         self.core = CoreNetwork(weights, config)

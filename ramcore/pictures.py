@@ -57,7 +57,7 @@ def glimpse_paths(
     images = data.to("cpu").render(split, index[None], data.placement_keys(split, seeds, 0))
     looks = model.look(model.retina.pyramid(images), first_locations(config, index))
     shape = (config.num_glimpses, count, config.num_scales, config.patch_size, config.patch_size)
-    seen = looks.seen[0].view(shape)
+    seen = looks.seen[0].view(shape) / config.input_gain
     probabilities = model.scores(looks.hiddens)[0].softmax(-1)
     return [
         GlimpsePath(

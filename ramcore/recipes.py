@@ -10,6 +10,7 @@ PAPER = Config(epochs=100)
 # The same glimpse budget with what helped on validation data; results/LOG.md has the measurements.
 TUNED = Config(
     core="gru",
+    input_gain=4.0,
     location_hidden=128,
     layer_norm=True,
     reward="probability",

@@ -43,6 +43,7 @@ class Retina:
     num_scales: int
     scale_factor: int = 2
     canvas_size: int  # pixels
+    gain: float = 1.0  # of what is seen
 
     @cached_property
     def box_widths(self) -> tuple[int, ...]:
@@ -86,7 +87,7 @@ class Retina:
             out: memory for the result.
 
         Returns:
-            (..., K * P * P) float32 in [0, 1], scale by scale, row by row, the finest scale first.
+            (..., K * P * P) float32 in [0, gain], scale by scale, row by row, the finest scale first.
         """
         ring, side = self.ring, self.canvas_size + self.ring
         offset, weight = _tables(self, pyramid.unit, location.device)
@@ -116,8 +117,8 @@ def _sum_shifted(values: Tensor, shift: int, count: int, *, out: Tensor | None =
 
 @lru_cache(maxsize=64)
 def _tables(retina: Retina, unit: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """offset (K, P): of each box from the centre; weight (K * P * P,): 1 / (w**2 * unit)."""
+    """offset (K, P): of each box from the centre; weight (K * P * P,): gain / (w**2 * unit)."""
     widths = torch.tensor(retina.box_widths, device=device)[:, None]
     offset = widths * torch.arange(retina.patch_size, device=device) - (retina.patch_size * widths) // 2
-    weight = (1 / (unit * widths.float() ** 2)).expand(-1, retina.patch_size**2).reshape(-1)
+    weight = (retina.gain / (unit * widths.float() ** 2)).expand(-1, retina.patch_size**2).reshape(-1)
     return offset, weight

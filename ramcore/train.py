@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ramcore.config import Config, ConfigError
 from ramcore.data import SplitName, TaskData
-from ramcore.evaluation import Evaluation, build_model, evaluate, policy_noise, whole_image_rollout
+from ramcore.evaluation import Evaluation, build_model, evaluate, policy_noise, whole_image_input, whole_image_rollout
 from ramcore.loss import Losses, hybrid_loss, needs_every_step
 from ramcore.model import RAM
 from ramcore.rng import Stream, key, permutation, uniform
@@ -275,10 +275,10 @@ class Trainer:
         if isinstance(self.model, RAM):
             looks = self.model.look(self.model.retina.pyramid(images), draws.first, draws.noise)
             rollout = self.model.learn(looks, every_step=needs_every_step(config))
-        elif config.model == "cnn":
-            rollout = whole_image_rollout(self.model(images.float() / 255, draws.dropout))
         else:
-            rollout = whole_image_rollout(self.model(images.float() / 255))
+            pixels = whole_image_input(config, images)
+            dropout = (draws.dropout,) if config.model == "cnn" else ()
+            rollout = whole_image_rollout(self.model(pixels, *dropout))
         return hybrid_loss(config, rollout, data.train.labels[draws.images], draws.classes)
 
     def _set_learning_rate(self, steps_done: int) -> None:

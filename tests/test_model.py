@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from ramcore.config import Config
-from ramcore.evaluation import build_model, whole_image_rollout
+from ramcore.evaluation import build_model, whole_image_input, whole_image_rollout
 from ramcore.layers import Conv, LayerNorm, Linear, Weights
 from ramcore.model import RAM, gaussian_log_prob
 
@@ -155,3 +155,14 @@ def test_one_glimpse_makes_no_decision():
     rollout = model.learn(model.look(model.retina.pyramid(images), first, torch.empty(2, 0, 7, 2)))
     assert rollout.logits.shape == (2, 1, 7, 10)
     assert rollout.log_probs.shape == (2, 0, 7)
+
+
+def test_the_gain_multiplies_pixels_and_nothing_else():
+    model, images, first, noise = look(dataclasses.replace(SMALL, input_gain=3.0))
+    plain = RAM(SMALL, SEEDS)
+    with torch.no_grad():
+        plain.glimpse.what.weight *= 3
+    seen, expected = (m.look(m.retina.pyramid(images), first, noise) for m in (model, plain))
+    torch.testing.assert_close(seen.seen, 3 * expected.seen)
+    torch.testing.assert_close(seen.hiddens, expected.hiddens)
+    torch.testing.assert_close(whole_image_input(model.config, images), 3 * images.float() / 255)
