@@ -275,10 +275,10 @@ class Trainer:
         if isinstance(self.model, RAM):
             looks = self.model.look(self.model.retina.pyramid(images), draws.first, draws.noise)
             rollout = self.model.learn(looks, every_step=needs_every_step(config))
+        elif config.model == "cnn":
+            rollout = whole_image_rollout(self.model(whole_image_input(config, images), draws.dropout))
         else:
-            pixels = whole_image_input(config, images)
-            dropout = (draws.dropout,) if config.model == "cnn" else ()
-            rollout = whole_image_rollout(self.model(pixels, *dropout))
+            rollout = whole_image_rollout(self.model(whole_image_input(config, images)))
         return hybrid_loss(config, rollout, data.train.labels[draws.images], draws.classes)
 
     def _set_learning_rate(self, steps_done: int) -> None:
