@@ -14,6 +14,7 @@ Data = Literal["mnist", "fashion-mnist", "digits"]
 Task = Literal["original", "translated", "cluttered", "cluttered-100"]
 Model = Literal["ram", "ram-random", "cnn", "conv", "fc"]
 Core = Literal["rnn", "gru", "lstm"]
+LocationInput = Literal["state", "state+paths"]
 
 CANVAS_SIZE: dict[str, int] = {"original": 28, "translated": 60, "cluttered": 60, "cluttered-100": 100}
 NUM_CLUTTER: dict[str, int] = {"original": 0, "translated": 0, "cluttered": 4, "cluttered-100": 8}
@@ -46,6 +47,7 @@ class Config:
     glimpse_size: int = 128  # units of each of the glimpse network's what and where paths
     hidden_size: int = 256  # units of the core and of the glimpse code; of each hidden layer when model is fc
     core: Core = "rnn"  # rnn is the papers' rectified core
+    location_input: LocationInput = "state"  # what the location network reads; state+paths: what and where paths too
     location_hidden: int = 0  # units of a rectified layer inside the location network; 0: none, as in the papers
     layer_norm: bool = False  # normalise the pre-activations of the glimpse code and of the core
     first_glimpse: Literal["random", "center"] = "random"  # where the first glimpse looks
@@ -128,6 +130,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "placements": ("once", "every-epoch"),
     "model": get_args(Model),
     "core": get_args(Core),
+    "location_input": get_args(LocationInput),
     "first_glimpse": ("random", "center"),
     "reward": ("accuracy", "probability"),
     "reward_steps": ("last", "every"),

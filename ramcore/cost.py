@@ -53,8 +53,8 @@ def _ram_cost(config: Config) -> Cost:
         (hidden, gates * hidden),
     ]
     recurrent = (hidden, gates * hidden)  # not at the first glimpse, whose state before is zero
-    width = config.location_hidden
-    location = [(hidden, width), (width, 2)] if width else [(hidden, 2)]
+    read, width = hidden + (2 * path if config.location_input == "state+paths" else 0), config.location_hidden
+    location = [(read, width), (width, 2)] if width else [(read, 2)]
     action, baseline = (hidden, NUM_CLASSES), (hidden, 1)
     norms = 0
     if config.layer_norm:

@@ -88,12 +88,14 @@ class GlimpseNetwork(nn.Module):
         self.code(paths.relu_(), out=code)
         return code.relu_() if isinstance(self.norm, nn.Identity) else self.norm(code).relu()
 
-    def known(self, seen: Tensor, location: Tensor, paths: Tensor, code: Tensor) -> Tensor:
-        """The code, (R, N, H), of N glimpses taken before, now with gradients; paths and code as filled then."""
+    def known(self, seen: Tensor, location: Tensor, paths: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+        """The paths, (R, N, 2 * G), and the code, (R, N, H), of N glimpses taken before, now with gradients; paths and
+        code as filled then.
+        """
         paths = known_rectified(paths, (self.what, seen), (self.where, location))
         if isinstance(self.norm, nn.Identity):
-            return known_rectified(code, (self.code, paths))
-        return self.norm(self.code.known(paths, code)).relu()
+            return paths, known_rectified(code, (self.code, paths))
+        return paths, self.norm(self.code.known(paths, code)).relu()
 
 
 class CoreNetwork(nn.Module):
@@ -139,19 +141,26 @@ class CoreNetwork(nn.Module):
 
 
 class LocationNetwork(nn.Module):
-    """The mean of the next location's Gaussian: tanh of a linear map of the state, or of one rectified layer's."""
+    """The mean of the next location's Gaussian: tanh of a linear map of what it reads, or of one rectified layer's.
+
+    It reads the core's state, as in the papers, or the state and the newest glimpse's paths: the state is trained to
+    name the digit and knows little of where in the glimpse it lay.
+    """
 
     def __init__(self, weights: Weights, config: Config) -> None:
         super().__init__()
+        self.reads_paths = config.location_input == "state+paths"
+        size = config.hidden_size + (2 * config.glimpse_size if self.reads_paths else 0)
         hidden = config.location_hidden
-        self.hidden = Linear(weights, config.hidden_size, hidden) if hidden else None
-        self.mean = Linear(weights, hidden or config.hidden_size, 2)
+        self.hidden = Linear(weights, size, hidden) if hidden else None
+        self.mean = Linear(weights, hidden or size, 2)
 
-    def forward(self, h: Tensor) -> Tensor:
-        """h: (R, N, H); returns (R, N, 2) in (-1, 1)."""
+    def forward(self, h: Tensor, paths: Tensor) -> Tensor:
+        """h: (R, N, H), paths: (R, N, 2 * G); returns (R, N, 2) in (-1, 1)."""
+        read = torch.cat([h, paths], -1) if self.reads_paths else h
         if self.hidden is not None:
-            h = self.hidden(h).relu()
-        return torch.tanh(self.mean(h))
+            read = self.hidden(read).relu()
+        return torch.tanh(self.mean(read))
 
 
 class RAM(nn.Module):
@@ -204,7 +213,7 @@ class RAM(nn.Module):
                 assert noise is not None
                 draw = noise[:, t]
             else:
-                draw = self.location(state[0])
+                draw = self.location(state[0], looks.paths[:, t])
                 if noise is not None:
                     draw = torch.add(draw, noise[:, t], alpha=config.location_std)
             looks.drawn[:, t] = draw
@@ -243,7 +252,8 @@ class RAM(nn.Module):
         """
         config = self.config
         steps, batch = looks.seen.shape[1:3]
-        code = self.glimpse.known(*(t.flatten(1, 2) for t in (looks.seen, looks.locations, looks.paths, looks.codes)))
+        taken = (looks.seen, looks.locations, looks.paths, looks.codes)
+        paths, code = self.glimpse.known(*(t.flatten(1, 2) for t in taken))
         inputs = self.core.input.known(code, looks.inputs.flatten(1, 2)).unflatten(1, (steps, batch)).unbind(1)
         # The recurrent weights' gradient sums over all steps, so it is one product; the state's goes step by step.
         before = looks.hiddens[:, :-1].flatten(1, 2)
@@ -263,7 +273,9 @@ class RAM(nn.Module):
         baselines = self.baseline(decided).view(-1, steps - 1, batch)
         if config.reinforce_core:
             decided = torch.cat(hiddens[:-1], 1)
-        mean = self.location(decided).view(looks.drawn.shape)
+        else:
+            paths = looks.paths.flatten(1, 2)
+        mean = self.location(decided, paths[:, : decided.shape[1]]).view(looks.drawn.shape)
         return Rollout(logits, gaussian_log_prob(looks.drawn, mean, config.location_std), baselines)
 
 

@@ -194,9 +194,12 @@ def ablation(data: Data, task: Task, epochs: int, seeds_per_trial: int) -> list[
     names = [f.name for f in dataclasses.fields(TUNED) if getattr(TUNED, f.name) != getattr(PAPER, f.name)]
     changed = {name: getattr(PAPER, name) for name in names if name != "epochs"}
     rows = [("tuned", tuned)]
-    rows += [
-        (f"tuned but {name}={value}", dataclasses.replace(tuned, **{name: value})) for name, value in changed.items()
-    ]
+    for name, value in changed.items():
+        taken_back = {name: value}
+        if name == "reward_steps":  # undiscounted, or the last reward would reach the last decision alone
+            taken_back["discount"] = PAPER.discount
+        label = ", ".join(f"{field}={taken}" for field, taken in taken_back.items())
+        rows.append((f"tuned but {label}", dataclasses.replace(tuned, **taken_back)))
     rows.append(("paper", dataclasses.replace(tuned, **changed)))
     return [Plan(config=config, arm="ablation", row=row, seeds=tuple(range(seeds_per_trial))) for row, config in rows]
 

@@ -11,6 +11,7 @@ from ramcore.evaluation import build_model, class_log_probs
 CONFIGS = [
     Config(),
     Config(core="gru", layer_norm=True, location_hidden=32, num_glimpses=3, patch_size=8, num_scales=2),
+    Config(location_hidden=16, location_input="state+paths"),
     Config(core="lstm", num_glimpses=1, task="original"),
     Config(core="rnn", layer_norm=True, model="ram-random"),
     Config(model="cnn"),

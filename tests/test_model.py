@@ -16,10 +16,10 @@ from ramcore.model import RAM, gaussian_log_prob
 SEEDS = torch.tensor([3, 4])
 SMALL = Config(num_glimpses=4, patch_size=5, num_scales=2, glimpse_size=8, hidden_size=12)
 CORES = [
-    {"core": core, "layer_norm": norm, "location_hidden": hidden, "reinforce_core": hidden > 0}
+    {"core": core, "layer_norm": norm, "location_hidden": hidden, "location_input": read, "reinforce_core": hidden > 0}
     for core in ("rnn", "gru", "lstm")
-    for norm, hidden in ((False, 0), (True, 6))
-]
+    for norm, hidden, read in ((False, 0, "state"), (True, 6, "state"), (True, 6, "state+paths"))
+] + [{"location_input": "state+paths"}]
 
 
 def look(config: Config, batch: int = 7):
@@ -47,7 +47,8 @@ def plain_rollout(model: RAM, images, first, noise):
         logits.append(model.action(h))
         if t == config.num_glimpses - 1:
             break
-        mean = model.location(h if config.reinforce_core else h.detach())
+        paths = torch.cat([what, where], -1)
+        mean = model.location(*((h, paths) if config.reinforce_core else (h.detach(), paths.detach())))
         sample = (mean + config.location_std * noise[:, t]).detach()
         normal = torch.distributions.Normal(mean, config.location_std)
         log_probs.append(normal.log_prob(sample).sum(-1))

@@ -16,7 +16,14 @@ from ramcore.train import EpochMetrics, Trainer
 VARIANTS = [
     {},
     {"core": "gru", "layer_norm": True, "location_hidden": 8, "step_supervision": 0.5, "loss_mixing": 0.5},
-    {"core": "lstm", "reward": "probability", "reward_steps": "every", "discount": 0.9, "reinforce_core": True},
+    {
+        "core": "lstm",
+        "reward": "probability",
+        "reward_steps": "every",
+        "discount": 0.9,
+        "reinforce_core": True,
+        "location_input": "state+paths",
+    },
     {"model": "ram-random", "first_glimpse": "center", "placements": "once"},
     {"model": "cnn", "schedule": "constant"},
     {"model": "conv"},
