@@ -1,4 +1,7 @@
-"""What a person watches: one live display in a terminal, one plain line a trial elsewhere. All of it goes to stderr."""
+"""What a person watches: a live display in a terminal, elsewhere a line a trial and one a minute meanwhile.
+
+All of it goes to stderr.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from study.designs import STOPPABLE
 from study.record import TrialRecord, best_trial
 
 _SHOWN_RUNNING = 8  # rows of running trials at most
+_QUIET = 60.0  # seconds without a plain line, at most, while epochs are reported
 _FULL_SPREAD = (0.8, 1.25)  # of the time left, when too little is known to tell
 
 
@@ -98,7 +102,7 @@ class Progress:
         self._notes: deque[str] = deque(maxlen=4)
         self._console = Console(stderr=True, highlight=False)
         self._live: Live | None = None
-        self._shown_left = ""
+        self._last_said = time.monotonic()
 
     def __enter__(self) -> Self:
         if self._console.is_terminal and not self._console.is_dumb_terminal:
@@ -122,7 +126,12 @@ class Progress:
 
     def reported(self, trial: TrialRecord) -> None:
         """A trial has a new epoch."""
-        self._recent.append(time.monotonic())
+        now = time.monotonic()
+        self._recent.append(now)
+        if self._live is None and now - self._last_said >= _QUIET:
+            epoch = f"epoch {len(trial.epochs)}/{trial.plan.config.epochs}, {percent(accuracies(trial))}"
+            ended = sum(t.state != "running" for t in self._trials.values())
+            self._say(f"[{ended}/{len(self.arms)}] trial {trial.number:04d}: {epoch}{self._left('; ')}")
 
     def ended(self, trial: TrialRecord) -> None:
         """A trial has ended."""
@@ -144,6 +153,7 @@ class Progress:
         self._say(text)
 
     def _say(self, text: str) -> None:
+        self._last_said = time.monotonic()
         if self._live is not None:
             self._notes.append(text)
         else:

@@ -159,6 +159,18 @@ def test_the_live_display_says_how_far_the_study_is():
     assert "0002  tpe  epoch 1/4  50.00 +- 1.41 %" in shown
 
 
+def test_without_a_terminal_a_long_trial_is_heard_of_once_a_minute(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    progress = Progress(study="a-study", epochs=4)
+    running = trial(2, 0.5, arm="tpe", state="running")
+    progress.resume([trial(0, 0.5, 0.6, 0.7, 0.8), running], ["tpe"] * 5)
+    for clock[0] in (50, 70, 100, 140):
+        progress.reported(running)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.startswith("[1/5] trial 0002: epoch 1/4, 50.00 +- 1.41 %; ") for line in lines)
+
+
 def test_how_figures_are_written():
     assert percent((0.96, 0.98)) == "97.00 +- 1.41 %" and percent((0.5,)) == "50.00 %" and percent(()) == "-"
     assert [duration(s) for s in (5, 600, 12_000)] == ["5 s", "10 min", "3.3 h"]
