@@ -52,6 +52,7 @@ class Config:
     layer_norm: bool = False  # normalise the pre-activations of the glimpse code and of the core
     first_glimpse: Literal["random", "center"] = "random"  # where the first glimpse looks
     location_std: float = 0.17  # standard deviation of the location policy, half-canvas units
+    location_std_end: float = 1.0  # share of location_std left at the end, where it falls to along half a cosine
 
     # The loss.
     loss_mixing: float = 1.0  # in [0, 1]; 1: cross-entropy trains the action network, 0: REINFORCE on a sampled class
@@ -151,6 +152,7 @@ _INTEGERS: tuple[tuple[str, int, int], ...] = (
 _REALS: tuple[tuple[str, float, float, bool], ...] = (
     ("input_gain", 0.0, math.inf, True),
     ("location_std", 0.0, math.inf, True),
+    ("location_std_end", 0.0, 1.0, True),
     ("loss_mixing", 0.0, 1.0, False),
     ("step_supervision", 0.0, 1.0, False),
     ("discount", 0.0, 1.0, False),

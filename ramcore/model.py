@@ -183,6 +183,9 @@ class RAM(nn.Module):
         self.location = LocationNetwork(weights, config)
         self.action = Linear(weights, config.hidden_size, NUM_CLASSES)
         self.baseline = Linear(weights, config.hidden_size, 1)
+        # Of the policy, as it is now; kept with the weights, as what they were trained with.
+        self.location_std: Tensor
+        self.register_buffer("location_std", torch.full((len(seeds), 1, 1), config.location_std, device=seeds.device))
 
     @torch.no_grad()
     def look(self, pyramid: Pyramid, first: Tensor, noise: Tensor | None = None) -> Looks:
@@ -215,7 +218,7 @@ class RAM(nn.Module):
             else:
                 draw = self.location(state[0], looks.paths[:, t])
                 if noise is not None:
-                    draw = torch.add(draw, noise[:, t], alpha=config.location_std)
+                    draw = torch.addcmul(draw, noise[:, t], self.location_std)
             looks.drawn[:, t] = draw
             location = draw.clamp(-1, 1)
         return looks
@@ -276,10 +279,10 @@ class RAM(nn.Module):
         else:
             paths = looks.paths.flatten(1, 2)
         mean = self.location(decided, paths[:, : decided.shape[1]]).view(looks.drawn.shape)
-        return Rollout(logits, gaussian_log_prob(looks.drawn, mean, config.location_std), baselines)
+        return Rollout(logits, gaussian_log_prob(looks.drawn, mean, self.location_std[:, None]), baselines)
 
 
-def gaussian_log_prob(sample: Tensor, mean: Tensor, std: float) -> Tensor:
-    """Log density of an isotropic Gaussian, summed over the last dimension (x and y)."""
+def gaussian_log_prob(sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Log density of a Gaussian, summed over the last dimension (x and y)."""
     scaled = (sample - mean) / std
-    return -0.5 * scaled.square().sum(-1) - sample.shape[-1] * (math.log(std) + 0.5 * math.log(2 * math.pi))
+    return -(0.5 * scaled.square() + std.log() + 0.5 * math.log(2 * math.pi)).sum(-1)

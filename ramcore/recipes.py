@@ -13,6 +13,7 @@ TUNED = Config(
     glimpse_size=256,
     location_input="state+paths",
     location_hidden=128,
+    location_std_end=0.3,
     reward="probability",
     reward_steps="every",
     discount=0.0,

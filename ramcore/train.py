@@ -146,7 +146,7 @@ class Trainer:
         self._meters.zero_()
         with _denormals_as_zero():
             for step, draws in enumerate(self._draws(self.epochs_done)):
-                self._set_learning_rate(self.epochs_done * steps + step)
+                self._follow_schedules(self.epochs_done * steps + step)
                 self._run_step(draws)
         self.epochs_done += 1
         evaluation = evaluate(self.model, self.config, self.seeds, self.data, "validation", every_step=False)
@@ -281,11 +281,17 @@ class Trainer:
             rollout = whole_image_rollout(self.model(whole_image_input(config, images)))
         return hybrid_loss(config, rollout, data.train.labels[draws.images], draws.classes)
 
-    def _set_learning_rate(self, steps_done: int) -> None:
-        if self.config.schedule == "constant":
+    def _follow_schedules(self, steps_done: int) -> None:
+        """Set the learning rate and the policy's standard deviation of the next step."""
+        config = self.config
+        progress = steps_done / (config.epochs * self.steps_per_epoch)
+        left = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        if isinstance(self.model, RAM) and config.location_std_end < 1:
+            end = config.location_std_end
+            self.model.location_std.fill_(config.location_std * (end + (1 - end) * left))
+        if config.schedule == "constant":
             return
-        progress = steps_done / (self.config.epochs * self.steps_per_epoch)
-        rate = self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        rate = config.learning_rate * left
         for group in self._adam.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)

@@ -64,7 +64,7 @@ def policy_gradients(baseline: float, samples: int = 40_000):
     logits[:, 0, 0, 0] = torch.where(drawn[:, 0] > 0, 5.0, -5.0)
     rollout = Rollout(
         logits,
-        gaussian_log_prob(drawn, mean, 0.5).view(-1, 1, 1),
+        gaussian_log_prob(drawn, mean, torch.tensor(0.5)).view(-1, 1, 1),
         torch.full((samples, 1, 1), baseline),
     )
     losses = hybrid_loss(config, rollout, torch.zeros(samples, 1, dtype=torch.int64))

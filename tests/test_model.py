@@ -148,7 +148,7 @@ def test_locations_follow_the_policy():
 def test_gaussian_log_prob():
     sample, mean = torch.randn(5, 2), torch.randn(5, 2)
     expected = torch.distributions.Normal(mean, 0.3).log_prob(sample).sum(-1)
-    torch.testing.assert_close(gaussian_log_prob(sample, mean, 0.3), expected)
+    torch.testing.assert_close(gaussian_log_prob(sample, mean, torch.tensor(0.3)), expected)
 
 
 def test_one_glimpse_makes_no_decision():

@@ -23,6 +23,7 @@ VARIANTS = [
         "discount": 0.9,
         "reinforce_core": True,
         "location_input": "state+paths",
+        "location_std_end": 0.3,
     },
     {"model": "ram-random", "first_glimpse": "center", "placements": "once"},
     {"model": "cnn", "schedule": "constant"},
@@ -162,6 +163,19 @@ def test_gradient_clip_bounds_each_replicates_step(tiny):
     clipped._step(next(clipped._draws(0)))
     norms = torch.stack([p.grad.flatten(1).square().sum(1) for p in clipped.model.parameters()]).sum(0).sqrt()
     torch.testing.assert_close(norms, torch.full((2,), 0.01))
+
+
+def test_the_policys_std_falls_to_its_share(tiny):
+    config, data = tiny
+    trainer = Trainer(dataclasses.replace(config, location_std=0.2, location_std_end=0.5), data, (0, 1))
+    stds = []
+    for _ in range(config.epochs):
+        trainer.epoch()
+        first, second = trainer.model.location_std.flatten().tolist()
+        assert first == second
+        stds.append(first)
+    assert stds == sorted(stds, reverse=True)
+    assert 0.1 < stds[-1] < 0.102 < stds[0] < 0.2
 
 
 def test_cosine_schedule_ends_at_zero(tiny):
