@@ -206,7 +206,8 @@ class Trainer:
             ConfigError: the state is of another configuration or other seeds.
         """
         for name, found, mine in (
-            ("configuration", state["config"], asdict(self.config)),
+            # A field that is newer than the checkpoint has its default there.
+            ("configuration", asdict(Config(**state["config"])), asdict(self.config)),
             ("seeds", state["seeds"], list(self.seeds)),
         ):
             if found != mine:
