@@ -207,7 +207,7 @@ class Trainer:
         """
         for name, found, mine in (
             # A field that is newer than the checkpoint has its default there.
-            ("configuration", asdict(Config(**state["config"])), asdict(self.config)),
+            ("configuration", asdict(Config()) | state["config"], asdict(self.config)),
             ("seeds", state["seeds"], list(self.seeds)),
         ):
             if found != mine:

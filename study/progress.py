@@ -130,18 +130,16 @@ class Progress:
         self._recent.append(now)
         if self._live is None and now - self._last_said >= _QUIET:
             epoch = f"epoch {len(trial.epochs)}/{trial.plan.config.epochs}, {percent(accuracies(trial))}"
-            ended = sum(t.state != "running" for t in self._trials.values())
-            self._say(f"[{ended}/{len(self.arms)}] trial {trial.number:04d}: {epoch}{self._left('; ')}")
+            self._say(f"{self._count()} trial {trial.number:04d}: {epoch}{self._left('; ')}")
 
     def ended(self, trial: TrialRecord) -> None:
         """A trial has ended."""
         seconds = sum(e.metrics["seconds"] for e in trial.epochs)
         best = best_trial(list(self._trials.values()))
         shown = f"best {percent(accuracies(best))} (trial {best.number:04d})" if best else "no complete trial yet"
-        ended = sum(t.state != "running" for t in self._trials.values())
         label = f" {trial.plan.row}" if trial.plan.row else ""
         parts = [
-            f"[{ended}/{len(self.arms)}] trial {trial.number:04d} {trial.plan.arm}{label}: "
+            f"{self._count()} trial {trial.number:04d} {trial.plan.arm}{label}: "
             f"{percent(accuracies(trial))} after {len(trial.epochs)} epochs, {duration(seconds)}",
             trial.reason,
             shown + self._left(", "),
@@ -158,6 +156,10 @@ class Progress:
             self._notes.append(text)
         else:
             print(text, file=sys.stderr, flush=True)
+
+    def _count(self) -> str:
+        """'[3/40]': trials that have ended, of those the study is to have."""
+        return f"[{sum(t.state != 'running' for t in self._trials.values())}/{len(self.arms)}]"
 
     def _left(self, before: str) -> str:
         left = time_left(list(self._trials.values()), self.arms, self.epochs, self.slots)
