@@ -178,7 +178,10 @@ def mnih(data: Data, tasks: Sequence[Task], epochs: int, seeds_per_trial: int) -
         base = dataclasses.replace(
             TUNED, data=data, task=task, epochs=epochs, patch_size=patch, num_scales=scales, num_glimpses=glimpses[-1]
         )
-        rows = [(f"RAM {n} gl {patch}x{patch} {scales} s", dataclasses.replace(base, num_glimpses=n)) for n in glimpses]
+        rows = [
+            (f"RAM {n} gl {patch}x{patch} {scales} s", dataclasses.replace(base, num_glimpses=n))
+            for n in reversed(glimpses)  # the largest budget first: it is what the table is read for
+        ]
         for model, hidden in _MNIH_OTHERS[task]:
             label = f"RAM {glimpses[-1]} random gl" if model == "ram-random" else model
             label += f" {hidden}" if model == "fc" else ""
