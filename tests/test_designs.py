@@ -74,9 +74,9 @@ def test_the_paper_design_is_table_1():
 def test_mnihs_rows_are_trained_with_the_tuned_recipe():
     plans = {p.row: p.config for p in designs.mnih("mnist", ("translated", "cluttered"), 100, 3)}
     assert list(plans)[:6] == [
-        "translated RAM 4 gl 12x12 3 s",
-        "translated RAM 6 gl 12x12 3 s",
         "translated RAM 8 gl 12x12 3 s",
+        "translated RAM 6 gl 12x12 3 s",
+        "translated RAM 4 gl 12x12 3 s",
         "translated fc 64",
         "translated fc 256",
         "translated conv",
