@@ -30,8 +30,9 @@ class Looks(NamedTuple):
     seen: (R, T, B, K * P * P). locations: (R, T, B, 2), clipped to the canvas.
     drawn: (R, T - 1, B, 2), the later locations before clipping; the policy's means where nothing was drawn.
     hiddens: (R, T, B, H), the core's output after each glimpse.
-    paths, codes, inputs, recurrents: what the large matrix products gave, (R, T, B, ...), so that `RAM.learn` need not
-        repeat them; recurrents of the second and later glimpses, as there is no state before the first.
+    paths, codes, inputs, recurrents, aims: what the large matrix products gave, (R, T, B, ...), so that `RAM.learn`
+        need not repeat them; recurrents of the second and later glimpses, as there is no state before the first; aims
+        of the first T - 1, as there is no decision after the last.
     """
 
     seen: Tensor
@@ -42,6 +43,7 @@ class Looks(NamedTuple):
     codes: Tensor
     inputs: Tensor
     recurrents: Tensor
+    aims: Tensor
 
 
 class Rollout(NamedTuple):
@@ -155,12 +157,31 @@ class LocationNetwork(nn.Module):
         self.hidden = Linear(weights, size, hidden) if hidden else None
         self.mean = Linear(weights, hidden or size, 2)
 
-    def forward(self, h: Tensor, paths: Tensor) -> Tensor:
-        """h: (R, N, H), paths: (R, N, 2 * G); returns (R, N, 2) in (-1, 1)."""
-        read = torch.cat([h, paths], -1) if self.reads_paths else h
+    def forward(self, h: Tensor, paths: Tensor, aim: Tensor) -> Tensor:
+        """Decide, without gradients.
+
+        Args:
+            h: (R, N, H).
+            paths: (R, N, 2 * G).
+            aim: (R, N, units of the hidden layer) to be filled with it, rectified; unused where there is none.
+
+        Returns:
+            The mean, (R, N, 2) in (-1, 1).
+        """
+        read = self._read(h, paths)
         if self.hidden is not None:
-            read = self.hidden(read).relu()
+            read = self.hidden(read, out=aim).relu_()
         return torch.tanh(self.mean(read))
+
+    def known(self, h: Tensor, paths: Tensor, aim: Tensor) -> Tensor:
+        """The mean of decisions taken before, now with gradients; aim as filled then."""
+        read = self._read(h, paths)
+        if self.hidden is not None:
+            read = known_rectified(aim, (self.hidden, read))
+        return torch.tanh(self.mean(read))
+
+    def _read(self, h: Tensor, paths: Tensor) -> Tensor:
+        return torch.cat([h, paths], -1) if self.reads_paths else h
 
 
 class RAM(nn.Module):
@@ -216,7 +237,7 @@ class RAM(nn.Module):
                 assert noise is not None
                 draw = noise[:, t]
             else:
-                draw = self.location(state[0], looks.paths[:, t])
+                draw = self.location(state[0], looks.paths[:, t], looks.aims[:, t])
                 if noise is not None:
                     draw = torch.addcmul(draw, noise[:, t], self.location_std)
             looks.drawn[:, t] = draw
@@ -240,6 +261,7 @@ class RAM(nn.Module):
             codes=empty(config.hidden_size),
             inputs=empty(gates),
             recurrents=empty(gates, config.num_glimpses - 1),
+            aims=empty(config.location_hidden, config.num_glimpses - 1),
         )
 
     def scores(self, hiddens: Tensor) -> Tensor:
@@ -278,7 +300,8 @@ class RAM(nn.Module):
             decided = torch.cat(hiddens[:-1], 1)
         else:
             paths = looks.paths.flatten(1, 2)
-        mean = self.location(decided, paths[:, : decided.shape[1]]).view(looks.drawn.shape)
+        mean = self.location.known(decided, paths[:, : decided.shape[1]], looks.aims.flatten(1, 2))
+        mean = mean.view(looks.drawn.shape)
         return Rollout(logits, gaussian_log_prob(looks.drawn, mean, self.location_std[:, None]), baselines)
 
 

@@ -47,8 +47,11 @@ def plain_rollout(model: RAM, images, first, noise):
         logits.append(model.action(h))
         if t == config.num_glimpses - 1:
             break
-        paths = torch.cat([what, where], -1)
-        mean = model.location(*((h, paths) if config.reinforce_core else (h.detach(), paths.detach())))
+        read = torch.cat([h, what, where], -1) if config.location_input == "state+paths" else h
+        read = read if config.reinforce_core else read.detach()
+        if model.location.hidden is not None:
+            read = torch.relu(model.location.hidden(read))
+        mean = torch.tanh(model.location.mean(read))
         sample = (mean + config.location_std * noise[:, t]).detach()
         normal = torch.distributions.Normal(mean, config.location_std)
         log_probs.append(normal.log_prob(sample).sum(-1))
