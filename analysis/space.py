@@ -63,7 +63,7 @@ class Dimension:
     def label(self) -> str:
         """The name in plain words, with its unit where it has one that the name does not say already."""
         plain = words(self.name)
-        return f"{plain} ({self.unit})" if self.unit and self.unit not in plain else plain
+        return f"{plain}, {self.unit}" if self.unit and self.unit not in plain else plain
 
     def to_unit(self, values: Sequence[Any] | pd.Series) -> Array:
         """Unit-interval coordinates of values; what cannot be read or is not a choice becomes NaN."""

@@ -150,7 +150,7 @@ def test_dimensions_map_to_the_unit_interval_and_back() -> None:
     assert kind.to_unit(["rnn", "gru"]).tolist() == [0, 1]
     assert np.isnan(kind.to_unit(["lstm"])[0])
     assert Dimension(name="num_glimpses", kind="int", unit="glimpses").label == "number of glimpses"
-    assert whole.label == "patch size (pixels)"
+    assert whole.label == "patch size, pixels"
 
 
 def test_rules_are_arithmetic_and_nothing_else() -> None:
