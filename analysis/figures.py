@@ -382,7 +382,7 @@ def history(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     ax.set_xlabel("trial number (open: did not reach the full budget)")
     ax.set_ylabel("last accuracy (points)")
-    _legend_above(ax)
+    _legend_above(ax, columns=2)
     return ax
 
 

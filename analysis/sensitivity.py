@@ -134,8 +134,8 @@ def _say(message: str) -> None:
 def cli() -> int:
     """Entry point."""
     quieten()
-    # Matrices of a few hundred rows gain little from a second thread, and beside trials that train the threads wait
-    # for each other: on two busy cores one fit took 20 s with one thread, over 9 minutes with two.
+    # Matrices of a few hundred rows gain nothing from a second thread (25 s with one, 33 s with two on two idle cores),
+    # and beside trials that train the threads wait for each other: 20 s of fitting became over 9 minutes.
     torch.set_num_threads(1)
     return main(tyro.cli(Args, description=__doc__))
 
