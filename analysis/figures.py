@@ -91,7 +91,7 @@ def forest(analysis: Analysis, ax: Axes | None = None) -> Axes:
         ax.plot(effect.effect.mid, y, marker="D" if inert else "o", color=colour, ms=7, mec="white", mew=0.8)
     ax.set_yticks(range(len(effects)), [e.label for e in effects])
     ax.set_ylim(-0.6, len(effects) - 0.4)
-    ax.set_xlim(left=min(0.0, min(e.effect.low for e in effects)))
+    ax.set_xlim(left=min(0.0, min(e.effect.low for e in effects) - 1.0))
     ax.set_xlabel("effect at the full budget (accuracy points)")
     ax.xaxis.grid(True, color=PALE, lw=0.6)
     ax.set_axisbelow(True)
