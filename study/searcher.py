@@ -224,7 +224,7 @@ class Engine:
             return None
         if self._lost:
             trial = self.record.trials[self._lost.pop()]
-            self.watcher.note(f"trial {trial.number:04d} is continued after epoch {len(trial.epochs)}")
+            self.watcher.note(f"trial {trial.number:04d} is taken up again ({len(trial.epochs)} epochs recorded)")
         else:
             number = len(self.record.trials)
             if number >= self.total:

@@ -214,7 +214,7 @@ def test_a_ray_that_breaks_down_is_started_again(fragile, capsys):
     assert main(SMALL) == run.DONE
     captured = capsys.readouterr()
     assert captured.err.count("Ray broke down and is started again: a worker was killed") == 2
-    assert "trial 0000 is continued after epoch 0" in captured.err and "2 trials finished" in captured.out
+    assert "trial 0000 is taken up again (0 epochs recorded)" in captured.err and "2 trials finished" in captured.out
 
 
 def test_a_ray_that_keeps_breaking_down_ends_the_run_and_the_same_command_continues(fragile, capsys):

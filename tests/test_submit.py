@@ -203,7 +203,7 @@ def test_a_study_is_submitted_left_found_again_stopped_and_continued(head, tmp_p
     third = laptop(head, tmp_path, *flags)
     out, err = third.communicate(timeout=600)
     assert third.returncode == 0, out + err
-    assert "is continued after epoch" in out and "2 trials finished" in out
+    assert "is taken up again" in out and "2 trials finished" in out
     assert "Best configuration" in out and (head.home / "storage" / "s" / "study.db").exists()
     assert not [p for p in tmp_path.iterdir() if p.name != ".ray"]  # nothing happened on the laptop
 
