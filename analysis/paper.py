@@ -5,10 +5,12 @@ from __future__ import annotations
 # pandas' own annotations are unions that its indexing never returns here, so these checks only raise false alarms.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportAssignmentType=false
+import itertools
 import json
 import math
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from mlflow.exceptions import MlflowException
-from scipy.stats import t
+from scipy.stats import t, ttest_ind
 
 from analysis import figures
 from analysis.importance import INTERVAL, Interval
@@ -63,6 +65,7 @@ class Published(NamedTuple):
 
 
 DESIGNS = ("paper", "mnih", "ablation")  # the studies that these tables are made of
+SIZES = ("glimpses", "patch", "scales")
 CASE_STUDY = "Fang, Tian and Yang"  # its Table 1: one seed, Adam 3e-4, 100 epochs, best validation epoch
 MNIH = "Mnih et al. 2014"  # arXiv 1406.6247, Tables 1 and 2, published as error
 _ARM = {CASE_STUDY: "paper", MNIH: "mnih"}  # the design whose trials stand beside a source's rows
@@ -121,30 +124,69 @@ PUBLISHED: tuple[Published, ...] = (
 
 
 class Ours(NamedTuple):
-    """What we measured of one row: test accuracy in %."""
+    """What we measured of one row: each seed's test accuracy, a fraction; none where the note says why."""
 
-    mean: float
-    low: float
-    high: float
-    seeds: int
+    accuracies: tuple[float, ...]
     data: str
     epochs: int
     note: str
 
 
 def ablation_table(records: Sequence[Records]) -> pd.DataFrame:
-    """What each choice of the tuned recipe is worth: columns task, row, accuracy, low, high (test, points), difference
-    (to the tuned row of the same study), seeds, epochs; empty where no `ablation` study has been run.
+    """What each choice of the tuned recipe is worth: columns task, row, accuracy, low, high (test, points), change,
+    change_low, change_high (from the tuned row of the same study), seeds, epochs; empty where no `ablation` study has
+    been run.
     """
     rows = []
     for one in records:
         trials = one.trials[one.trials["arm"] == "ablation"]
-        tested = {str(trial["row"]): (trial, _interval(trial["test_accuracies"])) for _, trial in trials.iterrows()}
-        full = tested["tuned"][1].mid if "tuned" in tested else math.nan
-        for row, (trial, mean) in tested.items():
-            seeds, epochs = len(trial["test_accuracies"]), int(_number(trial.get("epochs")))
-            rows.append((trial.get("task", ""), row, mean.mid, mean.low, mean.high, mean.mid - full, seeds, epochs))
-    return pd.DataFrame(rows, columns=["task", "row", "accuracy", "low", "high", "difference", "seeds", "epochs"])
+        tested = {str(trial["row"]): trial for _, trial in trials.iterrows()}
+        tuned = tested["tuned"]["test_accuracies"] if "tuned" in tested else ()
+        for row, trial in tested.items():
+            accuracies, epochs = trial["test_accuracies"], int(_number(trial.get("epochs")))
+            mean, change = _interval(accuracies), _change(tuned, () if row == "tuned" else accuracies)
+            numbers = (mean.mid, mean.low, mean.high, change.mid, change.low, change.high)
+            rows.append((trial.get("task", ""), row, *numbers, len(accuracies), epochs))
+    columns = ["task", "row", "accuracy", "low", "high", "change", "change_low", "change_high", "seeds", "epochs"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def comparison_table(records: Sequence[Records]) -> pd.DataFrame:
+    """What a published table lets one compare: its RAMs on one task that differ in one size alone, neighbours only.
+    Columns source, task, size, before, after (models), published, change, low, high (of mean test accuracy, points,
+    with its 90% interval); empty where no such pair has been run.
+    """
+    rows = []
+    rams = [row for row in PUBLISHED if row.model == "ram"]
+    for size in SIZES:
+        others = [name for name in SIZES if name != size]
+
+        def place(row: Published, others: list[str] = others) -> tuple[bool, str, list[int]]:
+            return row.source != CASE_STUDY, row.task, [getattr(row, name) for name in others]
+
+        ladder = sorted(rams, key=lambda row: (*place(row), getattr(row, size)))
+        for before, after in itertools.pairwise(ladder):
+            if place(before) != place(after):
+                continue
+            was, now = _measured(before, records), _measured(after, records)
+            if was.accuracies and now.accuracies and was.data == now.data:
+                published = round(after.accuracy - before.accuracy, 2)
+                change = _change(was.accuracies, now.accuracies)
+                names = (before.source, before.task, size, before.label, after.label)
+                rows.append((*names, published, change.mid, change.low, change.high))
+    columns = ["source", "task", "size", "before", "after", "published", "change", "low", "high"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _change(before: Sequence[float], after: Sequence[float]) -> Interval:
+    """From one row's mean test accuracy to another's, in points, with its 90% interval by Welch's t."""
+    old, new = 100 * np.array(before, dtype=float), 100 * np.array(after, dtype=float)
+    mid = float(new.mean() - old.mean()) if len(old) and len(new) else math.nan
+    if min(len(old), len(new)) < 2:
+        return Interval(math.nan, mid, math.nan)
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # seeds that end alike
+        span = ttest_ind(new, old, equal_var=False).confidence_interval(INTERVAL)
+    return Interval(float(span.low), mid, float(span.high))
 
 
 def _interval(accuracies: Sequence[float]) -> Interval:
@@ -165,16 +207,17 @@ def paper_table(records: Sequence[Records]) -> pd.DataFrame:
     rows = []
     for published in PUBLISHED:
         ours = _measured(published, records)
+        mean = _interval(ours.accuracies)
         rows.append(
             {
                 "source": published.source,
                 "task": published.task,
                 "model": published.label,
                 "published": published.accuracy,
-                "ours": ours.mean,
-                "low": ours.low,
-                "high": ours.high,
-                "seeds": ours.seeds,
+                "ours": mean.mid,
+                "low": mean.low,
+                "high": mean.high,
+                "seeds": len(ours.accuracies),
                 "data": ours.data,
                 "epochs": ours.epochs,
                 "note": ours.note,
@@ -192,14 +235,13 @@ def _measured(row: Published, records: Sequence[Records]) -> Ours:
         for _, trial in one.trials.iterrows():
             if trial["arm"] != _ARM[row.source] or not _same(row, trial):
                 continue
-            mean, epochs = _interval(trial["test_accuracies"]), int(_number(trial.get("epochs")))
-            data, seeds, note = str(trial.get("data", "")), len(trial["test_accuracies"]), ""
-            if not math.isfinite(mean.mid):
+            accuracies, epochs = tuple(trial["test_accuracies"]), int(_number(trial.get("epochs")))
+            data, note = str(trial.get("data", "")), ""
+            if not accuracies:
                 known = {"running": "running", "failed": f"failed: {trial['stop_reason']}"}
-                seeds, note = 0, known.get(trial["state"], "not tested")
-            worth = (not note, data == "mnist", epochs, -age)
-            found.append((worth, Ours(mean.mid, mean.low, mean.high, seeds, data, epochs, note)))
-    nothing = Ours(math.nan, math.nan, math.nan, 0, "", 0, "not run yet")
+                note = known.get(trial["state"], "not tested")
+            found.append(((not note, data == "mnist", epochs, -age), Ours(accuracies, data, epochs, note)))
+    nothing = Ours((), "", 0, "not run yet")
     return max(found, key=lambda item: item[0])[1] if found else nothing
 
 
@@ -219,35 +261,48 @@ def _same(row: Published, trial: pd.Series) -> bool:
     return sizes == (row.glimpses, row.patch, row.scales)
 
 
-def markdown(table: pd.DataFrame, ablated: pd.DataFrame) -> str:
-    """The published rows as Markdown, one part a source, and what the tuned recipe's choices are worth."""
+def markdown(table: pd.DataFrame, compared: pd.DataFrame, ablated: pd.DataFrame) -> str:
+    """The published rows as Markdown, one part a source, what their sizes change, and what the tuned recipe's choices
+    are worth.
+    """
     parts = []
     for source, rows in table.groupby("source", sort=False):
         lines = [f"## {source}", "", "| task | model | published % | ours % (90% interval) | seeds | data, epochs |"]
         lines.append("|---|---|---|---|---|---|")
         for _, row in rows.iterrows():
-            ours = row["note"] if row["note"] else f"{row['ours']:.2f}"
-            if row["low"] == row["low"]:
-                ours += f" ({row['low']:.2f} to {row['high']:.2f})"
+            ours = row["note"] if row["note"] else f"{row['ours']:.2f}{_range(row['low'], row['high'])}"
             setting = f"{row['data']}, {row['epochs']}" if row["data"] else ""
             cells = (row["task"], row["model"], f"{row['published']:.2f}", ours, row["seeds"] or "", setting)
             lines.append("| " + " | ".join(str(c).replace("|", "/") for c in cells) + " |")
         parts.append("\n".join(lines))
+    if len(compared):
+        lines = ["## What a size changes", "", "From one row to the next of the same table, in points.", ""]
+        lines += ["| table | task | from | to | published | ours (90% interval) |", "|---|---|---|---|---|---|"]
+        for row in compared.itertuples():
+            shown = f"{row.change:+.2f}{_range(row.low, row.high, '+.2f')}"
+            names = (row.source, row.task, row.before, row.after)
+            lines.append(f"| {' | '.join(names)} | {row.published:+.2f} | {shown} |")
+        parts.append("\n".join(lines))
     if len(ablated):
         lines = ["## What each choice of the tuned recipe is worth", ""]
-        lines.append("| task | setting | test % (90% interval) | against tuned | seeds | epochs |")
+        lines.append("| task | setting | test % (90% interval) | against tuned (90% interval) | seeds | epochs |")
         lines.append("|---|---|---|---|---|---|")
         for row in ablated.itertuples():
-            shown = "not run yet" if row.accuracy != row.accuracy else f"{row.accuracy:.2f}"
-            shown += f" ({row.low:.2f} to {row.high:.2f})" if row.low == row.low else ""
-            difference = "" if row.difference != row.difference or row.row == "tuned" else f"{row.difference:+.2f}"
-            lines.append(f"| {row.task} | {row.row} | {shown} | {difference} | {row.seeds} | {row.epochs} |")
+            shown = f"{row.accuracy:.2f}{_range(row.low, row.high)}" if row.accuracy == row.accuracy else "not run yet"
+            change = f"{row.change:+.2f}{_range(row.change_low, row.change_high, '+.2f')}"
+            change = change if row.change == row.change else ""
+            lines.append(f"| {row.task} | {row.row} | {shown} | {change} | {row.seeds} | {row.epochs} |")
         parts.append("\n".join(lines))
     note = (
         "Test accuracy with each seed's best validation epoch; mean over seeds. Beside the case study: its own "
         "setting. Beside Mnih et al.: the tuned recipe (ramcore/recipes.py)."
     )
     return f"# Published results and ours\n\n{note}\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _range(low: float, high: float, digits: str = ".2f") -> str:
+    """An interval in brackets after its middle; nothing where there is none."""
+    return f" ({low:{digits}} to {high:{digits}})" if low == low else ""
 
 
 def table_figure(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -372,10 +427,11 @@ def main(args: Args) -> int:
         records = _paper_records(source, studies, args.study)
         table = paper_table(records)
         args.out.mkdir(parents=True, exist_ok=True)
-        ablated = ablation_table(records)
-        text = markdown(table, ablated)
+        compared, ablated = comparison_table(records), ablation_table(records)
+        text = markdown(table, compared, ablated)
         (args.out / "table.md").write_text(text, encoding="utf-8")
         table.to_csv(args.out / "table.csv", index=False)
+        compared.to_csv(args.out / "comparisons.csv", index=False)
         ablated.to_csv(args.out / "ablation.csv", index=False)
         with mpl.rc_context(figures.STYLE):
             figure = table_figure(table).figure

@@ -55,7 +55,9 @@ def test_a_row_not_run_says_so(records: Records) -> None:
     table = paper.paper_table([records]).set_index(["source", "task", "model"])["note"]
     assert table[paper.CASE_STUDY, "cluttered", "CNN"] == "not run yet"
     assert table[paper.CASE_STUDY, "translated", "RAM, 8 glimpses, 12x12, 3 scales"] == "running"
-    text = paper.markdown(paper.paper_table([records]), paper.ablation_table([records]))
+    text = paper.markdown(
+        paper.paper_table([records]), paper.comparison_table([records]), paper.ablation_table([records])
+    )
     assert "| translated | RAM, 6 glimpses, 12x12, 3 scales | 94.35 | 92.00 (88.63 to 95.37) | 3 | digits, 2 |" in text
     assert "not run yet" in text
 
@@ -64,12 +66,25 @@ def test_an_ablation_says_what_each_choice_is_worth(records: Records) -> None:
     trials = records.trials.assign(arm="ablation", row=["tuned", "tuned but core=rnn"])
     trials["test_accuracies"] = [(0.95, 0.97), (0.91, 0.91)]
     table = paper.ablation_table([records._replace(trials=trials)]).set_index("row")
-    assert table.at["tuned but core=rnn", "difference"] == pytest.approx(-5.0)
+    taken_back = table.loc["tuned but core=rnn"]
+    assert taken_back["change"] == pytest.approx(-5.0)
+    assert taken_back["change_high"] == pytest.approx(-5 + 6.314, abs=0.01), "Welch: all variance is the tuned row's"
     assert table.at["tuned", "low"] == pytest.approx(
         96 - 6.314 * 1.0, abs=0.01
     )  # t quantile 0.95, one degree of freedom
-    text = paper.markdown(paper.paper_table([]), table.reset_index())
-    assert "| translated | tuned but core=rnn | 91.00 (91.00 to 91.00) | -5.00 | 2 | 2 |" in text
+    text = paper.markdown(paper.paper_table([]), paper.comparison_table([]), table.reset_index())
+    assert "| translated | tuned but core=rnn | 91.00 (91.00 to 91.00) | -5.00 (-11.31 to +1.31) | 2 | 2 |" in text
+
+
+def test_a_size_s_change_stands_beside_the_published_one(records: Records) -> None:
+    assert paper.comparison_table([records]).empty, "8 glimpses are not tested yet"
+    tested = records._replace(trials=records.trials.assign(test_accuracies=[(0.90, 0.92, 0.94), (0.92, 0.94, 0.96)]))
+    change = paper.comparison_table([tested]).squeeze()
+    assert (change["source"], change["task"], change["size"]) == (paper.CASE_STUDY, "translated", "glimpses")
+    assert change["published"] == pytest.approx(92.52 - 94.35) and change["change"] == pytest.approx(2.0)
+    assert change["high"] - 2 == pytest.approx(2.132 * 2 * np.sqrt(2 / 3), rel=1e-3)  # t quantile 0.95, 4 degrees
+    twelve = records.trials.assign(num_glimpses=6, patch_size=[8, 16], test_accuracies=[(0.8, 0.81), (0.9, 0.91)])
+    assert paper.comparison_table([records._replace(trials=twelve)]).empty, "12x12 lies between and was not run"
 
 
 def test_published_numbers_are_those_of_the_papers() -> None:
