@@ -234,6 +234,8 @@ def ofat(space: Space, best: Values, seeds_per_trial: int) -> list[Plan]:
 def replicate(space: Space, best: Values, source: str, seeds_per_trial: int) -> list[Plan]:
     """The best configuration of the study `source`, the default, and a few spread points, on held-out seeds."""
     seeds = tuple(range(HELD_OUT_SEED, HELD_OUT_SEED + seeds_per_trial))
-    rows = [(f"best of {source}", best), ("default", space.default)]
+    rows = [(f"best of {source}", best)]
+    if best != space.default:
+        rows.append(("default", space.default))
     rows += [(f"spread point {i + 1}", space.sobol(i, SPREAD_SEED)) for i in range(SPREAD_POINTS)]
     return [Plan(config=space.config(v), arm="replicate", row=row, seeds=seeds) for row, v in rows]

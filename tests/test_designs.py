@@ -123,6 +123,10 @@ def test_replicate_uses_seeds_that_no_search_has_seen():
     assert [p.row for p in plans][:2] == ["best of translated-mnist-search", "default"]
     assert all(min(p.seeds) >= 1000 and len(p.seeds) == 5 for p in plans)
     assert len({str(p.config) for p in plans}) == len(plans) == 2 + designs.SPREAD_POINTS
+    again = designs.replicate(space, dict(space.default), "a search", 5)
+    assert [p.row for p in again][:2] == ["best of a search", "spread point 1"], (
+        "the default was the best: once is enough"
+    )
 
 
 def test_a_plan_survives_json():
