@@ -14,11 +14,11 @@ TUNED = Config(
     glimpse_size=256,  # twice the papers' paths: the policy reads them, and they carry all that is seen
     location_input="state+paths",  # the policy reads the glimpse itself, not only what the core has learned to keep
     location_hidden=128,  # where to look next is no linear function of these
-    location_std_end=0.3,  # explore at first, look precisely in the end
+    location_std_end=0.3,  # explore at first, look precisely in the end; the ablation shows no difference
     reward="probability",  # graded: less variance than right or wrong
     reward_steps="every",  # with discount=0 a glimpse earns what it alone reveals, and earns it at once
     discount=0.0,  # see reward_steps
-    step_supervision=0.5,  # a class at every step trains the early steps too, and makes their rewards mean something
+    step_supervision=0.5,  # a good answer early: 94 instead of 80 % after two glimpses, for 0.2 points less after six
     reinforce_weight=0.1,  # scales the location network's gradient alone, which Adam divides out: hardly matters
     learning_rate=1e-3,  # between the papers' 3e-4, slow, and 2e-3, which ended 1.3 points lower
     schedule="cosine",  # end with small steps
