@@ -65,7 +65,7 @@ class Published(NamedTuple):
 
 
 DESIGNS = ("paper", "mnih", "ablation")  # the studies that these tables are made of
-SIZES = ("glimpses", "patch", "scales")
+SIZES = ("glimpses", "patch", "scales")  # fields of Published
 CASE_STUDY = "Fang, Tian and Yang"  # its Table 1: one seed, Adam 3e-4, 100 epochs, best validation epoch
 MNIH = "Mnih et al. 2014"  # arXiv 1406.6247, Tables 1 and 2, published as error
 _ARM = {CASE_STUDY: "paper", MNIH: "mnih"}  # the design whose trials stand beside a source's rows
@@ -159,17 +159,12 @@ def comparison_table(records: Sequence[Records]) -> pd.DataFrame:
     rows = []
     rams = [row for row in PUBLISHED if row.model == "ram"]
     for size in SIZES:
-        others = [name for name in SIZES if name != size]
-
-        def place(row: Published, others: list[str] = others) -> tuple[bool, str, list[int]]:
-            return row.source != CASE_STUDY, row.task, [getattr(row, name) for name in others]
-
-        ladder = sorted(rams, key=lambda row: (*place(row), getattr(row, size)))
+        ladder = sorted(rams, key=lambda row: (_apart_from(row, size), getattr(row, size)))
         for before, after in itertools.pairwise(ladder):
-            if place(before) != place(after):
+            if _apart_from(before, size) != _apart_from(after, size):
                 continue
             was, now = _measured(before, records), _measured(after, records)
-            if was.accuracies and now.accuracies and was.data == now.data:
+            if was.accuracies and now.accuracies and (was.data, was.epochs) == (now.data, now.epochs):
                 published = round(after.accuracy - before.accuracy, 2)
                 change = _change(was.accuracies, now.accuracies)
                 names = (before.source, before.task, size, before.label, after.label)
@@ -178,9 +173,14 @@ def comparison_table(records: Sequence[Records]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+def _apart_from(row: Published, size: str) -> tuple[str | int, ...]:
+    """What two rows share that differ in this size alone."""
+    return row.source, row.task, *(getattr(row, name) for name in SIZES if name != size)
+
+
 def _change(before: Sequence[float], after: Sequence[float]) -> Interval:
     """From one row's mean test accuracy to another's, in points, with its 90% interval by Welch's t."""
-    old, new = 100 * np.array(before, dtype=float), 100 * np.array(after, dtype=float)
+    old, new = _points(before), _points(after)
     mid = float(new.mean() - old.mean()) if len(old) and len(new) else math.nan
     if min(len(old), len(new)) < 2:
         return Interval(math.nan, mid, math.nan)
@@ -189,10 +189,15 @@ def _change(before: Sequence[float], after: Sequence[float]) -> Interval:
     return Interval(float(span.low), mid, float(span.high))
 
 
+def _points(accuracies: Sequence[float]) -> np.ndarray:
+    """Accuracies in points, of the seeds that have one."""
+    values = 100 * np.array(accuracies, dtype=float)
+    return values[np.isfinite(values)]
+
+
 def _interval(accuracies: Sequence[float]) -> Interval:
     """Mean and 90% t interval of test accuracies, in points; NaN where there are none, or too few for an interval."""
-    values = 100 * np.array(accuracies, dtype=float)
-    values = values[np.isfinite(values)]
+    values = _points(accuracies)
     mean, half = float(values.mean()) if len(values) else math.nan, math.nan
     if len(values) > 1:
         half = float(t.ppf((1 + INTERVAL) / 2, len(values) - 1)) * float(values.std(ddof=1)) / math.sqrt(len(values))
@@ -237,7 +242,8 @@ def _measured(row: Published, records: Sequence[Records]) -> Ours:
                 continue
             accuracies, epochs = tuple(trial["test_accuracies"]), int(_number(trial.get("epochs")))
             data, note = str(trial.get("data", "")), ""
-            if not accuracies:
+            if not len(_points(accuracies)):
+                accuracies = ()
                 known = {"running": "running", "failed": f"failed: {trial['stop_reason']}"}
                 note = known.get(trial["state"], "not tested")
             found.append(((not note, data == "mnist", epochs, -age), Ours(accuracies, data, epochs, note)))

@@ -232,7 +232,9 @@ def ofat(space: Space, best: Values, seeds_per_trial: int) -> list[Plan]:
 
 
 def replicate(space: Space, best: Values, source: str, seeds_per_trial: int) -> list[Plan]:
-    """The best configuration of the study `source`, the default, and a few spread points, on held-out seeds."""
+    """The best configuration of the study `source`, the default unless it is the best, and a few spread points, on
+    held-out seeds.
+    """
     seeds = tuple(range(HELD_OUT_SEED, HELD_OUT_SEED + seeds_per_trial))
     rows = [(f"best of {source}", best)]
     if best != space.default:

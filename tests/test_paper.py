@@ -76,7 +76,7 @@ def test_an_ablation_says_what_each_choice_is_worth(records: Records) -> None:
     assert "| translated | tuned but core=rnn | 91.00 (91.00 to 91.00) | -5.00 (-11.31 to +1.31) | 2 | 2 |" in text
 
 
-def test_a_size_s_change_stands_beside_the_published_one(records: Records) -> None:
+def test_the_change_by_one_size_stands_beside_the_published_one(records: Records) -> None:
     assert paper.comparison_table([records]).empty, "8 glimpses are not tested yet"
     tested = records._replace(trials=records.trials.assign(test_accuracies=[(0.90, 0.92, 0.94), (0.92, 0.94, 0.96)]))
     change = paper.comparison_table([tested]).squeeze()
@@ -85,6 +85,18 @@ def test_a_size_s_change_stands_beside_the_published_one(records: Records) -> No
     assert change["high"] - 2 == pytest.approx(2.132 * 2 * np.sqrt(2 / 3), rel=1e-3)  # t quantile 0.95, 4 degrees
     twelve = records.trials.assign(num_glimpses=6, patch_size=[8, 16], test_accuracies=[(0.8, 0.81), (0.9, 0.91)])
     assert paper.comparison_table([records._replace(trials=twelve)]).empty, "12x12 lies between and was not run"
+    unlike = tested._replace(trials=tested.trials.assign(epochs=[2, 3]))
+    assert paper.comparison_table([unlike]).empty, "more than a size differs"
+
+
+def test_a_seed_without_an_accuracy_is_left_out(records: Records) -> None:
+    trials = records.trials.assign(test_accuracies=[(0.90, np.nan, 0.94), (np.nan, np.nan)], state="complete")
+    table = paper.paper_table([records._replace(trials=trials)]).set_index(["source", "task", "model"])
+    assert table.loc[(paper.CASE_STUDY, "translated", "RAM, 6 glimpses, 12x12, 3 scales"), "ours"] == pytest.approx(92)
+    assert table.loc[(paper.CASE_STUDY, "translated", "RAM, 8 glimpses, 12x12, 3 scales"), "note"] == "not tested"
+    both = trials.assign(test_accuracies=[(0.90, np.nan, 0.94), (0.92, 0.96, np.nan)])
+    change = paper.comparison_table([records._replace(trials=both)]).squeeze()
+    assert change["change"] == pytest.approx(2.0) and change["low"] < 2 < change["high"]
 
 
 def test_published_numbers_are_those_of_the_papers() -> None:
