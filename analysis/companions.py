@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import studentized_range, t
+from scipy.stats import studentized_range
 
-from analysis.importance import INTERVAL, count_trials
+from analysis.importance import count_trials, mean_interval
 from analysis.records import NoTrials, Records, Source, StudyRun, read_study
 
 OFAT_ROW = re.compile(r"^baseline (?P<baseline>[^:]+?)(?:: (?P<parameter>\w+)=(?P<value>.+))?$")
@@ -90,10 +90,9 @@ def _ofat_row(row: str, values: np.ndarray) -> tuple[str, str, str, float, float
 def _replicate_row(
     row: str, values: np.ndarray, test: tuple[float, ...]
 ) -> tuple[str, float, float, float, float, int, float]:
-    mean, count = float(values.mean()), len(values)
-    sd = float(values.std(ddof=1)) if count > 1 else math.nan
-    half = float(t.ppf((1 + INTERVAL) / 2, count - 1)) * sd / math.sqrt(count) if count > 1 else math.nan
-    return row, mean, mean - half, mean + half, sd, count, 100 * float(np.mean(test)) if test else math.nan
+    mean, tested = mean_interval(values), 100 * float(np.mean(test)) if test else math.nan
+    sd = float(values.std(ddof=1)) if len(values) > 1 else math.nan
+    return row, mean.mid, mean.low, mean.high, sd, len(values), tested
 
 
 def _ranges(table: pd.DataFrame) -> pd.DataFrame:

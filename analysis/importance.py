@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import chi2, qmc
+from scipy.stats import chi2, qmc, t
 
 from analysis.records import Records
 from analysis.space import Array, Dimension, Space
@@ -50,7 +50,7 @@ class ImportanceError(ValueError):
 
 
 class Interval(NamedTuple):
-    """A posterior median with the bounds of its INTERVAL."""
+    """A posterior median, or a mean of measurements, with the bounds of its INTERVAL."""
 
     low: float
     mid: float
@@ -188,6 +188,14 @@ def interval(draws: Array) -> Interval:
     """Median and central interval of posterior draws."""
     low, mid, high = np.quantile(draws, [(1 - INTERVAL) / 2, 0.5, (1 + INTERVAL) / 2])
     return Interval(float(low), float(mid), float(high))
+
+
+def mean_interval(values: Array) -> Interval:
+    """Mean of repeated measurements and its t interval; NaN where there are none, or too few for an interval."""
+    mean, half = float(values.mean()) if len(values) else math.nan, math.nan
+    if len(values) > 1:
+        half = float(t.ppf((1 + INTERVAL) / 2, len(values) - 1)) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return Interval(mean - half, mean, mean + half)
 
 
 def analyse(

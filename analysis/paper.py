@@ -26,10 +26,10 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from mlflow.exceptions import MlflowException
-from scipy.stats import t, ttest_ind
+from scipy.stats import ttest_ind
 
 from analysis import figures
-from analysis.importance import INTERVAL, Interval
+from analysis.importance import INTERVAL, Interval, mean_interval
 from analysis.records import (
     Exported,
     NoTrials,
@@ -144,7 +144,7 @@ def ablation_table(records: Sequence[Records]) -> pd.DataFrame:
         tuned = tested["tuned"]["test_accuracies"] if "tuned" in tested else ()
         for row, trial in tested.items():
             accuracies, epochs = trial["test_accuracies"], int(_number(trial.get("epochs")))
-            mean, change = _interval(accuracies), _change(tuned, () if row == "tuned" else accuracies)
+            mean, change = mean_interval(_points(accuracies)), _change(tuned, () if row == "tuned" else accuracies)
             numbers = (mean.mid, mean.low, mean.high, change.mid, change.low, change.high)
             rows.append((trial.get("task", ""), row, *numbers, len(accuracies), epochs))
     columns = ["task", "row", "accuracy", "low", "high", "change", "change_low", "change_high", "seeds", "epochs"]
@@ -195,15 +195,6 @@ def _points(accuracies: Sequence[float]) -> np.ndarray:
     return values[np.isfinite(values)]
 
 
-def _interval(accuracies: Sequence[float]) -> Interval:
-    """Mean and 90% t interval of test accuracies, in points; NaN where there are none, or too few for an interval."""
-    values = _points(accuracies)
-    mean, half = float(values.mean()) if len(values) else math.nan, math.nan
-    if len(values) > 1:
-        half = float(t.ppf((1 + INTERVAL) / 2, len(values) - 1)) * float(values.std(ddof=1)) / math.sqrt(len(values))
-    return Interval(mean - half, mean, mean + half)
-
-
 def paper_table(records: Sequence[Records]) -> pd.DataFrame:
     """Every published row with ours beside it: columns source, task, model, published, ours, low, high, seeds, data,
     epochs, note. The case study's rows are trained at its own setting (design `paper`), Mnih's with the tuned recipe
@@ -212,7 +203,7 @@ def paper_table(records: Sequence[Records]) -> pd.DataFrame:
     rows = []
     for published in PUBLISHED:
         ours = _measured(published, records)
-        mean = _interval(ours.accuracies)
+        mean = mean_interval(_points(ours.accuracies))
         rows.append(
             {
                 "source": published.source,
