@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import studentized_range
 
-from analysis.importance import count_trials, mean_interval
+from analysis.importance import INTERVAL, count_trials, mean_interval, pooled_sd
 from analysis.records import NoTrials, Records, Source, StudyRun, read_study
 
 OFAT_ROW = re.compile(r"^baseline (?P<baseline>[^:]+?)(?:: (?P<parameter>\w+)=(?P<value>.+))?$")
@@ -28,8 +28,8 @@ class Companions(NamedTuple):
     """Other designs run on the same task, data and epochs; empty tables where there are none.
 
     ofat: baseline, parameter ("" for the baseline itself), value, accuracy (points), sd (points), seeds.
-    ranges: baseline, parameter, low, high, baseline_accuracy, range, noise (points that seed noise alone reaches in one
-        of ten such ranges).
+    ranges: baseline, parameter, low, high, baseline_accuracy, range, noise (points that seed noise alone exceeds
+        in one of ten such ranges, by the noise of the parameter's own levels).
     replicates: row, accuracy, low, high (90% t interval of the mean), sd, seeds, test (points or NaN).
     """
 
@@ -97,26 +97,32 @@ def _replicate_row(
 
 def _ranges(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
-    seeds = table["seeds"].to_numpy(dtype=float) if len(table) else np.zeros(0)
-    df = int((seeds - 1).sum())
-    pooled = math.sqrt(float(((seeds - 1) * table["sd"].fillna(0) ** 2).sum()) / df) if df > 0 else math.nan
     for baseline, part in table.groupby("baseline"):
-        own = part.loc[part["parameter"] == "", "accuracy"]
+        own = part[part["parameter"] == ""]
         if own.empty:
             continue
-        start = float(own.iloc[0])
-        for parameter, levels in part[part["parameter"] != ""].groupby("parameter"):
-            values = np.append(levels["accuracy"].to_numpy(dtype=float), start)
-            noise = math.nan
-            if df > 0:
-                noise = (
-                    float(studentized_range.ppf(0.9, len(values), df))
-                    * pooled
-                    / math.sqrt(float(levels["seeds"].mean()))
-                )
-            rows.append((baseline, parameter, values.min(), values.max(), start, values.max() - values.min(), noise))
+        start = float(own["accuracy"].iloc[0])
+        for parameter, others in part[part["parameter"] != ""].groupby("parameter"):
+            levels = pd.concat([own, others])
+            accuracy = levels["accuracy"].to_numpy(dtype=float)
+            low, high = accuracy.min(), accuracy.max()
+            rows.append((baseline, parameter, low, high, start, high - low, _noise_range(levels)))
     columns = ["baseline", "parameter", "low", "high", "baseline_accuracy", "range", "noise"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _noise_range(levels: pd.DataFrame) -> float:
+    """The range that seed noise alone exceeds in one of ten cases, by these levels' own noise; NaN with one seed each.
+
+    Other parameters' levels do not count: that some of them train shakily says nothing of these.
+    """
+    seeds = levels["seeds"].to_numpy(dtype=float)
+    df = float((seeds - 1).sum())
+    if not df:
+        return math.nan
+    repeated = levels[levels["seeds"] > 1]
+    sd, _ = pooled_sd(repeated["sd"].to_numpy(dtype=float), repeated["seeds"].to_numpy(dtype=float) - 1)
+    return float(studentized_range.ppf(INTERVAL, len(levels), df)) * sd.mid / math.sqrt(float(seeds.mean()))
 
 
 def describe(records: Records) -> str:

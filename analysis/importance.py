@@ -101,6 +101,14 @@ class Fit(NamedTuple):
     predicted_sd: Array
 
 
+class SeedNoise(NamedTuple):
+    """Standard deviation between seeds at the full budget, accuracy points."""
+
+    sd: Interval  # root mean square over the trials
+    middle: float  # half of the trials have less; the root mean square is made by the shakiest
+    measured: bool  # from trials of two seeds or more; else the surface's own estimate
+
+
 class Step(NamedTuple):
     """One step of the ablation path."""
 
@@ -154,8 +162,7 @@ class Analysis(NamedTuple):
     curves: dict[str, Curve]
     surface: PairSurface | None
     over_epochs: pd.DataFrame  # epoch, name, low, mid, high: total index
-    seed_sd: Interval  # accuracy points at the full budget
-    seed_sd_known: bool
+    seed_noise: SeedNoise
     tunability: tuple[Gain, ...]
     ablation: tuple[Step, ...]
     default: dict[str, Any]
@@ -264,7 +271,7 @@ def analyse(
     cube = _Cube(surface, posterior, None, seed)
     risky = cube if divergence is None else _Cube(surface, posterior, divergence, seed)
     indices = sobol_indices(surface, posterior)
-    seed_sd, known = seed_noise(epochs, trials, budget, size, posterior, surface, observations)
+    noise = seed_noise(epochs, trials, budget, size, posterior, surface, observations)
     curves = {
         d.name: cube.curve(i, _support(observations, i, budget, space, dimensions)) for i, d in enumerate(dimensions)
     }
@@ -273,7 +280,7 @@ def analyse(
     more = _more_than([d.name for d in dimensions], indices.total, order)
     ranks = _ranks([dimensions[i].name for i in order if dimensions[i].name != DUMMY], more)
     dummy_total = indices.total[-1]
-    sd_draws = _sd_draws(seed_sd, draws, seed)
+    sd_draws = _sd_draws(noise.sd, draws, seed)
     effects = tuple(
         Effect(
             dimensions[i].name,
@@ -330,8 +337,7 @@ def analyse(
         curves=curves,
         surface=cube.pair_surface(varied),
         over_epochs=_over_epochs(surface, posterior, marks),
-        seed_sd=seed_sd,
-        seed_sd_known=known,
+        seed_noise=noise,
         tunability=tunability,
         ablation=point.ablate(default_x, best_x),
         default=default,
@@ -718,25 +724,40 @@ def seed_noise(
     posterior: Posterior,
     surface: Surface,
     observations: Observations,
-) -> tuple[Interval, bool]:
-    """Standard deviation between seeds at the full budget, accuracy points, and whether it was measured.
+) -> SeedNoise:
+    """Standard deviation between seeds at the full budget.
 
-    Pooled over configurations where trials have two seeds or more; otherwise the surface's own estimate.
+    Root mean square over configurations where trials have two seeds or more; otherwise the surface's own estimate.
     """
     last = epochs[(epochs["epoch"] > 0.9 * budget) & epochs["val_accuracy"].notna()]
     per_seed = last.groupby(["trial", "seed"])["val_accuracy"].mean().reset_index()
     per_seed["logit"] = logit(per_seed["val_accuracy"].to_numpy(dtype=float), size)
     groups = per_seed.groupby("trial")
-    df = int((groups.size() - 1).clip(lower=0).sum())
-    if df >= 3:
-        points = math.sqrt(float((groups["val_accuracy"].var(ddof=1) * (groups.size() - 1)).sum()) / df) * 100
-        low, high = (points * math.sqrt(df / chi2.ppf(q, df)) for q in ((1 + INTERVAL) / 2, (1 - INTERVAL) / 2))
-        return Interval(low, max(points, 1e-6), high), True
+    repeated = groups.size() > 1
+    df = groups.size()[repeated].to_numpy() - 1
+    if df.sum() >= 3:
+        each = 100 * groups["val_accuracy"].std(ddof=1)[repeated].to_numpy()
+        sd, _ = pooled_sd(each, df)
+        return SeedNoise(sd._replace(mid=max(sd.mid, 1e-6)), float(np.median(each)), measured=True)
     scale = float(observations.y.std()) or 1.0
     logits = surface.predictive_sd(posterior.theta, scale, 1.0)
     centre = float(np.mean(last["val_accuracy"])) if len(last) else 0.5
     points = 100 * logits * max(centre * (1 - centre), 1e-4)
-    return interval(points), False
+    return SeedNoise(interval(points), float(np.median(points)), measured=False)
+
+
+def pooled_sd(sd: Array, df: Array) -> tuple[Interval, float]:
+    """Root mean square of standard deviations that have these degrees of freedom, and how many it has itself.
+
+    These are fewer than their sum where the standard deviations differ (Satterthwaite 1946): one that makes up most of
+    it counts hardly more than alone.
+    """
+    parts = df * sd**2
+    total = float(parts.sum())
+    effective = total**2 / float((parts**2 / df).sum()) if total > 0 else float(df.sum())
+    mid = math.sqrt(total / float(df.sum()))
+    low, high = (mid * math.sqrt(effective / chi2.ppf(q, effective)) for q in ((1 + INTERVAL) / 2, (1 - INTERVAL) / 2))
+    return Interval(low, mid, high), effective
 
 
 def _sd_draws(sd: Interval, draws: int, seed: int) -> Array:

@@ -368,8 +368,9 @@ def diagnostics(analysis: Analysis, crosschecks: pd.DataFrame | None) -> dict[st
         "not_varied": list(analysis.constant),
         "budget_epochs": analysis.budget,
         "evaluation_size": analysis.evaluation_size,
-        "seed_sd_points": analysis.seed_sd._asdict(),
-        "seed_sd_measured": analysis.seed_sd_known,
+        "seed_sd_points": analysis.seed_noise.sd._asdict(),
+        "seed_sd_of_the_middle_trial": analysis.seed_noise.middle,
+        "seed_sd_measured": analysis.seed_noise.measured,
         "infeasible_share": analysis.infeasible_share,
         "extrapolation_share": analysis.extrapolation_share,
         "biased_sample": analysis.biased,
@@ -431,9 +432,9 @@ def _effects_section(analysis: Analysis) -> Section:
     intro = "".join(_caution(text) for text in cautions(analysis)) + _paragraph(
         "Each line is a parameter's effect: how many points of validation accuracy lie between its best and its worst "
         f"value, everything else averaged over the searched space, with a {INTERVAL:.0%} interval. An effect inside "
-        "the "
-        "grey band is no larger than the luck of a seed; one that does not clear the dotted line cannot be told from a "
-        "made-up parameter that does nothing."
+        "the grey band is no larger than the luck of a seed. The dotted line is how far a made-up parameter that does "
+        "nothing, the dummy, can get; how surely a parameter matters more than that is in the table, by total Sobol "
+        "indices."
     )
     diverged = any(e.with_divergence for e in analysis.effects)
     headers = ["rank", "parameter", "effect (points)", "effect (seed SDs)", "total Sobol index", "P(more than dummy)"]
@@ -514,7 +515,7 @@ def cautions(analysis: Analysis) -> list[str]:
             f"Over {analysis.extrapolation_share:.0%} of the space the surface says little more than the average over "
             "the space does: too few trials lie near."
         )
-    if not analysis.seed_sd_known:
+    if not analysis.seed_noise.measured:
         found.append("One seed a trial: seed noise could not be measured and is the model's own estimate.")
     if analysis.mixing > 1.2:
         found.append(
@@ -615,8 +616,7 @@ def _tuning_section(analysis: Analysis, companions: Companions | None) -> Sectio
     rows = [(words(g.name), _value(g.default), _value(g.best), span(g.gain)) for g in analysis.tunability]
     text = _paragraph(
         "What changing one parameter alone is expected to gain over the default, and the path from the default to the "
-        "best configuration tried, "
-        "one change at a time, the one that gains most first."
+        "configuration tried that the surface expects most of, one change at a time, the one that gains most first."
     )
     note = (
         ""
@@ -670,14 +670,26 @@ def _companion_sections(companions: Companions | None, analysis: Analysis | None
         )
         text = _paragraph(
             "One parameter at a time around fixed baselines, everything else held. In brackets the range that seed "
-            "noise alone reaches in one of ten "
-            "such comparisons. A parameter whose range depends on the baseline interacts with others; no single "
-            "baseline shows that."
+            "noise alone exceeds in one of ten such comparisons, by the noise of these very runs. A parameter whose "
+            "range depends on the baseline interacts with others; no single baseline shows that."
+        )
+        levels = _paragraph("The runs: mean validation accuracy over seeds, and the standard deviation between them.")
+        levels += table_html(
+            ("baseline", "parameter", "value", "accuracy (SD)"),
+            [
+                (
+                    r.baseline,
+                    words(r.parameter) if r.parameter else "the baseline itself",
+                    r.value,
+                    f"{r.accuracy:.2f} ({r.sd:.2f})" if r.sd == r.sd else f"{r.accuracy:.2f}",
+                )
+                for r in companions.ofat.itertuples()
+            ],
         )
         out.append(
             Section(
                 "One factor at a time",
-                text + table_html(headers, rows),
+                text + table_html(headers, rows) + levels,
                 (("tornado", "Range of accuracy as one parameter changes, at each baseline."),),
             )
         )
@@ -743,8 +755,9 @@ def _runs_section(records: Records, analysis: Analysis) -> Section:
         else ""
     )
     body += _paragraph(
-        f"The best configuration tried is trial {analysis.best_trial}: the surface expects "
-        f"{span(analysis.best_accuracy)} points of a run with it{tested}."
+        f"Of the configurations tried, the surface expects most of trial {analysis.best_trial}: "
+        f"{span(analysis.best_accuracy)} points of a run with it{tested}. By "
+        "accuracy alone, which owes more to luck, another may stand first."
     )
     body += table_html(("parameter", "best value"), held)
     return Section(
@@ -768,14 +781,18 @@ def _runs_section(records: Records, analysis: Analysis) -> Section:
 
 def _diagnostics_section(analysis: Analysis, crosschecks: pd.DataFrame | None) -> Section:
     fit = analysis.fit
-    measured = "" if analysis.seed_sd_known else " (estimated by the model, not measured)"
+    noise = analysis.seed_noise
+    middle = f"; half of the trials have less than {noise.middle:.2f}"
     rows = [
         (
             "R² on trials not seen (5-fold, whole trials held out)",
             f"{fit.r2:.2f}; seed noise allows at most {fit.ceiling:.2f}",
         ),
         ("90% intervals that held the unseen result", f"{fit.coverage:.0%} of {fit.held_out}"),
-        ("seed standard deviation at the full budget", f"{span(analysis.seed_sd, 2)} points{measured}"),
+        (
+            "seed standard deviation at the full budget (root mean square over the trials)",
+            f"{span(noise.sd, 2)} points{middle if noise.measured else ' (estimated by the model, not measured)'}",
+        ),
         (
             "share of the space that its rules exclude",
             f"{analysis.infeasible_share:.0%}; indices are over the whole space, the excluded part by extrapolation",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from analysis.importance import (
     _ranks,
     analyse,
     count_trials,
+    pooled_sd,
     trials_needed,
     why_not_ranked,
 )
@@ -296,6 +298,17 @@ def test_misfit_is_not_called_seed_noise() -> None:
     analysis = analyse(simulate(study), hyperdraws=FEW)
     assert not analysis.ranked
     assert analysis.fit.ceiling > 0.9, "seeds account for a hundredth of the differences"
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5, 1.0, 2.0])
+def test_the_interval_of_seed_noise_holds_it_where_trials_differ_in_it(spread: float) -> None:
+    rng = np.random.default_rng(0)
+    held, df = [], np.ones(40)  # 40 trials of two seeds
+    for _ in range(400):
+        sd = np.exp(spread * rng.standard_normal(40))
+        found, _ = pooled_sd(np.abs(rng.standard_normal(40)) * sd, df)
+        held.append(found.low <= math.sqrt(float((sd**2).mean())) <= found.high)
+    assert np.mean(held) > 0.87, "nominally 0.90; with the sum of the degrees of freedom 0.3 at a spread of 2"
 
 
 def test_uncertainty_alone_is_no_effect(mixed: tuple[Records, Analysis]) -> None:

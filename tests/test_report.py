@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 
 from analysis import figures
-from analysis.companions import Companions, summarise
+from analysis.companions import Companions, _ranges, summarise
 from analysis.crosschecks import ESTIMATES, crosscheck
 from analysis.importance import DUMMY, Analysis, Interval, analyse
 from analysis.records import Records
@@ -138,7 +138,7 @@ def test_what_cannot_be_trusted_is_said_first(study: tuple[Records, Analysis]) -
     poor = analysis._replace(
         ranked=False,
         biased=True,
-        seed_sd_known=False,
+        seed_noise=analysis.seed_noise._replace(measured=False),
         fit=analysis.fit._replace(r2=0.2, coverage=0.5, trials_needed=60),
     )
     said = " ".join(cautions(poor))
@@ -194,6 +194,15 @@ def test_companion_tables(companions: Companions) -> None:
     assert patch["noise"] > 0
     assert list(companions.replicates["seeds"]) == [3, 3, 3]
     assert companions.replicates["test"].iloc[0] == pytest.approx(91.0)
+    columns = ["baseline", "parameter", "value", "accuracy", "sd", "seeds"]
+    levels = [
+        ("b", "", "", 97.0, 0.2, 2),
+        ("b", "num_scales", "1", 96.5, 0.2, 2),
+        ("b", "patch_size", "4", 70.0, 9.0, 2),
+    ]
+    noise = _ranges(pd.DataFrame(levels, columns=columns)).set_index("parameter")["noise"]
+    assert noise["num_scales"] < 1, "another parameter's shaky levels do not count"
+    assert noise["patch_size"] > 10
     row = companions.replicates.iloc[0]
     assert row["low"] < row["accuracy"] < row["high"]
 
@@ -209,7 +218,7 @@ def test_a_study_of_one_epoch_one_seed_one_dimension_still_reports(tmp_path: Pat
     made = Synthetic(truth=lambda x, u: x[:, 0] + 0 * u, dimensions=RAM_DIMENSIONS[1:2], trials=10, epochs=1, seeds=1)
     records = simulate(made)
     analysis = analyse(records, hyperdraws=10)
-    assert not analysis.seed_sd_known
+    assert not analysis.seed_noise.measured
     write_report(tmp_path, records, analysis, judge(analysis))
     assert "Only one parameter was varied" in (tmp_path / "report.html").read_text()
 
