@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import studentized_range
 
-from analysis.importance import INTERVAL, count_trials, mean_interval, pooled_sd
+from analysis.importance import INTERVAL, count_trials, mean_interval
 from analysis.records import NoTrials, Records, Source, StudyRun, read_study
 
 OFAT_ROW = re.compile(r"^baseline (?P<baseline>[^:]+?)(?:: (?P<parameter>\w+)=(?P<value>.+))?$")
@@ -120,9 +120,8 @@ def _noise_range(levels: pd.DataFrame) -> float:
     df = float((seeds - 1).sum())
     if not df:
         return math.nan
-    repeated = levels[levels["seeds"] > 1]
-    sd, _ = pooled_sd(repeated["sd"].to_numpy(dtype=float), repeated["seeds"].to_numpy(dtype=float) - 1)
-    return float(studentized_range.ppf(INTERVAL, len(levels), df)) * sd.mid / math.sqrt(float(seeds.mean()))
+    pooled = math.sqrt(float(((seeds - 1) * levels["sd"].fillna(0) ** 2).sum()) / df)
+    return float(studentized_range.ppf(INTERVAL, len(levels), df)) * pooled / math.sqrt(float(seeds.mean()))
 
 
 def describe(records: Records) -> str:

@@ -80,7 +80,7 @@ def forest(analysis: Analysis, ax: Axes | None = None) -> Axes:
     """Effect of every parameter in accuracy points with its interval, over the seed-noise band and the dummy."""
     ax = ax or new_axes(6.6, 1.2 + 0.42 * len(analysis.effects))
     effects = analysis.effects[::-1]
-    sd = analysis.seed_noise.sd
+    sd = analysis.seed_sd
     ax.axvspan(0, sd.mid, color=PALE, alpha=0.7, lw=0, label=f"one seed standard deviation ({sd.mid:.1f} points)")
     dummy = next(e for e in effects if e.name == DUMMY)
     ax.axvline(dummy.effect.high, color=GREY, ls=":", lw=1.3, label="what a parameter without effect can reach")

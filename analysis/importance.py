@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import chi2, qmc, t
+from scipy.special import gammaln
+from scipy.stats import qmc, t
 
 from analysis.records import Records
 from analysis.space import Array, Dimension, Space
@@ -24,7 +25,6 @@ from analysis.surrogate import (
     Surface,
     failure_logits,
     fit_failures,
-    logit,
     observe,
 )
 
@@ -101,14 +101,6 @@ class Fit(NamedTuple):
     predicted_sd: Array
 
 
-class SeedNoise(NamedTuple):
-    """Standard deviation between seeds at the full budget, accuracy points."""
-
-    sd: Interval  # root mean square over the trials
-    middle: float  # half of the trials have less; the root mean square is made by the shakiest
-    measured: bool  # from trials of two seeds or more; else the surface's own estimate
-
-
 class Step(NamedTuple):
     """One step of the ablation path."""
 
@@ -162,7 +154,8 @@ class Analysis(NamedTuple):
     curves: dict[str, Curve]
     surface: PairSurface | None
     over_epochs: pd.DataFrame  # epoch, name, low, mid, high: total index
-    seed_noise: SeedNoise
+    seed_sd: Interval  # accuracy points at the full budget, averaged over trials
+    seed_sd_known: bool
     tunability: tuple[Gain, ...]
     ablation: tuple[Step, ...]
     default: dict[str, Any]
@@ -271,7 +264,7 @@ def analyse(
     cube = _Cube(surface, posterior, None, seed)
     risky = cube if divergence is None else _Cube(surface, posterior, divergence, seed)
     indices = sobol_indices(surface, posterior)
-    noise = seed_noise(epochs, trials, budget, size, posterior, surface, observations)
+    sd_draws, known = seed_noise(epochs, budget, posterior, surface, observations, np.random.default_rng(seed + 3))
     curves = {
         d.name: cube.curve(i, _support(observations, i, budget, space, dimensions)) for i, d in enumerate(dimensions)
     }
@@ -280,7 +273,6 @@ def analyse(
     more = _more_than([d.name for d in dimensions], indices.total, order)
     ranks = _ranks([dimensions[i].name for i in order if dimensions[i].name != DUMMY], more)
     dummy_total = indices.total[-1]
-    sd_draws = _sd_draws(noise.sd, draws, seed)
     effects = tuple(
         Effect(
             dimensions[i].name,
@@ -337,7 +329,8 @@ def analyse(
         curves=curves,
         surface=cube.pair_surface(varied),
         over_epochs=_over_epochs(surface, posterior, marks),
-        seed_noise=noise,
+        seed_sd=interval(sd_draws),
+        seed_sd_known=known,
         tunability=tunability,
         ablation=point.ablate(default_x, best_x),
         default=default,
@@ -718,52 +711,40 @@ def _best_trial(point: _PointEstimates, observations: Observations, trials: pd.D
 
 def seed_noise(
     epochs: pd.DataFrame,
-    trials: pd.DataFrame,
     budget: int,
-    size: int,
     posterior: Posterior,
     surface: Surface,
     observations: Observations,
-) -> SeedNoise:
-    """Standard deviation between seeds at the full budget.
+    rng: np.random.Generator,
+) -> tuple[Array, bool]:
+    """Draws of the standard deviation between seeds at the full budget, accuracy points, and whether it was measured.
 
-    Root mean square over configurations where trials have two seeds or more; otherwise the surface's own estimate.
+    Measured, it is the average over trials of two seeds or more, of which a few shaky ones may make up most: drawn by
+    the Bayesian bootstrap over trials (Rubin 1981). Otherwise it is the surface's own estimate.
     """
     last = epochs[(epochs["epoch"] > 0.9 * budget) & epochs["val_accuracy"].notna()]
-    per_seed = last.groupby(["trial", "seed"])["val_accuracy"].mean().reset_index()
-    per_seed["logit"] = logit(per_seed["val_accuracy"].to_numpy(dtype=float), size)
-    groups = per_seed.groupby("trial")
-    repeated = groups.size() > 1
-    df = groups.size()[repeated].to_numpy() - 1
-    if df.sum() >= 3:
-        each = 100 * groups["val_accuracy"].std(ddof=1)[repeated].to_numpy()
-        sd, _ = pooled_sd(each, df)
-        return SeedNoise(sd._replace(mid=max(sd.mid, 1e-6)), float(np.median(each)), measured=True)
+    each = seed_sds(last)
+    if len(each) >= 3:
+        weights = rng.dirichlet(np.ones(len(each)), len(posterior.weights))
+        return np.maximum(weights @ each, 1e-6), True
     scale = float(observations.y.std()) or 1.0
     logits = surface.predictive_sd(posterior.theta, scale, 1.0)
     centre = float(np.mean(last["val_accuracy"])) if len(last) else 0.5
-    points = 100 * logits * max(centre * (1 - centre), 1e-4)
-    return SeedNoise(interval(points), float(np.median(points)), measured=False)
+    return 100 * logits * max(centre * (1 - centre), 1e-4), False
 
 
-def pooled_sd(sd: Array, df: Array) -> tuple[Interval, float]:
-    """Root mean square of standard deviations that have these degrees of freedom, and how many it has itself.
-
-    These are fewer than their sum where the standard deviations differ (Satterthwaite 1946): one that makes up most of
-    it counts hardly more than alone.
+def seed_sds(epochs: pd.DataFrame) -> Array:
+    """Standard deviation between seeds of each trial that has two or more, accuracy points, of their mean accuracies in
+    these epochs; unbiased if accuracies are normal.
     """
-    parts = df * sd**2
-    total = float(parts.sum())
-    effective = total**2 / float((parts**2 / df).sum()) if total > 0 else float(df.sum())
-    mid = math.sqrt(total / float(df.sum()))
-    low, high = (mid * math.sqrt(effective / chi2.ppf(q, effective)) for q in ((1 + INTERVAL) / 2, (1 - INTERVAL) / 2))
-    return Interval(low, mid, high), effective
-
-
-def _sd_draws(sd: Interval, draws: int, seed: int) -> Array:
-    # A log-normal with the interval's ends: close to the scaled inverse chi the interval came from.
-    width = (math.log(max(sd.high, 1e-9)) - math.log(max(sd.low, 1e-9))) / (2 * 1.645)
-    return sd.mid * np.exp(width * np.random.default_rng(seed + 3).standard_normal(draws))
+    trials = epochs.groupby(["trial", "seed"])["val_accuracy"].mean().groupby("trial")
+    seeds = trials.size().to_numpy(dtype=float)
+    sds = 100 * trials.std(ddof=1).to_numpy(dtype=float)
+    repeated = seeds > 1
+    bias = np.sqrt(2 / (seeds[repeated] - 1)) * np.exp(
+        gammaln(seeds[repeated] / 2) - gammaln((seeds[repeated] - 1) / 2)
+    )
+    return sds[repeated] / bias
 
 
 def _failures(surface: Surface, x: pd.DataFrame, failed: pd.Series, draws: int, seed: int) -> Failures | None:

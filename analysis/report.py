@@ -368,9 +368,8 @@ def diagnostics(analysis: Analysis, crosschecks: pd.DataFrame | None) -> dict[st
         "not_varied": list(analysis.constant),
         "budget_epochs": analysis.budget,
         "evaluation_size": analysis.evaluation_size,
-        "seed_sd_points": analysis.seed_noise.sd._asdict(),
-        "seed_sd_of_the_middle_trial": analysis.seed_noise.middle,
-        "seed_sd_measured": analysis.seed_noise.measured,
+        "seed_sd_points": analysis.seed_sd._asdict(),
+        "seed_sd_measured": analysis.seed_sd_known,
         "infeasible_share": analysis.infeasible_share,
         "extrapolation_share": analysis.extrapolation_share,
         "biased_sample": analysis.biased,
@@ -515,7 +514,7 @@ def cautions(analysis: Analysis) -> list[str]:
             f"Over {analysis.extrapolation_share:.0%} of the space the surface says little more than the average over "
             "the space does: too few trials lie near."
         )
-    if not analysis.seed_noise.measured:
+    if not analysis.seed_sd_known:
         found.append("One seed a trial: seed noise could not be measured and is the model's own estimate.")
     if analysis.mixing > 1.2:
         found.append(
@@ -781,8 +780,7 @@ def _runs_section(records: Records, analysis: Analysis) -> Section:
 
 def _diagnostics_section(analysis: Analysis, crosschecks: pd.DataFrame | None) -> Section:
     fit = analysis.fit
-    noise = analysis.seed_noise
-    middle = f"; half of the trials have less than {noise.middle:.2f}"
+    measured = "" if analysis.seed_sd_known else " (estimated by the model, not measured)"
     rows = [
         (
             "R² on trials not seen (5-fold, whole trials held out)",
@@ -790,8 +788,8 @@ def _diagnostics_section(analysis: Analysis, crosschecks: pd.DataFrame | None) -
         ),
         ("90% intervals that held the unseen result", f"{fit.coverage:.0%} of {fit.held_out}"),
         (
-            "seed standard deviation at the full budget (root mean square over the trials)",
-            f"{span(noise.sd, 2)} points{middle if noise.measured else ' (estimated by the model, not measured)'}",
+            "seed standard deviation at the full budget, averaged over trials",
+            f"{span(analysis.seed_sd, 2)} points{measured}",
         ),
         (
             "share of the space that its rules exclude",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,9 @@ from analysis.importance import (
     _ranks,
     analyse,
     count_trials,
-    pooled_sd,
+    interval,
+    seed_noise,
+    seed_sds,
     trials_needed,
     why_not_ranked,
 )
@@ -300,15 +302,33 @@ def test_misfit_is_not_called_seed_noise() -> None:
     assert analysis.fit.ceiling > 0.9, "seeds account for a hundredth of the differences"
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.5, 1.0, 2.0])
-def test_the_interval_of_seed_noise_holds_it_where_trials_differ_in_it(spread: float) -> None:
-    rng = np.random.default_rng(0)
-    held, df = [], np.ones(40)  # 40 trials of two seeds
-    for _ in range(400):
-        sd = np.exp(spread * rng.standard_normal(40))
-        found, _ = pooled_sd(np.abs(rng.standard_normal(40)) * sd, df)
-        held.append(found.low <= math.sqrt(float((sd**2).mean())) <= found.high)
-    assert np.mean(held) > 0.87, "nominally 0.90; with the sum of the degrees of freedom 0.3 at a spread of 2"
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_seed_sds_are_unbiased(seeds: int) -> None:
+    values = 0.9 + 0.01 * np.random.default_rng(0).standard_normal((4000, seeds))
+    index = pd.MultiIndex.from_product([range(4000), range(seeds)], names=["trial", "seed"])
+    epochs = pd.Series(values.ravel(), index=index, name="val_accuracy").reset_index()
+    alone = pd.DataFrame({"trial": [4000], "seed": [0], "val_accuracy": [0.1]})
+    found = seed_sds(pd.concat([epochs, alone]))
+    assert len(found) == 4000, "a trial of one seed says nothing of seeds"
+    assert found.mean() == pytest.approx(1.0, abs=0.03)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 2.0])
+def test_the_interval_of_seed_noise_holds_it_where_trials_differ_in_it(
+    spread: float,
+) -> None:
+    rng, held = np.random.default_rng(0), []
+    posterior = SimpleNamespace(weights=np.zeros(300))
+    for _ in range(200):
+        sds = np.exp(spread * rng.standard_normal(40))  # points, of 40 trials of two seeds
+        accuracy = (50 + sds[:, None] * rng.standard_normal((40, 2))) / 100
+        index = pd.MultiIndex.from_product([range(40), range(2)], names=["trial", "seed"])
+        epochs = pd.Series(accuracy.ravel(), index=index, name="val_accuracy").reset_index().assign(epoch=1)
+        draws, measured = seed_noise(epochs, 1, posterior, None, None, rng)  # pyright: ignore[reportArgumentType]
+        found = interval(draws)
+        assert measured
+        held.append(found.low <= sds.mean() <= found.high)
+    assert np.mean(held) > 0.82, "nominally 0.90; pooled by the sum of degrees of freedom 0.3 at a spread of 2"
 
 
 def test_uncertainty_alone_is_no_effect(mixed: tuple[Records, Analysis]) -> None:

@@ -138,7 +138,7 @@ def test_what_cannot_be_trusted_is_said_first(study: tuple[Records, Analysis]) -
     poor = analysis._replace(
         ranked=False,
         biased=True,
-        seed_noise=analysis.seed_noise._replace(measured=False),
+        seed_sd_known=False,
         fit=analysis.fit._replace(r2=0.2, coverage=0.5, trials_needed=60),
     )
     said = " ".join(cautions(poor))
@@ -218,7 +218,7 @@ def test_a_study_of_one_epoch_one_seed_one_dimension_still_reports(tmp_path: Pat
     made = Synthetic(truth=lambda x, u: x[:, 0] + 0 * u, dimensions=RAM_DIMENSIONS[1:2], trials=10, epochs=1, seeds=1)
     records = simulate(made)
     analysis = analyse(records, hyperdraws=10)
-    assert not analysis.seed_noise.measured
+    assert not analysis.seed_sd_known
     write_report(tmp_path, records, analysis, judge(analysis))
     assert "Only one parameter was varied" in (tmp_path / "report.html").read_text()
 
