@@ -728,7 +728,8 @@ def seed_noise(
         weights = rng.dirichlet(np.ones(len(each)), len(posterior.weights))
         return np.maximum(weights @ each, 1e-6), True
     scale = float(observations.y.std()) or 1.0
-    logits = surface.predictive_sd(posterior.theta, scale, 1.0)
+    draws_each = len(posterior.weights) // len(posterior.theta)
+    logits = np.repeat(surface.predictive_sd(posterior.theta, scale, 1.0), draws_each)
     centre = float(np.mean(last["val_accuracy"])) if len(last) else 0.5
     return 100 * logits * max(centre * (1 - centre), 1e-4), False
 
@@ -740,11 +741,8 @@ def seed_sds(epochs: pd.DataFrame) -> Array:
     trials = epochs.groupby(["trial", "seed"])["val_accuracy"].mean().groupby("trial")
     seeds = trials.size().to_numpy(dtype=float)
     sds = 100 * trials.std(ddof=1).to_numpy(dtype=float)
-    repeated = seeds > 1
-    bias = np.sqrt(2 / (seeds[repeated] - 1)) * np.exp(
-        gammaln(seeds[repeated] / 2) - gammaln((seeds[repeated] - 1) / 2)
-    )
-    return sds[repeated] / bias
+    sds, seeds = sds[seeds > 1], seeds[seeds > 1]
+    return sds / (np.sqrt(2 / (seeds - 1)) * np.exp(gammaln(seeds / 2) - gammaln((seeds - 1) / 2)))
 
 
 def _failures(surface: Surface, x: pd.DataFrame, failed: pd.Series, draws: int, seed: int) -> Failures | None:

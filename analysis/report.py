@@ -755,8 +755,8 @@ def _runs_section(records: Records, analysis: Analysis) -> Section:
     )
     body += _paragraph(
         f"Of the configurations tried, the surface expects most of trial {analysis.best_trial}: "
-        f"{span(analysis.best_accuracy)} points of a run with it{tested}. By "
-        "accuracy alone, which owes more to luck, another may stand first."
+        f"{span(analysis.best_accuracy)} points of a run with it{tested}. "
+        "By accuracy alone, which owes more to luck, another may stand first."
     )
     body += table_html(("parameter", "best value"), held)
     return Section(

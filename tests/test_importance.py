@@ -314,9 +314,7 @@ def test_seed_sds_are_unbiased(seeds: int) -> None:
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0, 2.0])
-def test_the_interval_of_seed_noise_holds_it_where_trials_differ_in_it(
-    spread: float,
-) -> None:
+def test_the_interval_of_seed_noise_holds_it_where_trials_differ_in_it(spread: float) -> None:
     rng, held = np.random.default_rng(0), []
     posterior = SimpleNamespace(weights=np.zeros(300))
     for _ in range(200):
