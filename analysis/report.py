@@ -540,7 +540,7 @@ def _verdict_section(verdicts: Sequence[Verdict]) -> Section:
         "The case study this project starts from (Fang, Tian and Yang) drew four conclusions from one run a "
         "configuration. Here is what these "
         "data say of them, on this study's task and budget. A claim is judged over the whole searched range, "
-        "everything else averaged over."
+        "everything else averaged over; what the values of its own table do is said beside that."
     )
     cited = _paragraph("The thresholds were fixed in the code before any data were seen:")
     return Section(

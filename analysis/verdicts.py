@@ -7,12 +7,17 @@ from typing import NamedTuple
 import numpy as np
 
 from analysis.importance import DUMMY, MIN_R2, Analysis, Interval, interval, why_not_ranked
+from analysis.space import Array
 
 SURE = 0.95  # posterior probability needed to confirm, and its complement to refute: the usual one-in-twenty
 HARDLY = (
     2.0  # accuracy points; the case study calls changes of 0.5, 1.2 and 1.8 points "hardly", so 2 is its own measure
 )
-GLIMPSES = (6, 8)  # the two numbers of glimpses its surprise is about
+TRIED = {  # the least and the largest value in the case study's table; its surprise is about these numbers of glimpses
+    "patch_size": (8, 20),
+    "num_scales": (2, 4),
+    "num_glimpses": (6, 8),
+}
 
 THRESHOLDS = {
     "SURE": (SURE, "posterior probability needed to call a claim confirmed; 1 - SURE or less refutes it"),
@@ -23,6 +28,7 @@ THRESHOLDS = {
     ),
     "MIN_R2": (MIN_R2, "grouped cross-validated R2 below which every claim stays undecided"),
 }
+NOUN = {"patch_size": "pixels", "num_scales": "scales", "num_glimpses": "glimpses"}
 
 
 class Verdict(NamedTuple):
@@ -70,6 +76,9 @@ def _patch_first(analysis: Analysis) -> Verdict:
         f"total Sobol index {interval(patch).mid:.2f} against {interval(scales).mid:.2f} (scales) and "
         f"{interval(glimpses).mid:.2f} (glimpses){also}"
     )
+    steps = [_said(name, step) for name in names if (step := _step(analysis, name)) is not None]
+    if steps:
+        evidence += f"; of what the case study tried, {', '.join(steps)}"
     return _decide(analysis, claim, probability, evidence, interval(patch))
 
 
@@ -84,6 +93,9 @@ def _hardly(analysis: Analysis, name: str, claim: str) -> Verdict:
         f"from its worst to its best value of {dimension.low:g} to {dimension.high:g} mean accuracy changes by "
         f"{span.mid:.1f} points ({span.low:.1f} to {span.high:.1f}); 'hardly' means at most {HARDLY:g}"
     )
+    step = _step(analysis, name)
+    if step is not None:
+        evidence += f"; of what the case study tried, {_said(name, step)}"
     verdict = _decide(analysis, claim, float(np.mean(np.abs(draws) <= HARDLY)), evidence, span)
     above = float(np.mean(np.abs(draws) > np.abs(analysis.claims[f"effect {DUMMY}"])))
     if verdict.verdict == "refuted" and above < SURE:
@@ -93,14 +105,23 @@ def _hardly(analysis: Analysis, name: str, claim: str) -> Verdict:
 
 
 def _more_glimpses(analysis: Analysis) -> Verdict:
-    few, many = GLIMPSES
+    few, many = TRIED["num_glimpses"]
     claim = f"{many} glimpses are worse than {few}"
-    if f"marginal num_glimpses {few}" not in analysis.claims or f"marginal num_glimpses {many}" not in analysis.claims:
+    change = _step(analysis, "num_glimpses")
+    if change is None:
         return _untested(claim, [f"num_glimpses over {few} and {many}"])
-    change = analysis.claims[f"marginal num_glimpses {many}"] - analysis.claims[f"marginal num_glimpses {few}"]
-    span = interval(change)
-    evidence = (
-        f"going from {few} to {many} changes mean accuracy by {span.mid:+.1f} points ({span.low:+.1f} to "
-        f"{span.high:+.1f})"
+    return _decide(analysis, claim, float(np.mean(change < 0)), _said("num_glimpses", change), interval(change))
+
+
+def _step(analysis: Analysis, name: str) -> Array | None:
+    """Draws of the change in mean accuracy (points) over the case study's own values; None where not searched."""
+    low, high = (f"marginal {name} {value}" for value in TRIED[name])
+    return analysis.claims[high] - analysis.claims[low] if low in analysis.claims and high in analysis.claims else None
+
+
+def _said(name: str, step: Array) -> str:
+    span, (low, high) = interval(step), TRIED[name]
+    return (
+        f"going from {low} to {high} {NOUN[name]} changes mean accuracy by {span.mid:+.1f} points "
+        f"({span.low:+.1f} to {span.high:+.1f})"
     )
-    return _decide(analysis, claim, float(np.mean(change < 0)), evidence, span)

@@ -195,6 +195,20 @@ def test_verdicts_on_a_known_truth() -> None:
     assert [v.verdict for v in judge(analyse(simulate(only), hyperdraws=FEW))] == ["not tested"] * 4
 
 
+def test_a_verdict_says_what_the_case_studys_own_values_do(mixed: tuple[Records, Analysis]) -> None:
+    rng = np.random.default_rng(0)
+    claims = {f"effect {name}": rng.normal(9, 1, 500) for name in (DUMMY, "num_glimpses")}
+    claims |= {f"marginal num_glimpses {n}": rng.normal(80 + n, 0.1, 500) for n in (2, 6, 8)}
+    dimensions = (dataclasses.replace(mixed[1].dimensions[0], name="num_glimpses"),)
+    hardly, more = judge(mixed[1]._replace(claims=claims, dimensions=dimensions, ranked=True))[2:]
+    for verdict in (hardly, more):
+        assert "going from 6 to 8 glimpses changes mean accuracy by +2.0 points" in verdict.evidence
+    assert more.verdict == "refuted"
+    del claims["marginal num_glimpses 6"]
+    hardly, more = judge(mixed[1]._replace(claims=claims, dimensions=dimensions, ranked=True))[2:]
+    assert "going from" not in hardly.evidence and more.verdict == "not tested"
+
+
 def test_tunability_and_ablation_lead_from_the_default_to_the_best(mixed: tuple[Records, Analysis]) -> None:
     _, analysis = mixed
     assert not analysis.default_inside, "this study saved no default, and that is said"
