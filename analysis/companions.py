@@ -83,16 +83,26 @@ def _ofat_row(row: str, values: np.ndarray) -> tuple[str, str, str, float, float
     match = OFAT_ROW.match(row)
     if match is None:
         return None
-    sd = float(values.std(ddof=1)) if len(values) > 1 else math.nan
-    return match["baseline"], match["parameter"] or "", match["value"] or "", float(values.mean()), sd, len(values)
+    return (
+        match["baseline"],
+        match["parameter"] or "",
+        match["value"] or "",
+        float(values.mean()),
+        _sd(values),
+        len(values),
+    )
 
 
 def _replicate_row(
     row: str, values: np.ndarray, test: tuple[float, ...]
 ) -> tuple[str, float, float, float, float, int, float]:
     mean, tested = mean_interval(values), 100 * float(np.mean(test)) if test else math.nan
-    sd = float(values.std(ddof=1)) if len(values) > 1 else math.nan
-    return row, mean.mid, mean.low, mean.high, sd, len(values), tested
+    return row, mean.mid, mean.low, mean.high, _sd(values), len(values), tested
+
+
+def _sd(values: np.ndarray) -> float:
+    """Between seeds; NaN with one."""
+    return float(values.std(ddof=1)) if len(values) > 1 else math.nan
 
 
 def _ranges(table: pd.DataFrame) -> pd.DataFrame:

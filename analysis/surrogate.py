@@ -63,9 +63,9 @@ class Observations(NamedTuple):
 
 
 class Posterior(NamedTuple):
-    """Joint draws of the surface: S draws of P weights at E epochs.
+    """Joint draws of the surface: S draws of P weights at E epochs, the same number for each of T hyperparameter draws.
 
-    weights: (S, P, E); level: (S, E), the mean over all configurations; theta: (S, H) hyperparameters;
+    weights: (S, P, E); level: (S, E), the mean over all configurations; theta: (T, H) hyperparameters;
     u: (E,); acceptance of the sampler as likelihood evaluations a step; rhat: (H,) split R-hat.
     """
 
