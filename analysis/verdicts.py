@@ -78,7 +78,7 @@ def _patch_first(analysis: Analysis) -> Verdict:
     )
     steps = [_said(name, step) for name in names if (step := _step(analysis, name)) is not None]
     if steps:
-        evidence += f"; of what the case study tried, {', '.join(steps)}"
+        evidence += f"; of what the case study tried, mean accuracy changes by {', '.join(steps)}"
     return _decide(analysis, claim, probability, evidence, interval(patch))
 
 
@@ -93,15 +93,16 @@ def _hardly(analysis: Analysis, name: str, claim: str) -> Verdict:
         f"from its worst to its best value of {dimension.low:g} to {dimension.high:g} mean accuracy changes by "
         f"{span.mid:.1f} points ({span.low:.1f} to {span.high:.1f}); 'hardly' means at most {HARDLY:g}"
     )
-    step = _step(analysis, name)
-    if step is not None:
-        evidence += f"; of what the case study tried, {_said(name, step)}"
     verdict = _decide(analysis, claim, float(np.mean(np.abs(draws) <= HARDLY)), evidence, span)
     above = float(np.mean(np.abs(draws) > np.abs(analysis.claims[f"effect {DUMMY}"])))
     if verdict.verdict == "refuted" and above < SURE:
         said = f"{evidence}; a parameter without effect reaches as much with a probability of {1 - above:.0%}"
-        return verdict._replace(verdict="undecided", evidence=said)
-    return verdict
+        verdict = verdict._replace(verdict="undecided", evidence=said)
+    step = _step(analysis, name)
+    if step is None or not analysis.ranked:
+        return verdict
+    own = f"of what the case study tried, mean accuracy changes by {_said(name, step)}"
+    return verdict._replace(evidence=f"{verdict.evidence}; {own}")
 
 
 def _more_glimpses(analysis: Analysis) -> Verdict:
@@ -110,7 +111,8 @@ def _more_glimpses(analysis: Analysis) -> Verdict:
     change = _step(analysis, "num_glimpses")
     if change is None:
         return _untested(claim, [f"num_glimpses over {few} and {many}"])
-    return _decide(analysis, claim, float(np.mean(change < 0)), _said("num_glimpses", change), interval(change))
+    evidence = f"mean accuracy changes by {_said('num_glimpses', change)}"
+    return _decide(analysis, claim, float(np.mean(change < 0)), evidence, interval(change))
 
 
 def _step(analysis: Analysis, name: str) -> Array | None:
@@ -121,7 +123,4 @@ def _step(analysis: Analysis, name: str) -> Array | None:
 
 def _said(name: str, step: Array) -> str:
     span, (low, high) = interval(step), TRIED[name]
-    return (
-        f"going from {low} to {high} {NOUN[name]} changes mean accuracy by {span.mid:+.1f} points "
-        f"({span.low:+.1f} to {span.high:+.1f})"
-    )
+    return f"{span.mid:+.1f} points ({span.low:+.1f} to {span.high:+.1f}) from {low} to {high} {NOUN[name]}"
