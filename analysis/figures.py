@@ -413,6 +413,7 @@ def tornado(companions: Companions, ax: Axes | None = None) -> Axes:
     order = ranges.groupby("parameter")["range"].max().sort_values().index.tolist()
     baselines = sorted(ranges["baseline"].unique())
     ax = ax or new_axes(6.6, 1.4 + 0.5 * len(order))
+    ax.use_sticky_edges = False  # a bar that ends at guessing shall not look cut off
     height = 0.8 / max(len(baselines), 1)
     for k, baseline in enumerate(baselines):
         part = ranges[ranges["baseline"] == baseline].set_index("parameter")
@@ -428,7 +429,7 @@ def tornado(companions: Companions, ax: Axes | None = None) -> Axes:
                 ax.plot([row["low"], row["low"] + row["noise"]], [at, at], color="white", lw=1.6)
         ax.barh([np.nan], [0], color=colour, label=f"around: {baseline}")
     ax.plot([], [], color=BLACK, lw=1.5, label="the baseline itself")
-    ax.plot([], [], color=GREY, lw=1.6, label="white line: range that seed noise alone can make")
+    ax.plot([], [], color=GREY, lw=1.6, label="white line: seed noise alone")
     ax.set_yticks(range(len(order)), [words(name) for name in order])
     ax.set_xlabel("validation accuracy at the full budget (points)")
     _legend_above(ax, 2)
