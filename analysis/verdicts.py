@@ -76,10 +76,7 @@ def _patch_first(analysis: Analysis) -> Verdict:
         f"total Sobol index {interval(patch).mid:.2f} against {interval(scales).mid:.2f} (scales) and "
         f"{interval(glimpses).mid:.2f} (glimpses){also}"
     )
-    steps = [_said(name, step) for name in names if (step := _step(analysis, name)) is not None]
-    if steps:
-        evidence += f"; of what the case study tried, mean accuracy changes by {', '.join(steps)}"
-    return _decide(analysis, claim, probability, evidence, interval(patch))
+    return _decide(analysis, claim, probability, evidence + _tried(analysis, names), interval(patch))
 
 
 def _hardly(analysis: Analysis, name: str, claim: str) -> Verdict:
@@ -93,16 +90,13 @@ def _hardly(analysis: Analysis, name: str, claim: str) -> Verdict:
         f"from its worst to its best value of {dimension.low:g} to {dimension.high:g} mean accuracy changes by "
         f"{span.mid:.1f} points ({span.low:.1f} to {span.high:.1f}); 'hardly' means at most {HARDLY:g}"
     )
-    verdict = _decide(analysis, claim, float(np.mean(np.abs(draws) <= HARDLY)), evidence, span)
+    probability = float(np.mean(np.abs(draws) <= HARDLY))
     above = float(np.mean(np.abs(draws) > np.abs(analysis.claims[f"effect {DUMMY}"])))
-    if verdict.verdict == "refuted" and above < SURE:
-        said = f"{evidence}; a parameter without effect reaches as much with a probability of {1 - above:.0%}"
-        verdict = verdict._replace(verdict="undecided", evidence=said)
-    step = _step(analysis, name)
-    if step is None or not analysis.ranked:
-        return verdict
-    own = f"of what the case study tried, mean accuracy changes by {_said(name, step)}"
-    return verdict._replace(evidence=f"{verdict.evidence}; {own}")
+    like_dummy = probability <= 1 - SURE and above < SURE
+    if like_dummy:
+        evidence += f"; a parameter without effect reaches as much with a probability of {1 - above:.0%}"
+    verdict = _decide(analysis, claim, probability, evidence + _tried(analysis, [name]), span)
+    return verdict._replace(verdict="undecided") if like_dummy else verdict
 
 
 def _more_glimpses(analysis: Analysis) -> Verdict:
@@ -119,6 +113,12 @@ def _step(analysis: Analysis, name: str) -> Array | None:
     """Draws of the change in mean accuracy (points) over the case study's own values; None where not searched."""
     low, high = (f"marginal {name} {value}" for value in TRIED[name])
     return analysis.claims[high] - analysis.claims[low] if low in analysis.claims and high in analysis.claims else None
+
+
+def _tried(analysis: Analysis, names: list[str]) -> str:
+    """What goes after the evidence of a claim over the whole range; nothing where no such value was searched."""
+    steps = [_said(name, step) for name in names if (step := _step(analysis, name)) is not None]
+    return f"; of what the case study tried, mean accuracy changes by {', '.join(steps)}" if steps else ""
 
 
 def _said(name: str, step: Array) -> str:
