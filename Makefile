@@ -1,4 +1,4 @@
-# make study: from a clone to ranked hyperparameters.   make test: lint, types and tests.   make help: the rest.
+# make study: from a clone to a first report on hyperparameters.   make test: lint, types and tests.   make help: the rest.
 PYTHON ?= python3
 PY := .venv/bin/python
 SETUP := .venv/.set-up

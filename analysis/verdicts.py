@@ -117,8 +117,16 @@ def _step(analysis: Analysis, name: str) -> Array | None:
 
 def _tried(analysis: Analysis, names: list[str]) -> str:
     """What goes after the evidence of a claim over the whole range; nothing where no such value was searched."""
-    steps = [_said(name, step) for name in names if (step := _step(analysis, name)) is not None]
-    return f"; of what the case study tried, mean accuracy changes by {', '.join(steps)}" if steps else ""
+    steps = {name: step for name in names if (step := _step(analysis, name)) is not None}
+    if not steps:
+        return ""
+    said = ", ".join(_said(name, step) for name, step in steps.items())
+    text = f"; of what the case study tried, mean accuracy changes by {said}"
+    if len(steps) == len(names) > 1:
+        first, *others = (np.abs(step) for step in steps.values())
+        likely = float(np.mean(first > np.maximum.reduce(others)))
+        text += f"; the first change is the largest with a probability of {likely:.0%}"
+    return text
 
 
 def _said(name: str, step: Array) -> str:

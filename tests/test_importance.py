@@ -204,6 +204,15 @@ def test_a_verdict_says_what_the_case_studys_own_values_do(mixed: tuple[Records,
     for verdict in (hardly, more):
         assert "mean accuracy changes by +2.0 points (+1.8 to +2.2) from 6 to 8 glimpses" in verdict.evidence
     assert more.verdict == "refuted"
+    for name, (few, many, step) in {"patch_size": (8, 20, 3), "num_scales": (2, 4, 3)}.items():
+        claims[f"marginal {name} {few}"] = np.full(500, 80.0)
+        claims[f"marginal {name} {many}"] = 80 + rng.normal(step, 1, 500)
+        claims[f"total {name}"] = claims["total num_glimpses"] = np.full(500, 0.1)
+    size = judge(mixed[1]._replace(claims=claims, dimensions=dimensions, ranked=True))[0].evidence
+    patch, scales = (np.abs(claims[f"marginal {n}"] - 80) for n in ("patch_size 20", "num_scales 4"))
+    glimpses = np.abs(claims["marginal num_glimpses 8"] - claims["marginal num_glimpses 6"])
+    share = np.mean((patch > scales) & (patch > glimpses))
+    assert 0.3 < share < 0.7 and f"the first change is the largest with a probability of {share:.0%}" in size
     del claims["marginal num_glimpses 6"]
     hardly, more = judge(mixed[1]._replace(claims=claims, dimensions=dimensions, ranked=True))[2:]
     assert "glimpses" not in hardly.evidence and more.verdict == "not tested"
