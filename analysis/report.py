@@ -195,7 +195,8 @@ def draw_all(records: Records, analysis: Analysis, companions: Companions | None
         keep("more_than", figures.more_than(analysis))
         if analysis.over_epochs["epoch"].nunique() > 1:
             keep("over_epochs", figures.over_epochs(analysis))
-        keep("ablation", figures.ablation(analysis))
+        if analysis.ablation:
+            keep("ablation", figures.ablation(analysis))
         keep("learning_curves", figures.learning_curves(_curves(records)))
         if points["macs"].notna().any() and points["complete"].any():
             keep("compute", figures.compute(points[points["complete"] & points["macs"].notna()]))
@@ -617,6 +618,8 @@ def _tuning_section(analysis: Analysis, companions: Companions | None) -> Sectio
         "What changing one parameter alone is expected to gain over the default, and the path from the default to the "
         "configuration tried that the surface expects most of, one change at a time, the one that gains most first."
     )
+    if not analysis.ablation:
+        text += _paragraph("Here that path has no step: of all tried, the surface expects most of the default.")
     note = (
         ""
         if analysis.default_inside

@@ -125,7 +125,7 @@ def _tried(analysis: Analysis, names: list[str]) -> str:
     if len(steps) == len(names) > 1:
         first, *others = (np.abs(step) for step in steps.values())
         likely = float(np.mean(first > np.maximum.reduce(others)))
-        text += f"; the first change is the largest with a probability of {likely:.0%}"
+        text += f"; that of {names[0]} is the largest with a probability of {likely:.0%}"
     return text
 
 

@@ -212,7 +212,7 @@ def test_a_verdict_says_what_the_case_studys_own_values_do(mixed: tuple[Records,
     patch, scales = (np.abs(claims[f"marginal {n}"] - 80) for n in ("patch_size 20", "num_scales 4"))
     glimpses = np.abs(claims["marginal num_glimpses 8"] - claims["marginal num_glimpses 6"])
     share = np.mean((patch > scales) & (patch > glimpses))
-    assert 0.3 < share < 0.7 and f"the first change is the largest with a probability of {share:.0%}" in size
+    assert 0.3 < share < 0.7 and f"that of patch_size is the largest with a probability of {share:.0%}" in size
     del claims["marginal num_glimpses 6"]
     hardly, more = judge(mixed[1]._replace(claims=claims, dimensions=dimensions, ranked=True))[2:]
     assert "glimpses" not in hardly.evidence and more.verdict == "not tested"

@@ -221,6 +221,9 @@ def test_a_study_of_one_epoch_one_seed_one_dimension_still_reports(tmp_path: Pat
     assert not analysis.seed_sd_known
     write_report(tmp_path, records, analysis, judge(analysis))
     assert "Only one parameter was varied" in (tmp_path / "report.html").read_text()
+    write_report(tmp_path, records, analysis._replace(ablation=()), judge(analysis))  # as where the default is the best
+    page = (tmp_path / "report.html").read_text()
+    assert "that path has no step" in page and "along the path from" not in page
 
 
 def test_categorical_and_one_sided_dimensions_are_drawn(tmp_path: Path) -> None:
