@@ -233,9 +233,8 @@ def test_signals_stop_a_study_that_the_same_command_continues(tmp_path, number, 
 
 
 def test_a_time_budget_stops_a_study_that_the_same_command_continues(tmp_path):
-    code, _, err = run(
-        tmp_path, "--trials", "20", "--time-budget", "0.25"
-    )  # starting Ray takes a third of that or more
+    # of the 15 seconds starting Ray takes a third or more
+    code, _, err = run(tmp_path, "--trials", "20", "--time-budget", "0.25")
     assert code == 75 and "time budget" in err
     assert run(tmp_path, "--trials", "20")[0] == 0
     settled(tmp_path, trials=20)
