@@ -76,7 +76,12 @@ def _patch_first(analysis: Analysis) -> Verdict:
         f"total Sobol index {interval(patch).mid:.2f} against {interval(scales).mid:.2f} (scales) and "
         f"{interval(glimpses).mid:.2f} (glimpses){also}"
     )
-    return _decide(analysis, claim, probability, evidence + _tried(analysis, names), interval(patch))
+    evidence += _tried(analysis, names)
+    steps = [step for name in names if (step := _step(analysis, name)) is not None]
+    if len(steps) == len(names):
+        likely = float(np.mean(np.argmax(np.abs(steps), axis=0) == 0))
+        evidence += f"; that of patch_size is the largest with a probability of {likely:.0%}"
+    return _decide(analysis, claim, probability, evidence, interval(patch))
 
 
 def _hardly(analysis: Analysis, name: str, claim: str) -> Verdict:
@@ -117,16 +122,8 @@ def _step(analysis: Analysis, name: str) -> Array | None:
 
 def _tried(analysis: Analysis, names: list[str]) -> str:
     """What goes after the evidence of a claim over the whole range; nothing where no such value was searched."""
-    steps = {name: step for name in names if (step := _step(analysis, name)) is not None}
-    if not steps:
-        return ""
-    said = ", ".join(_said(name, step) for name, step in steps.items())
-    text = f"; of what the case study tried, mean accuracy changes by {said}"
-    if len(steps) == len(names) > 1:
-        first, *others = (np.abs(step) for step in steps.values())
-        likely = float(np.mean(first > np.maximum.reduce(others)))
-        text += f"; that of {names[0]} is the largest with a probability of {likely:.0%}"
-    return text
+    steps = [_said(name, step) for name in names if (step := _step(analysis, name)) is not None]
+    return f"; of what the case study tried, mean accuracy changes by {', '.join(steps)}" if steps else ""
 
 
 def _said(name: str, step: Array) -> str:
