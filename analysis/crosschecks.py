@@ -18,8 +18,8 @@ import pandas as pd
 from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator
 
 from analysis.importance import DUMMY, Analysis
-from analysis.records import Records
-from analysis.space import Array, Dimension
+from analysis.load import StudyData
+from ramcore.space import Array, Dimension
 
 MIN_TRIALS = 8
 
@@ -47,7 +47,7 @@ def ped_anova(names: Sequence[str], x: Array, y: Array) -> dict[str, float]:
     return _importances(names, x, y, PedAnovaImportanceEvaluator())
 
 
-def crosscheck(records: Records, analysis: Analysis) -> pd.DataFrame:
+def crosscheck(records: StudyData, analysis: Analysis) -> pd.DataFrame:
     """One row a parameter, one column an estimator; NaN where there are too few trials for it."""
     dimensions = [d for d in analysis.dimensions if d.name != DUMMY]
     last = last_accuracy(records.epochs)
@@ -76,7 +76,7 @@ def last_accuracy(epochs: pd.DataFrame) -> pd.Series:
     return table[table["epoch"] == last].groupby("trial")["val_accuracy"].mean()
 
 
-def unit_table(records: Records, dimensions: Sequence[Dimension]) -> pd.DataFrame:
+def unit_table(records: StudyData, dimensions: Sequence[Dimension]) -> pd.DataFrame:
     """Unit-cube coordinates of every trial."""
     return pd.DataFrame({d.name: d.to_unit(records.trials[d.name]) for d in dimensions}, index=records.trials.index)
 

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import tyro
 
-from analysis.records import (
+from analysis.load import (
     Exported,
-    RecordsError,
     connect,
     find_study,
     list_studies,
+    load_study,
     progress_line,
     quieten,
-    read_study,
     tracking_uri,
 )
+from ramcore.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +41,9 @@ def main(args: Args) -> int:
     try:
         client = connect(tracking_uri(args.tracking_uri))
         study = find_study(list_studies(client), args.study)
-        records = read_study(client, study, progress_line(f"reading {study.name}"))
+        records = load_study(client, study, progress_line(f"reading {study.name}"))
         print(Exported.write_to(args.out, records))
-    except RecordsError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

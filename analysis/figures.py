@@ -14,9 +14,9 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.companions import Companions
+from analysis.fixed_designs import Companions
 from analysis.importance import DUMMY, Analysis, Curve, PairSurface
-from analysis.space import Dimension, words
+from ramcore.space import Dimension, words
 
 # Okabe and Ito's palette: told apart in every common colour blindness, and in grey by lightness.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, BLACK = (
@@ -30,7 +30,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, BLACK = (
     "#000000",
 )
 GREY, PALE = "#767676", "#D9D9D9"
-ARM_STYLE = {  # colour, marker, words
+ORIGIN_STYLE = {  # colour, marker, words
     "published": (BLACK, "*", "published settings"),
     "sobol": (BLUE, "o", "space-filling (Sobol)"),
     "tpe": (ORANGE, "s", "optimiser (TPE)"),
@@ -125,7 +125,7 @@ def marginal(curve: Curve, dimension: Dimension, raw: pd.DataFrame, ax: Axes | N
     raw: one row a trial with columns `value` (the parameter's), `accuracy` (points), `complete` (bool).
     """
     ax = ax or new_axes(3.6, 2.8)
-    names = dimension.kind == "categorical"
+    names = dimension.type == "categorical"
     xs = np.arange(len(curve.values)) if names else np.asarray(curve.values, dtype=float)
     for complete, marker, colour, label in ((False, "x", GREY, "not to the end"), (True, "o", SKY, "full budget")):
         part = raw[raw["complete"] == complete]
@@ -152,7 +152,7 @@ def marginal(curve: Curve, dimension: Dimension, raw: pd.DataFrame, ax: Axes | N
     elif dimension.log:
         _plain_log_axis(ax, dimension.low, dimension.high)
     else:
-        ax.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=dimension.kind == "int"))
+        ax.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=dimension.type == "int"))
     ax.set_xlabel(dimension.label)
     ax.set_ylabel("accuracy (points)")
     return ax
@@ -288,9 +288,9 @@ def ablation(analysis: Analysis, ax: Axes | None = None) -> Axes:
 
 
 def learning_curves(curves: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Every trial's accuracy against epoch by arm, with how it ended.
+    """Every trial's accuracy against epoch by origin, with how it ended.
 
-    curves: columns trial, epoch, accuracy (points, mean over seeds), arm, outcome (complete, stopped,
+    curves: columns trial, epoch, accuracy (points, mean over seeds), origin, outcome (complete, stopped,
         diverged, failed, running).
     """
     ax = ax or new_axes(6.6, 4.0)
@@ -301,14 +301,19 @@ def learning_curves(curves: pd.DataFrame, ax: Axes | None = None) -> Axes:
         "running": (">", "running"),
     }
     used: set[str] = set()
-    arms: set[str] = set()
+    origins: set[str] = set()
     for _, curve in curves.groupby("trial"):
-        arm, outcome = str(curve["arm"].iloc[0]), str(curve["outcome"].iloc[0])
-        colour, _, words = ARM_STYLE.get(arm, (GREY, "o", arm))
+        origin, outcome = str(curve["origin"].iloc[0]), str(curve["outcome"].iloc[0])
+        colour, _, words = ORIGIN_STYLE.get(origin, (GREY, "o", origin))
         ax.plot(
-            curve["epoch"], curve["accuracy"], color=colour, lw=0.9, alpha=0.6, label=None if arm in arms else words
+            curve["epoch"],
+            curve["accuracy"],
+            color=colour,
+            lw=0.9,
+            alpha=0.6,
+            label=None if origin in origins else words,
         )
-        arms.add(arm)
+        origins.add(origin)
         if outcome in ends:
             marker, label = ends[outcome]
             stopped = outcome == "stopped"
@@ -339,11 +344,11 @@ def learning_curves(curves: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def compute(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Accuracy against multiply-accumulates an image, with the Pareto front.
 
-    points: columns macs, accuracy (points), sd (points between seeds), arm, pareto (bool).
+    points: columns macs, accuracy (points), sd (points between seeds), origin, pareto (bool).
     """
     ax = ax or new_axes(6.6, 4.0)
-    for arm, part in points.groupby("arm"):
-        colour, marker, words = ARM_STYLE.get(str(arm), (GREY, "o", str(arm)))
+    for origin, part in points.groupby("origin"):
+        colour, marker, words = ORIGIN_STYLE.get(str(origin), (GREY, "o", str(origin)))
         ax.errorbar(
             part["macs"] / 1e6,
             part["accuracy"],
@@ -369,11 +374,11 @@ def compute(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def history(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Last accuracy of every trial in the order they were numbered, and the best complete one so far.
 
-    points: columns trial, accuracy (points), arm, complete (bool).
+    points: columns trial, accuracy (points), origin, complete (bool).
     """
     ax = ax or new_axes(6.6, 3.4)
-    for arm, part in points.groupby("arm"):
-        colour, marker, words = ARM_STYLE.get(str(arm), (GREY, "o", str(arm)))
+    for origin, part in points.groupby("origin"):
+        colour, marker, words = ORIGIN_STYLE.get(str(origin), (GREY, "o", str(origin)))
         full, cut = part[part["complete"]], part[~part["complete"]]
         ax.scatter(full["trial"], full["accuracy"], color=colour, marker=marker, s=22, label=words)
         ax.scatter(cut["trial"], cut["accuracy"], edgecolors=colour, facecolors="none", marker=marker, s=20, lw=0.8)

@@ -16,8 +16,7 @@ import torch
 from scipy.special import gammaln
 from scipy.stats import qmc, t
 
-from analysis.records import Records
-from analysis.space import Array, Dimension, Space
+from analysis.load import StudyData
 from analysis.surrogate import (
     Failures,
     Observations,
@@ -27,8 +26,10 @@ from analysis.surrogate import (
     fit_failures,
     observe,
 )
+from ramcore.errors import UserError
+from ramcore.space import Array, Dimension, Space
+from study.designs import SEARCH_ORIGINS
 
-SEARCHED = frozenset({"published", "sobol", "tpe"})  # arms of a search; the others are fixed designs
 DUMMY = "dummy (no effect)"
 INTERVAL = 0.90  # every interval holds this much posterior probability
 MIN_TRIALS = 5  # below this nothing can be cross-validated
@@ -43,10 +44,6 @@ CHANCE = 0.1  # accuracy of guessing one of ten digits: what a diverged run deli
 CUBE_POINTS = 512  # quasi-random configurations that averages over the space are taken on
 
 Progress = Callable[[str], None]
-
-
-class ImportanceError(ValueError):
-    """The records cannot answer the question; the message says rule, fact and fix in one line."""
 
 
 class Interval(NamedTuple):
@@ -141,7 +138,7 @@ class Analysis(NamedTuple):
     dimensions: tuple[Dimension, ...]
     constant: tuple[str, ...]
     counts: Counts
-    arms: dict[str, int]
+    origins: dict[str, int]
     budget: int
     evaluation_size: int
     fit: Fit
@@ -199,16 +196,16 @@ def mean_interval(values: Array) -> Interval:
 
 
 def analyse(
-    records: Records, progress: Progress | None = None, *, seed: int = 0, hyperdraws: int = HYPERDRAWS
+    records: StudyData, progress: Progress | None = None, *, seed: int = 0, hyperdraws: int = HYPERDRAWS
 ) -> Analysis:
     """Fit the surface to a study and answer every question of it.
 
-    Results do not depend on the order of trials or of parameters. Raises ImportanceError if there is too little to fit.
+    Results do not depend on the order of trials or of parameters. Raises UserError if there is too little to fit.
     """
     tell = progress or _quiet
     space = records.space
     if space is None:
-        raise ImportanceError(f"sensitivity needs the search space; {records.space_problem}")
+        raise UserError(f"sensitivity needs the search space; {records.space_problem}")
     trials, epochs = records.trials.sort_index(), records.epochs
     counts = count_trials(trials)
     missing = [d.name for d in space.dimensions if d.name not in trials.columns]
@@ -216,23 +213,23 @@ def analyse(
         {d.name: d.to_unit(trials[d.name]) for d in space.dimensions if d.name not in missing}, index=trials.index
     )
     x = x[x.notna().all(axis=1)]
-    searched = trials.index[trials["arm"].isin(SEARCHED)]
+    searched = trials.index[trials["origin"].isin(SEARCH_ORIGINS)]
     x = x.loc[x.index.isin(list(searched))]
     seen = epochs.loc[epochs["val_accuracy"].notna() & epochs["trial"].isin(list(x.index)), "trial"].unique()
     constant = tuple(sorted([n for n in x.columns if x.loc[seen, n].nunique() < 2] + missing))
     varied = sorted((d for d in space.dimensions if d.name not in constant), key=lambda d: d.name)
     if len(seen) < MIN_TRIALS:
-        raise ImportanceError(
+        raise UserError(
             f"a report needs at least {MIN_TRIALS} trials of the search with results; {records.study.name} has "
             f"{len(seen)} "
             f"of {len(trials)} (state: {_states(trials)}). Run more: python -m study.run --study {records.study.name} "
             f"--trials {max(3 * len(space.dimensions), 2 * MIN_RANKED)}"
         )
     if not varied:
-        raise ImportanceError(
+        raise UserError(
             f"a ranking needs a parameter that varies; every trial of {records.study.name} has the same configuration"
         )
-    budget, size = space.epochs, evaluation_size(records.settings)
+    budget, size = records.budget, evaluation_size(records.settings)
     last_seen = int(epochs.loc[epochs["trial"].isin(list(seen)), "epoch"].max())
     warnings: list[str] = []
     if last_seen < budget:
@@ -242,7 +239,7 @@ def analyse(
         budget = last_seen
 
     x = x[[d.name for d in varied]].copy()
-    dummy = Dimension(name=DUMMY, kind="float")
+    dummy = Dimension(name=DUMMY, type="float")
     x[DUMMY] = [_hash_unit(int(trial)) for trial in x.index]
     dimensions = (*varied, dummy)
     observations = observe(epochs, x, budget, size)
@@ -305,8 +302,8 @@ def analyse(
     heat = pd.DataFrame(0.0, index=[d.name for d in varied], columns=[d.name for d in varied])
     for (a, b), value in pair_intervals.items():
         heat.loc[a, b] = heat.loc[b, a] = value.mid
-    arms = {str(k): int(v) for k, v in trials["arm"].value_counts().items()}
-    used = trials.loc[[int(n) for n in observations.trials], "arm"].value_counts()
+    origins = {str(k): int(v) for k, v in trials["origin"].value_counts().items()}
+    used = trials.loc[[int(n) for n in observations.trials], "origin"].value_counts()
     biased = bool(used.get("sobol", 0) < max(1, 0.25 * used.sum()))
     mixing = float(np.nanmax(posterior.rhat)) if np.isfinite(posterior.rhat).any() else math.nan
     ranked = fit.r2 >= MIN_R2 and min(len(observations.trials), fit.final) >= MIN_RANKED
@@ -316,7 +313,7 @@ def analyse(
         dimensions=dimensions,
         constant=constant,
         counts=counts._replace(used=len(observations.trials)),
-        arms=arms,
+        origins=origins,
         budget=budget,
         evaluation_size=size,
         fit=fit,
@@ -370,8 +367,7 @@ def _quiet(message: str) -> None:
 
 def outcome(row: pd.Series) -> str:
     """complete, stopped, diverged, failed or running."""
-    reason = str(row["stop_reason"])
-    if "diverged" in reason:
+    if row["diverged"]:
         return "diverged"
     state = str(row["state"])
     if state == "failed":
@@ -406,14 +402,14 @@ def _hash_unit(trial: int) -> float:
 
 def allowed(space: Space, varied: Sequence[Dimension], x: Array) -> Array:
     """Which coordinates (N, dimensions in `varied`) the space's rules allow, others at their default -> (N,) bool."""
-    if not space.rules:
+    if space.rule is None:
         return np.ones(len(x), dtype=bool)
     columns = {d.name: d.from_unit(x[:, i]) for i, d in enumerate(varied)}
     return np.array([space.feasible({**space.default, **{n: c[k] for n, c in columns.items()}}) for k in range(len(x))])
 
 
 def _infeasible(space: Space, seed: int) -> float:
-    if not space.rules:
+    if space.rule is None:
         return 0.0
     points = qmc.Sobol(len(space.dimensions), rng=seed).random(2048)
     columns = [d.from_unit(d.quantile(points[:, i])) for i, d in enumerate(space.dimensions)]

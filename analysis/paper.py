@@ -30,94 +30,29 @@ from scipy.stats import ttest_ind
 
 from analysis import figures
 from analysis.importance import INTERVAL, Interval, mean_interval
-from analysis.records import (
+from analysis.load import (
     Exported,
     NoTrials,
-    Records,
-    RecordsError,
     Source,
+    StudyData,
     StudyRun,
     find_study,
     list_studies,
+    load_study,
     open_source,
     progress_line,
     quieten,
-    read_study,
     tracking_uri,
 )
 from ramcore.config import Config, Data, Task
-from ramcore.data import DataError, TaskData, load_task
+from ramcore.data import TaskData, load_task
+from ramcore.errors import UserError
 from ramcore.pictures import GlimpsePath, draw_canvas, draw_glimpses, glimpse_paths
+from ramcore.published import CASE_STUDY, MNIH, PUBLISHED, Published
+from study.designs import DESIGNS
 
-
-class Published(NamedTuple):
-    """One published result. Test accuracy in %; a RAM row has glimpses, patch (pixels) and scales."""
-
-    source: str
-    task: str
-    model: str  # ram, ram-random, cnn, conv or fc
-    label: str
-    accuracy: float
-    glimpses: int = 0
-    patch: int = 0
-    scales: int = 0
-    epoch: int | None = None
-
-
-DESIGNS = ("paper", "mnih", "ablation")  # the studies that these tables are made of
 SIZES = ("glimpses", "patch", "scales")  # fields of Published
-CASE_STUDY = "Fang, Tian and Yang"  # its Table 1: one seed, Adam 3e-4, 100 epochs, best validation epoch
-MNIH = "Mnih et al. 2014"  # arXiv 1406.6247, Tables 1 and 2, published as error
-_ARM = {CASE_STUDY: "paper", MNIH: "mnih"}  # the design whose trials stand beside a source's rows
-
-
-def _case(task: str, accuracy: float, epoch: int, *sizes: int) -> Published:
-    if not sizes:
-        return Published(CASE_STUDY, task, "cnn", "CNN", accuracy, epoch=epoch)
-    glimpses, patch, scales = sizes
-    return Published(CASE_STUDY, task, "ram", _ram(*sizes), accuracy, glimpses, patch, scales, epoch)
-
-
-def _mnih(task: str, error: float, label: str, *sizes: int, model: str = "ram") -> Published:
-    glimpses, patch, scales = sizes or (0, 0, 0)
-    return Published(MNIH, task, model, label or _ram(*sizes), round(100 - error, 2), glimpses, patch, scales)
-
-
-def _ram(glimpses: int, patch: int, scales: int) -> str:
-    return f"RAM, {glimpses} glimpses, {patch}x{patch}, {scales} scale{'s' if scales > 1 else ''}"
-
-
-PUBLISHED: tuple[Published, ...] = (
-    _case("translated", 96.66, 96),
-    _case("translated", 79.98, 57, 6, 8, 2),
-    _case("translated", 81.22, 96, 6, 8, 3),
-    _case("translated", 94.35, 92, 6, 12, 3),
-    _case("translated", 92.52, 63, 8, 12, 3),
-    _case("translated", 96.87, 69, 6, 16, 3),
-    _case("cluttered", 93.50, 96),
-    _case("cluttered", 85.65, 72, 6, 12, 3),
-    _case("cluttered", 85.11, 52, 6, 12, 4),
-    _case("cluttered", 86.07, 67, 8, 12, 3),
-    _case("cluttered", 91.26, 95, 6, 16, 3),
-    _case("cluttered", 93.01, 96, 6, 20, 3),
-    _mnih("original", 1.69, "fully connected, 2 layers of 256", model="fc"),
-    _mnih("original", 1.21, "convolutional, 2 layers", model="conv"),
-    *(
-        _mnih("original", error, "", glimpses, 8, 1)
-        for glimpses, error in ((2, 3.79), (3, 1.51), (4, 1.54), (5, 1.34), (6, 1.12), (7, 1.07))
-    ),
-    _mnih("translated", 6.42, "fully connected, 2 layers of 64", model="fc"),
-    _mnih("translated", 2.63, "fully connected, 2 layers of 256", model="fc"),
-    _mnih("translated", 1.62, "convolutional, 2 layers", model="conv"),
-    *(_mnih("translated", error, "", glimpses, 12, 3) for glimpses, error in ((4, 1.54), (6, 1.22), (8, 1.20))),
-    _mnih("cluttered", 28.58, "fully connected, 2 layers of 64", model="fc"),
-    _mnih("cluttered", 11.96, "fully connected, 2 layers of 256", model="fc"),
-    _mnih("cluttered", 8.09, "convolutional, 2 layers", model="conv"),
-    *(_mnih("cluttered", error, "", glimpses, 12, 3) for glimpses, error in ((4, 4.96), (6, 4.08), (8, 4.04))),
-    _mnih("cluttered", 14.4, "RAM, 8 random glimpses, 12x12, 3 scales", 8, 12, 3, model="ram-random"),
-    _mnih("cluttered-100", 14.35, "convolutional, 2 layers", model="conv"),
-    *(_mnih("cluttered-100", error, "", glimpses, 12, 4) for glimpses, error in ((4, 9.41), (6, 8.31), (8, 8.11))),
-)
+_DESIGN = {CASE_STUDY: "paper", MNIH: "mnih"}  # the design whose trials stand beside a source's rows
 
 
 # ---- the table -----------------------------------------------------------------------------------------------
@@ -132,14 +67,14 @@ class Ours(NamedTuple):
     note: str
 
 
-def ablation_table(records: Sequence[Records]) -> pd.DataFrame:
+def ablation_table(records: Sequence[StudyData]) -> pd.DataFrame:
     """What each choice of the tuned recipe is worth: columns task, row, accuracy, low, high (test, points), change,
     change_low, change_high (from the tuned row of the same study), seeds, epochs; empty where no `ablation` study has
     been run.
     """
     rows = []
     for one in records:
-        trials = one.trials[one.trials["arm"] == "ablation"]
+        trials = one.trials[one.trials["origin"] == "ablation"]
         tested = {str(trial["row"]): trial for _, trial in trials.iterrows()}
         tuned = tested["tuned"]["test_accuracies"] if "tuned" in tested else ()
         for row, trial in tested.items():
@@ -151,7 +86,7 @@ def ablation_table(records: Sequence[Records]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def comparison_table(records: Sequence[Records]) -> pd.DataFrame:
+def comparison_table(records: Sequence[StudyData]) -> pd.DataFrame:
     """What a published table lets one compare: its RAMs on one task that differ in one size alone, neighbours only.
     Columns source, task, size, before, after (models), published, change, low, high (of mean test accuracy, points,
     with its 90% interval); empty where no such pair has been run.
@@ -195,7 +130,7 @@ def _points(accuracies: Sequence[float]) -> np.ndarray:
     return values[np.isfinite(values)]
 
 
-def paper_table(records: Sequence[Records]) -> pd.DataFrame:
+def paper_table(records: Sequence[StudyData]) -> pd.DataFrame:
     """Every published row with ours beside it: columns source, task, model, published, ours, low, high, seeds, data,
     epochs, note. The case study's rows are trained at its own setting (design `paper`), Mnih's with the tuned recipe
     (design `mnih`); a row that no study has run yet says so.
@@ -222,14 +157,14 @@ def paper_table(records: Sequence[Records]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _measured(row: Published, records: Sequence[Records]) -> Ours:
+def _measured(row: Published, records: Sequence[StudyData]) -> Ours:
     """The best that was measured of a row: tested before not, MNIST before other images, more epochs before fewer, then
     the newest.
     """
     found: list[tuple[tuple[bool, bool, int, int], Ours]] = []
     for age, one in enumerate(records):  # newest first
         for _, trial in one.trials.iterrows():
-            if trial["arm"] != _ARM[row.source] or not _same(row, trial):
+            if trial["origin"] != _DESIGN[row.source] or not _same(row, trial):
                 continue
             accuracies, epochs = tuple(trial["test_accuracies"]), int(_number(trial.get("epochs")))
             data, note = str(trial.get("data", "")), ""
@@ -251,7 +186,7 @@ def _same(row: Published, trial: pd.Series) -> bool:
     if trial.get("task") != row.task or trial.get("model") != row.model:
         return False
     if row.model == "fc":
-        return _number(trial.get("hidden_size")) == int(row.label.rsplit(" ", 1)[1])
+        return _number(trial.get("hidden_size")) == row.hidden
     if not row.glimpses:
         return True
     sizes = tuple(_number(trial.get(name)) for name in ("num_glimpses", "patch_size", "num_scales"))
@@ -437,7 +372,7 @@ def main(args: Args) -> int:
         model = None if isinstance(source, Exported) else _find_model(uri, studies, args.model_study)
         for line in draw_pictures(args.out, model, _source(studies, records, model), args.data_dir):
             _say(line)
-    except RecordsError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
@@ -460,28 +395,31 @@ def draw_pictures(out: Path, model: SavedModel | None, source: Data, data_dir: P
             said.append("no study has saved a RAM yet, so no glimpses are drawn; run python -m study.run first")
             return said
         paths = glimpse_paths(model.config, model.weights, load_task(model.config, data_dir))
-    except DataError as error:
+    except UserError as error:
         return [f"no pictures of {source}: {error}"]
     draw_glimpses(model.config, paths).savefig(out / "glimpses.png", dpi=170)
     glimpse_animation(model.config, paths).save(out / "glimpses.gif", writer=PillowWriter(fps=1.5), dpi=110)
     return [f"glimpses of the best model of {model.study}"]
 
 
-def _paper_records(source: Source, studies: Sequence[StudyRun], name: str | None) -> list[Records]:
-    chosen = [find_study(studies, name)] if name else [s for s in studies if s.params.get("design") in DESIGNS]
-    records: list[Records] = []
+def _paper_records(source: Source, studies: Sequence[StudyRun], name: str | None) -> list[StudyData]:
+    chosen = [find_study(studies, name)] if name else [s for s in studies if _has_tables(s)]
+    records: list[StudyData] = []
     for study in chosen:
         try:
-            records.append(read_study(source, study, progress_line(f"reading {study.name}")))
+            records.append(load_study(source, study, progress_line(f"reading {study.name}")))
         except NoTrials:
             _say(f"{study.name} has no trial yet")
     return records
 
 
+def _has_tables(study: StudyRun) -> bool:
+    design = DESIGNS.get(study.params.get("design", ""))
+    return design is not None and design.report == "tables"
+
+
 def _find_model(uri: str, studies: Sequence[StudyRun], name: str | None) -> SavedModel | None:
-    chosen = (
-        [find_study(studies, name)] if name else sorted(studies, key=lambda s: s.params.get("design") not in DESIGNS)
-    )
+    chosen = [find_study(studies, name)] if name else sorted(studies, key=lambda s: not _has_tables(s))
     for study in chosen[:10]:
         model = load_model(uri, study)
         if model is not None:
@@ -489,7 +427,7 @@ def _find_model(uri: str, studies: Sequence[StudyRun], name: str | None) -> Save
     return None
 
 
-def _source(studies: Sequence[StudyRun], records: Sequence[Records], model: SavedModel | None) -> Data:
+def _source(studies: Sequence[StudyRun], records: Sequence[StudyData], model: SavedModel | None) -> Data:
     if model is not None:
         return model.config.data
     named = [one.study.params.get("data") for one in records] + [study.params.get("data") for study in studies]

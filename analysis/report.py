@@ -21,8 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import figures
-from analysis.companions import Companions, describe
 from analysis.crosschecks import ESTIMATES
+from analysis.fixed_designs import Companions, describe
 from analysis.importance import (
     DRAWS_EACH,
     DUMMY,
@@ -36,9 +36,9 @@ from analysis.importance import (
     outcome,
     why_not_ranked,
 )
-from analysis.records import Records, StudyRun, plain_trials
-from analysis.space import words
+from analysis.load import StudyData, StudyRun, plain_trials
 from analysis.verdicts import THRESHOLDS, Verdict
+from ramcore.space import words
 
 
 class Section(NamedTuple):
@@ -153,7 +153,7 @@ def importance_table(analysis: Analysis) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def trial_points(records: Records, analysis: Analysis) -> pd.DataFrame:
+def trial_points(records: StudyData, analysis: Analysis) -> pd.DataFrame:
     """Each trial's last accuracy (mean and SD over seeds, points), with what it costs and how it ended."""
     table = records.epochs[records.epochs["val_accuracy"].notna()]
     last = table.groupby("trial")["epoch"].transform("max")
@@ -176,7 +176,7 @@ def trial_points(records: Records, analysis: Analysis) -> pd.DataFrame:
 # ---- figures -------------------------------------------------------------------------------------------------
 
 
-def draw_all(records: Records, analysis: Analysis, companions: Companions | None = None) -> dict[str, Figure]:
+def draw_all(records: StudyData, analysis: Analysis, companions: Companions | None = None) -> dict[str, Figure]:
     """Every figure of the report by file name."""
     with mpl.rc_context(figures.STYLE):
         points = trial_points(records, analysis)
@@ -239,11 +239,11 @@ def _marginals(analysis: Analysis, points: pd.DataFrame) -> Figure:
     return figure
 
 
-def _curves(records: Records) -> pd.DataFrame:
+def _curves(records: StudyData) -> pd.DataFrame:
     table = records.epochs[records.epochs["val_accuracy"].notna()]
     curves = table.groupby(["trial", "epoch"])["val_accuracy"].mean().mul(100).rename("accuracy").reset_index()
     ended = {trial: outcome(row) for trial, row in records.trials.iterrows()}
-    return curves.assign(arm=curves["trial"].map(records.trials["arm"]), outcome=curves["trial"].map(ended))
+    return curves.assign(origin=curves["trial"].map(records.trials["origin"]), outcome=curves["trial"].map(ended))
 
 
 # ---- files ---------------------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def _curves(records: Records) -> pd.DataFrame:
 
 def write_report(
     out: Path,
-    records: Records,
+    records: StudyData,
     analysis: Analysis,
     verdicts: Sequence[Verdict],
     *,
@@ -282,10 +282,10 @@ def write_report(
     return _write_page(out, records, answer(analysis, verdicts), page, drawn) + files
 
 
-def write_design_report(out: Path, records: Records, companions: Companions) -> list[Path]:
+def write_design_report(out: Path, records: StudyData, companions: Companions) -> list[Path]:
     """The report of a study without a search: its OFAT or replicate tables, and no global ranking."""
     sentences = [
-        f"This study follows a fixed design ({', '.join(sorted(set(records.trials['arm'])))}); {describe(records)}.",
+        f"This study follows a fixed design ({', '.join(sorted(set(records.trials['origin'])))}); {describe(records)}.",
         "It compares configurations directly and cannot rank parameters over a whole space: that takes a search.",
     ]
     if len(companions.ranges):
@@ -313,7 +313,7 @@ def write_design_report(out: Path, records: Records, companions: Companions) -> 
 
 
 def _write_page(
-    out: Path, records: Records, sentences: Sequence[str], page: Sequence[Section], drawn: dict[str, Figure]
+    out: Path, records: StudyData, sentences: Sequence[str], page: Sequence[Section], drawn: dict[str, Figure]
 ) -> list[Path]:
     (out / "figures").mkdir(parents=True, exist_ok=True)
     images: dict[str, str] = {}
@@ -365,7 +365,7 @@ def diagnostics(analysis: Analysis, crosschecks: pd.DataFrame | None) -> dict[st
         "held_out_trials": fit.held_out,
         "rhat_max": analysis.mixing,
         "trials": analysis.counts._asdict(),
-        "arms": analysis.arms,
+        "origins": analysis.origins,
         "not_varied": list(analysis.constant),
         "budget_epochs": analysis.budget,
         "evaluation_size": analysis.evaluation_size,
@@ -721,7 +721,7 @@ def _companion_sections(companions: Companions | None, analysis: Analysis | None
     return out
 
 
-def _runs_section(records: Records, analysis: Analysis) -> Section:
+def _runs_section(records: StudyData, analysis: Analysis) -> Section:
     c = analysis.counts
     rows: list[tuple[str, int, str]] = [
         ("complete", c.complete, "inform the surface at every epoch"),
@@ -803,13 +803,14 @@ def _diagnostics_section(analysis: Analysis, crosschecks: pd.DataFrame | None) -
             f"{analysis.extrapolation_share:.0%}",
         ),
         ("the sampler's largest R-hat", f"{analysis.mixing:.2f} (1 is settled)"),
-        ("trials by how they were chosen", ", ".join(f"{count} {arm}" for arm, count in analysis.arms.items())),
+        (
+            "trials by how they were chosen",
+            ", ".join(f"{count} {origin}" for origin, count in analysis.origins.items()),
+        ),
     ]
     body = table_html(("check", "value"), rows)
-    for rule in analysis.space.rules:
-        body += _paragraph(
-            f"Rule of the space: {rule.rule} ({rule.reason})" if rule.reason else f"Rule of the space: {rule.rule}"
-        )
+    if analysis.space.rule:
+        body += _paragraph(f"Rule of the space: {analysis.space.rule}")
     if crosschecks is not None and len(crosschecks):
         body += _paragraph("Other estimators on the same trials. They estimate other things, so they need not agree:")
         rows = [

@@ -11,28 +11,26 @@ import tyro
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from analysis.companions import describe, read_companions, summarise
 from analysis.crosschecks import crosscheck
-from analysis.importance import DUMMY, Analysis, ImportanceError, analyse
-from analysis.records import (
+from analysis.fixed_designs import describe, read_companions, summarise
+from analysis.importance import DUMMY, Analysis, analyse
+from analysis.load import (
     Exported,
-    Records,
-    RecordsError,
+    StudyData,
     StudyRun,
     find_study,
     folder_name,
     list_studies,
+    load_study,
     open_source,
     progress_line,
     quieten,
-    read_study,
     tracking_uri,
 )
 from analysis.report import answer, cautions, span, write_design_report, write_report
 from analysis.verdicts import judge
-
-FIXED = frozenset({"ofat", "replicate"})  # designs that have a report of their own, without a ranking
-TABLES = frozenset({"paper", "mnih", "ablation"})  # designs that `analysis.paper` shows
+from ramcore.errors import UserError
+from study.designs import DESIGNS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +58,8 @@ def main(args: Args) -> int:
         study = _choose(studies, args.study)
         out = args.out or Path("reports") / folder_name(study.name)
         _say(f"study {study.name} ({study.status}) from {args.records or uri}")
-        records = read_study(source, study, progress_line("reading metrics"))
-        if study.params.get("design") in FIXED:
+        records = load_study(source, study, progress_line("reading metrics"))
+        if _report(study) == "comparison":
             companions = summarise([records])
             paths = write_design_report(out, records, companions)
             print(
@@ -76,7 +74,7 @@ def main(args: Args) -> int:
             checks = crosscheck(records, analysis)
             paths = write_report(out, records, analysis, verdicts, crosschecks=checks, companions=companions)
             print_answer(analysis, answer(analysis, verdicts), out)
-    except (RecordsError, ImportanceError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
@@ -88,19 +86,25 @@ def main(args: Args) -> int:
 
 
 def _choose(studies: list[StudyRun], name: str | None) -> StudyRun:
-    """The study named, or the newest that this command has an answer for. Raises RecordsError if it has none."""
+    """The study named, or the newest that this command has an answer for. Raises UserError if it has none."""
     if name is None:
-        return next((s for s in studies if s.params.get("design") not in TABLES), studies[0])
+        return next((s for s in studies if _report(s) != "tables"), studies[0])
     study = find_study(studies, name)
-    if study.params.get("design") in TABLES:
-        raise RecordsError(
+    if _report(study) == "tables":
+        raise UserError(
             f"a sensitivity report needs a search, or the designs ofat or replicate; {study.name} is of the design "
             f"{study.params['design']}. Run python -m analysis.paper --study {study.name}"
         )
     return study
 
 
-def attach(client: MlflowClient, records: Records, out: Path, paths: list[Path]) -> None:
+def _report(study: StudyRun) -> str:
+    """How a study is reported; one of a design that is unknown here, as a search."""
+    design = DESIGNS.get(study.params.get("design", "search"))
+    return design.report if design else "sensitivity"
+
+
+def attach(client: MlflowClient, records: StudyData, out: Path, paths: list[Path]) -> None:
     """Put the files under sensitivity/ of the study's run; says so and goes on if the server will not have them."""
     try:
         for path in paths:

@@ -33,7 +33,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from analysis.space import Array, Dimension
+from ramcore.space import Array, Dimension
 
 MAIN, PAIR, TRIPLE = 8, 6, 3  # basis functions a dimension in components of one, two, three dimensions
 ROW_BUDGET = 640  # rows the process is fitted to; curves are averaged in bins of log epoch to stay within it
@@ -170,7 +170,7 @@ class Basis(NamedTuple):
     def __call__(self, x: Array) -> Array:
         """Functions at coordinates (n,) -> (n, M)."""
         kernel = _matern(x[:, None] - self.nodes[None, :], 0.5)
-        if self.dimension.kind == "categorical":
+        if self.dimension.type == "categorical":
             kernel = (np.abs(x[:, None] - self.nodes[None, :]) < 1e-9).astype(float)
         inner = _node_kernel(self.dimension, self.nodes)
         mean = inner @ self.centre
@@ -200,7 +200,7 @@ def basis(dimension: Dimension) -> Basis:
 
 
 def _node_kernel(dimension: Dimension, nodes: Array) -> Array:
-    if dimension.kind == "categorical":
+    if dimension.type == "categorical":
         return np.eye(len(nodes))
     return _matern(nodes[:, None] - nodes[None, :], 0.5)
 

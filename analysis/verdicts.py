@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from analysis.importance import DUMMY, MIN_R2, Analysis, Interval, interval, why_not_ranked
-from analysis.space import Array
+from ramcore.space import Array
 
 SURE = 0.95  # posterior probability needed to confirm, and its complement to refute: the usual one-in-twenty
 HARDLY = (

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from ramcore.config import Config
+from study.asha import Halving
 from study.checkpoints import open_folder
-from study.halving import Halving
 from study.pool import Pool, ray_running, run_trials
 from study.record import Record, StudySettings, TrialRecord
-from study.searcher import Engine
-from study.space import search_space
-from study.tracking import Origin, Tracker
+from study.scheduler import StudyScheduler
+from study.search_space import search_space
+from study.tracking import Provenance, Tracker
 
 
 class NeverStops(Halving):
@@ -39,7 +39,7 @@ class NeverStops(Halving):
 
 
 class Quiet:
-    """A watcher that prints a line a minute."""
+    """A callback that prints a line a minute."""
 
     def __init__(self) -> None:
         self.ended_trials = 0
@@ -104,17 +104,17 @@ def main() -> None:
     space = search_space(Config(data="digits", task="translated", epochs=flags.reports))
     settings = StudySettings(
         study="driver", task="translated", data="digits", digest="0" * 64, design="search", epochs=flags.reports,
-        seeds_per_trial=2, seed=0, space=space.describe(),
+        seeds_per_trial=2, seed=0, space=space.to_dict(),
     )  # fmt: skip
     data: Any = {}  # no images: unpickling `SharedData` would import torch, 80 MB more for each of 64 workers
     with tempfile.TemporaryDirectory(prefix="ram-study-driver-") as root:
         record = Record.open(Path(root) / "driver", settings, total=flags.trials)
-        engine = Engine(
+        scheduler = StudyScheduler(
             record, space=space, halving=NeverStops(min_epochs=2), folder=open_folder(root, "driver"), storage=root,
-            watcher=Quiet(),
+            callback=Quiet(),
         )  # fmt: skip
         asked: list[float] = []
-        ask = engine.next_job
+        ask = scheduler.next_job
 
         def timed() -> Any:
             began = time.monotonic()
@@ -122,8 +122,8 @@ def main() -> None:
             asked.append(time.monotonic() - began)
             return job
 
-        engine.next_job = timed  # type: ignore[method-assign]
-        tracker = Tracker(record, f"sqlite:///{root}/mlflow.db", Origin(settings={}, commit="-", dirty=True), {})
+        scheduler.next_job = timed  # type: ignore[method-assign]
+        tracker = Tracker(record, f"sqlite:///{root}/mlflow.db", Provenance(settings={}, commit="-", dirty=True), {})
         cores = os.cpu_count() or 1
         pool = Pool(cpus_per_trial=cores / flags.slots, gpus_per_trial=0, max_concurrent=flags.slots)
         started_with = _megabytes()
@@ -140,7 +140,7 @@ def main() -> None:
             started = Path(root) / "started"
             started.mkdir()
             work = _waiting_trial(flags.seconds, min(flags.slots, flags.trials), str(started))
-            run_trials(engine, data, pool, work=work)
+            run_trials(scheduler, data, pool, work=work)
             ended = time.monotonic()
             untracked = tracker.finish("finished", patience=60)
             behind = time.monotonic() - ended

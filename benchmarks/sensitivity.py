@@ -30,17 +30,17 @@ from scipy.stats import qmc, spearmanr
 
 from analysis.crosschecks import fanova, last_accuracy, ped_anova, unit_table
 from analysis.importance import DUMMY, analyse
-from analysis.records import connect, find_study, list_studies, read_study
-from analysis.space import Dimension
+from analysis.load import connect, find_study, list_studies, load_study
+from ramcore.space import Dimension
 from tests.synthetic import RAM_DEFAULT, RAM_DIMENSIONS, Synthetic, Truth, ram_truth, simulate, write_mlflow
 
 DIMENSIONS = (
-    Dimension(name="width", kind="int", low=4, high=20),
-    Dimension(name="rate", kind="float", low=1e-4, high=1e-2, log=True),
-    Dimension(name="steps", kind="int", low=2, high=8),
-    Dimension(name="mixing", kind="float", low=0.0, high=1.0),
-    Dimension(name="scales", kind="int", low=1, high=4),
-    Dimension(name="inert", kind="float", low=0.0, high=1.0),
+    Dimension(name="width", type="int", low=4, high=20),
+    Dimension(name="rate", type="float", low=1e-4, high=1e-2, log=True),
+    Dimension(name="steps", type="int", low=2, high=8),
+    Dimension(name="mixing", type="float", low=0.0, high=1.0),
+    Dimension(name="scales", type="int", low=1, high=4),
+    Dimension(name="inert", type="float", low=0.0, high=1.0),
 )
 
 
@@ -60,10 +60,10 @@ def crossing_truth(x: np.ndarray, u: float) -> np.ndarray:
 DESIGNS: dict[str, Synthetic] = {
     "Sobol, never stopped (36)": Synthetic(truth=crossing_truth, dimensions=DIMENSIONS, trials=36),
     "half Sobol, half optimiser + halving (64)": Synthetic(
-        truth=crossing_truth, dimensions=DIMENSIONS, trials=64, arm="mixed", stop=True
+        truth=crossing_truth, dimensions=DIMENSIONS, trials=64, origin="mixed", stop=True
     ),
     "optimiser + halving (100)": Synthetic(
-        truth=crossing_truth, dimensions=DIMENSIONS, trials=100, arm="tpe", stop=True
+        truth=crossing_truth, dimensions=DIMENSIONS, trials=100, origin="tpe", stop=True
     ),
 }
 
@@ -187,14 +187,19 @@ def timing(args: TimeArgs) -> str:
         MlflowClient(uri)
         for trials in args.trials:
             study = Synthetic(
-                truth=ram_truth, dimensions=RAM_DIMENSIONS, trials=trials, arm="mixed", stop=True, default=RAM_DEFAULT
+                truth=ram_truth,
+                dimensions=RAM_DIMENSIONS,
+                trials=trials,
+                origin="mixed",
+                stop=True,
+                default=RAM_DEFAULT,
             )
             records = simulate(study)
             records = records._replace(study=records.study._replace(name=f"timing-{trials}"))
             write_mlflow(records, uri, artifacts=Path(folder) / "artifacts")
             client = connect(uri)
             started = time.monotonic()
-            read_study(client, find_study(list_studies(client), f"timing-{trials}"))
+            load_study(client, find_study(list_studies(client), f"timing-{trials}"))
             read = time.monotonic() - started
             started = time.monotonic()
             with contextlib.redirect_stdout(io.StringIO()):

@@ -12,9 +12,10 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from ramcore.config import Config, ConfigError
+from ramcore.config import Config
 from ramcore.cost import cost
-from ramcore.data import DataError, load_task
+from ramcore.data import load_task
+from ramcore.errors import UserError
 from ramcore.pictures import draw_glimpses, glimpse_paths
 from ramcore.recipes import RECIPES
 from ramcore.train import Trainer
@@ -47,28 +48,28 @@ def main(arguments: list[str] | None = None) -> int:
     recipe = first.parse_known_args(arguments)[0].recipe
     try:
         if recipe not in RECIPES:
-            raise ConfigError(f"--recipe must be one of {', '.join(RECIPES)}; got {recipe!r}")
+            raise UserError(f"--recipe must be one of {', '.join(RECIPES)}; got {recipe!r}")
         args = tyro.cli(Arguments, args=arguments, default=Arguments(config=RECIPES[recipe]), prog="ramcore.train")
         return train(args)
-    except (ConfigError, DataError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
 def train(args: Arguments) -> int:
-    """Train, test, draw. Raises ConfigError and DataError before any work starts."""
+    """Train, test, draw. Raises UserError and UserError before any work starts."""
     if args.device not in ("cpu", "cuda"):
-        raise ConfigError(f"--device must be cpu or cuda; got {args.device!r}")
+        raise UserError(f"--device must be cpu or cuda; got {args.device!r}")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda needs a GPU that torch can use; it finds none: use --device cpu")
+        raise UserError("--device cuda needs a GPU that torch can use; it finds none: use --device cpu")
     if args.threads < 0:
-        raise ConfigError(f"--threads must be at least 0; got {args.threads}")
+        raise UserError(f"--threads must be at least 0; got {args.threads}")
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--out must be a folder that can be written; {args.out}: {error.strerror}") from error
+        raise UserError(f"--out must be a folder that can be written; {args.out}: {error.strerror}") from error
     config = args.config
     data = load_task(config, args.data_dir, args.device)
     trainer = Trainer(config, data, args.seeds, args.device)

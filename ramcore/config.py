@@ -6,26 +6,63 @@ column of the analysis' tables. A hyperparameter is added or changed here and no
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from ramcore.errors import UserError
+
+
+class TaskSpec(NamedTuple):
+    """How a task lays images on its canvas."""
+
+    canvas_size: int  # pixels along a side
+    num_clutter: int  # patches of clutter on every image
+
+
+MAX_CLUTTER = 8  # patches; each image has random numbers for so many, so a larger task would move every placement
+# A task is added here, and nowhere else.
+TASKS: dict[str, TaskSpec] = {
+    "original": TaskSpec(canvas_size=28, num_clutter=0),
+    "translated": TaskSpec(canvas_size=60, num_clutter=0),
+    "cluttered": TaskSpec(canvas_size=60, num_clutter=4),
+    "cluttered-100": TaskSpec(canvas_size=100, num_clutter=8),
+}
+if TYPE_CHECKING:
+    Task = str
+else:
+    Task = Literal[tuple(TASKS)]  # so that the command line lists them
 
 Data = Literal["mnist", "fashion-mnist", "digits"]
-Task = Literal["original", "translated", "cluttered", "cluttered-100"]
 Model = Literal["ram", "ram-random", "cnn", "conv", "fc"]
 Core = Literal["rnn", "gru", "lstm"]
 LocationInput = Literal["state", "state+paths"]
 
-CANVAS_SIZE: dict[str, int] = {"original": 28, "translated": 60, "cluttered": 60, "cluttered-100": 100}
-NUM_CLUTTER: dict[str, int] = {"original": 0, "translated": 0, "cluttered": 4, "cluttered-100": 8}
 CLUTTER_SIZE = 8  # pixels; clutter is cut as 8x8 patches from other images (case study, section 3.1)
 DIGIT_SIZE = 28  # pixels; every source is delivered at this size
 NUM_CLASSES = 10
 MAX_SCALES = 6
 
 
-class ConfigError(Exception):
-    """A setting breaks a rule; the message says rule, fact and fix in one line."""
+@dataclass(frozen=True)
+class Between:
+    """The range of a number, both ends included unless `above` leaves out the lower one."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return (self.low < value if self.above else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
+        return low if self.high == math.inf else f"{low} and at most {self.high:g}"
+
+
+Positive = Annotated[int, Between(1)]
+Share = Annotated[float, Between(0, 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,74 +76,60 @@ class Config:
 
     # The network.
     model: Model = "ram"  # ram-random: random glimpses; cnn: the case study's; conv, fc: Mnih et al.'s
-    num_glimpses: int = 6  # glimpses before the decision, at least 1
-    patch_size: int = 12  # pixels along a side of every scale of the retina
-    num_scales: int = 3  # concentric patches, each scale_factor times as wide as the one before, 1 to 6
-    scale_factor: int = 2  # width of a scale over the width of the one before, at least 2
-    input_gain: float = 1.0  # what the network is given is the pixels, in [0, 1], times this
-    glimpse_size: int = 128  # units of each of the glimpse network's what and where paths
-    hidden_size: int = 256  # units of the core and of the glimpse code; of each hidden layer when model is fc
+    num_glimpses: Annotated[int, Between(1, 100)] = 6  # glimpses before the decision
+    patch_size: Positive = 12  # pixels along a side of every scale of the retina
+    num_scales: Annotated[int, Between(1, MAX_SCALES)] = 3  # concentric patches, each scale_factor times as wide
+    scale_factor: Annotated[int, Between(2, 8)] = 2  # width of a scale over the width of the one before
+    input_gain: Annotated[float, Between(0, above=True)] = 1.0  # pixels, in [0, 1], are multiplied by this
+    glimpse_size: Positive = 128  # units of each of the glimpse network's what and where paths
+    hidden_size: Positive = 256  # units of the core and of the glimpse code; of each hidden layer when model is fc
     core: Core = "rnn"  # rnn is the papers' rectified core
     location_input: LocationInput = "state"  # what the location network reads; state+paths: what and where paths too
-    location_hidden: int = 0  # units of a rectified layer inside the location network; 0: none, as in the papers
+    location_hidden: Annotated[int, Between(0)] = (
+        0  # units of a rectified layer inside the location network; 0: none, as in the papers
+    )
     layer_norm: bool = False  # normalise the pre-activations of the glimpse code and of the core
     first_glimpse: Literal["random", "center"] = "random"  # where the first glimpse looks
-    location_std: float = 0.17  # standard deviation of the location policy, half-canvas units
-    location_std_end: float = 1.0  # share of location_std left at the end, where it falls to along half a cosine
+    location_std: Annotated[float, Between(0, above=True)] = 0.17  # SD of the location policy, half-canvas units
+    location_std_end: Annotated[float, Between(0, 1, above=True)] = 1.0  # share left at the end of half a cosine
 
     # The loss.
-    loss_mixing: float = 1.0  # in [0, 1]; 1: cross-entropy trains the action network, 0: REINFORCE on a sampled class
-    step_supervision: float = 0.0  # in [0, 1]; share of the classification loss spread over every step, not the last
+    loss_mixing: Share = 1.0  # 1: cross-entropy trains the action network, 0: REINFORCE on a sampled class
+    step_supervision: Share = 0.0  # share of the classification loss spread over every step, not the last
     reward: Literal["accuracy", "probability"] = "accuracy"  # 0/1, or the probability given to the true class
     reward_steps: Literal["last", "every"] = "last"  # which glimpses earn a reward
-    discount: float = 1.0  # in [0, 1]; a reward k glimpses later counts discount**k
-    reinforce_weight: float = 1.0  # of the location policy's loss, against the classification loss
+    discount: Share = 1.0  # a reward k glimpses later counts discount**k
+    reinforce_weight: Annotated[float, Between(0)] = 1.0  # of the location policy's loss, classification loss 1
     reinforce_core: bool = False  # let the location policy's gradient train the core and the glimpse network too
 
     # The optimisation.
-    epochs: int = 30  # passes over the training images
-    batch_size: int = 100  # images a step
-    learning_rate: float = 3e-4  # Adam's, at its highest
+    epochs: Positive = 30  # passes over the training images
+    batch_size: Positive = 100  # images a step
+    learning_rate: Annotated[float, Between(0, above=True)] = 3e-4  # Adam's, at its highest
     schedule: Literal["constant", "cosine"] = "constant"  # cosine: down to 0 over the epochs
-    gradient_clip: float = 0.0  # largest norm of a replicate's gradient; 0: not clipped
-    dropout: float = 0.5  # after the second convolution of the cnn
+    gradient_clip: Annotated[float, Between(0)] = 0.0  # largest norm of a replicate's gradient; 0: not clipped
+    dropout: Annotated[float, Between(0, 0.95)] = 0.5  # after the second convolution of the cnn
 
     # The evaluation.
-    eval_samples: int = 0  # 0: follow the policy's mean; M: average the class probabilities of M sampled rollouts
+    eval_samples: Annotated[int, Between(0, 10_000)] = 0  # 0: the policy's mean; M: average M sampled rollouts
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
-        for name in ("layer_norm", "reinforce_core"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false; got {getattr(self, name)!r}")
-        for name, low, high in _INTEGERS:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise ConfigError(f"{name} must be a whole number {_range(low, high)}; got {value!r}")
-        for name, low, high, open_low in _REALS:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ConfigError(f"{name} must be a finite number; got {value!r}")
-            if value < low or value > high or (open_low and value == low):
-                raise ConfigError(
-                    f"{name} must be {_range(low, high, open_low=open_low).removeprefix('of ')}; got {value:g}"
-                )
+        for name, annotation in _annotations().items():
+            _check(name, getattr(self, name), annotation)
         if self.patch_size > self.canvas_size:
-            raise ConfigError(
+            raise UserError(
                 f"patch_size must be at most {self.canvas_size}, the canvas of task {self.task}; got {self.patch_size}"
             )
 
     @property
     def canvas_size(self) -> int:
         """Pixels along a side of the square canvas."""
-        return CANVAS_SIZE[self.task]
+        return TASKS[self.task].canvas_size
 
     @property
     def num_clutter(self) -> int:
         """Clutter patches on every image."""
-        return NUM_CLUTTER[self.task]
+        return TASKS[self.task].num_clutter
 
     @property
     def is_recurrent(self) -> bool:
@@ -119,45 +142,31 @@ class Config:
         return self.num_scales * self.patch_size**2
 
 
-def _range(low: float, high: float, *, open_low: bool = False) -> str:
-    lower = f"above {low:g}" if open_low else f"of at least {low:g}"
-    return lower if high >= _HUGE else f"{lower} and at most {high:g}"
+_LARGEST = 2**31 - 1  # of a whole number: torch's sizes
 
 
-_HUGE = 2**31 - 1
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "data": get_args(Data),
-    "task": get_args(Task),
-    "placements": ("once", "every-epoch"),
-    "model": get_args(Model),
-    "core": get_args(Core),
-    "location_input": get_args(LocationInput),
-    "first_glimpse": ("random", "center"),
-    "reward": ("accuracy", "probability"),
-    "reward_steps": ("last", "every"),
-    "schedule": ("constant", "cosine"),
-}
-_INTEGERS: tuple[tuple[str, int, int], ...] = (
-    ("num_glimpses", 1, 100),
-    ("patch_size", 1, _HUGE),
-    ("num_scales", 1, MAX_SCALES),
-    ("scale_factor", 2, 8),
-    ("glimpse_size", 1, _HUGE),
-    ("hidden_size", 1, _HUGE),
-    ("location_hidden", 0, _HUGE),
-    ("epochs", 1, _HUGE),
-    ("batch_size", 1, _HUGE),
-    ("eval_samples", 0, 10_000),
-)
-_REALS: tuple[tuple[str, float, float, bool], ...] = (
-    ("input_gain", 0.0, math.inf, True),
-    ("location_std", 0.0, math.inf, True),
-    ("location_std_end", 0.0, 1.0, True),
-    ("loss_mixing", 0.0, 1.0, False),
-    ("step_supervision", 0.0, 1.0, False),
-    ("discount", 0.0, 1.0, False),
-    ("reinforce_weight", 0.0, math.inf, False),
-    ("learning_rate", 0.0, math.inf, True),
-    ("gradient_clip", 0.0, math.inf, False),
-    ("dropout", 0.0, 0.95, False),
-)
+@functools.cache
+def _annotations() -> dict[str, Any]:
+    hints = get_type_hints(Config, include_extras=True)
+    return {field.name: hints[field.name] for field in fields(Config)}
+
+
+def _check(name: str, value: Any, annotation: Any) -> None:
+    """Compare a field's value with its annotation. Raises UserError."""
+    if get_origin(annotation) is Literal:
+        if value not in get_args(annotation):
+            raise UserError(f"{name} must be one of {', '.join(get_args(annotation))}; got {value!r}")
+        return
+    if annotation is bool:
+        if not isinstance(value, bool):
+            raise UserError(f"{name} must be true or false; got {value!r}")
+        return
+    kind, between = get_args(annotation)
+    if kind is int:
+        if isinstance(value, bool) or not isinstance(value, int) or value not in between or value > _LARGEST:
+            raise UserError(f"{name} must be a whole number of {between}; got {value!r}")
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{name} must be a finite number; got {value!r}")
+    if value not in between:
+        raise UserError(f"{name} must be {between}; got {value:g}")

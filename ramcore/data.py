@@ -23,18 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ramcore.config import CANVAS_SIZE, CLUTTER_SIZE, DIGIT_SIZE, NUM_CLUTTER, Config, Data
+from ramcore.config import CLUTTER_SIZE, DIGIT_SIZE, MAX_CLUTTER, TASKS, Config, Data
+from ramcore.errors import UserError
 from ramcore.rng import Stream, bits, integers, key
 
 SplitName = Literal["train", "validation", "test"]
 _FIXED_SEED = -1  # places the validation and test digits of every run; no replicate can have it
 
 
-class DataError(Exception):
-    """The data cannot be used; the message says rule, fact and fix in one line."""
-
-
-class DataMissing(DataError):
+class DataMissing(UserError):
     """The data is nowhere to be found (as opposed to: there, but damaged)."""
 
 
@@ -118,7 +115,7 @@ def load_source(name: Data, data_dir: Path | None = None) -> dict[SplitName, Spl
 
     Raises:
         DataMissing: nowhere to be found, and no mirror can be reached.
-        DataError: a file is damaged, truncated or another one; data_dir is not a folder.
+        UserError: a file is damaged, truncated or another one; data_dir is not a folder.
     """
     if name == "digits":
         return _load_digits()
@@ -160,7 +157,7 @@ def _find(name: str, source: _IdxSource, data_dir: Path | None) -> list[Path]:
         if not folder:
             continue
         if not Path(folder).is_dir():
-            raise DataError(f"{origin} must be a folder; {folder} is not one: create it or name another")
+            raise UserError(f"{origin} must be a folder; {folder} is not one: create it or name another")
         searched.append(Path(folder))
     searched.append(cache)
     for folder in searched:
@@ -207,29 +204,29 @@ def _read_idx(path: Path, file: _IdxFile, source: str) -> np.ndarray:
         raw = path.read_bytes()
         content = gzip.decompress(raw) if path.suffix == ".gz" else raw
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} must be a whole .gz file; reading it failed ({error}): fetch it again") from error
+        raise UserError(f"{path} must be a whole .gz file; reading it failed ({error}): fetch it again") from error
     ndim = len(file.shape)
     magic = bytes([0, 0, 8, ndim])
     header = magic + b"".join(n.to_bytes(4, "big") for n in file.shape)
     expected_size = len(header) + int(np.prod(file.shape))
     if content[:4] != magic:
-        raise DataError(f"{path} must start with IDX magic {magic.hex()}; found {content[:4].hex()}: fetch it again")
+        raise UserError(f"{path} must start with IDX magic {magic.hex()}; found {content[:4].hex()}: fetch it again")
     shape = tuple(int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(ndim))
     if shape != file.shape or len(content) != expected_size:
-        raise DataError(
+        raise UserError(
             f"{path} must hold shape {file.shape} in {expected_size} bytes; "
             f"found {shape} in {len(content)} bytes: fetch it again"
         )
     if file.sha256 is not None:
         found = hashlib.sha256(content).hexdigest()
         if found != file.sha256:
-            raise DataError(
+            raise UserError(
                 f"{path} must be {source}'s, sha256 {file.sha256} (unpacked); found {found}: fetch it again"
             )
     elif path.suffix == ".gz":
         found = hashlib.md5(raw, usedforsecurity=False).hexdigest()
         if found != file.md5:
-            raise DataError(f"{path} must be {source}'s, md5 {file.md5}; found {found}: fetch it again")
+            raise UserError(f"{path} must be {source}'s, md5 {file.md5}; found {found}: fetch it again")
     return np.frombuffer(content, np.uint8, offset=len(header)).reshape(file.shape).copy()
 
 
@@ -294,7 +291,7 @@ class TaskData:
             (R, B, S, S) uint8.
         """
         images = self.split(split).images
-        canvas, clutter = CANVAS_SIZE[self.task], NUM_CLUTTER[self.task]
+        canvas, clutter = TASKS[self.task]
         shape = (*index.shape, canvas, canvas)
         flat_index = index.reshape(-1)
         digits = images.view(len(images), -1).index_select(0, flat_index)
@@ -321,7 +318,7 @@ class TaskData:
         return flat.view(shape)
 
 
-_COUNTERS_PER_IMAGE = 2 + 5 * max(NUM_CLUTTER.values())
+_COUNTERS_PER_IMAGE = 2 + 5 * MAX_CLUTTER
 
 
 def _square(size: int, side: int, device: torch.device) -> Tensor:
@@ -340,7 +337,7 @@ class _Layout(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _layout(task: str, num_images: int, device: torch.device) -> _Layout:
-    canvas, clutter = CANVAS_SIZE[task], NUM_CLUTTER[task]
+    canvas, clutter = TASKS[task]
     places = [canvas - DIGIT_SIZE + 1] * 2
     clutter_high = (num_images - 1, *[DIGIT_SIZE - CLUTTER_SIZE + 1] * 2, *[canvas - CLUTTER_SIZE + 1] * 2)
     places += [high for high in clutter_high for _ in range(clutter)]

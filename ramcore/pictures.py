@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ramcore.config import Config, ConfigError
+from ramcore.config import Config
 from ramcore.data import SplitName, TaskData
+from ramcore.errors import UserError
 from ramcore.evaluation import build_model, first_locations
 from ramcore.model import RAM
 
@@ -48,7 +49,7 @@ def glimpse_paths(
         weights: of one replicate, leading dimension 1 (Trainer.best_weights(replicate)).
     """
     if config.model != "ram":
-        raise ConfigError(f"only model ram chooses where to look; got {config.model}")
+        raise UserError(f"only model ram chooses where to look; got {config.model}")
     seeds = torch.zeros(1, dtype=torch.int64)
     model = build_model(config, seeds)
     assert isinstance(model, RAM)

@@ -20,8 +20,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ramcore.config import Config, ConfigError
+from ramcore.config import Config
 from ramcore.data import SplitName, TaskData
+from ramcore.errors import UserError
 from ramcore.evaluation import Evaluation, build_model, evaluate, policy_noise, whole_image_input, whole_image_rollout
 from ramcore.loss import Losses, hybrid_loss, needs_every_step
 from ramcore.model import RAM
@@ -102,16 +103,14 @@ class Trainer:
             device: where to train.
 
         Raises:
-            ConfigError: unusable seeds, another task's data, a batch larger than the training split.
+            UserError: unusable seeds, another task's data, a batch larger than the training split.
         """
         if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
-            raise ConfigError(f"seeds must be different whole numbers of at least 0; got {list(seeds)}")
+            raise UserError(f"seeds must be different whole numbers of at least 0; got {list(seeds)}")
         if (data.data, data.task) != (config.data, config.task):
-            raise ConfigError(
-                f"data must be {config.data} {config.task}; got {data.data} {data.task}: load_task(config)"
-            )
+            raise UserError(f"data must be {config.data} {config.task}; got {data.data} {data.task}: load_task(config)")
         if config.batch_size > data.sizes["train"]:
-            raise ConfigError(
+            raise UserError(
                 f"batch_size must be at most {data.sizes['train']}, the training images; got {config.batch_size}"
             )
         self.config = config
@@ -203,7 +202,7 @@ class Trainer:
         """Continue from `state_dict`.
 
         Raises:
-            ConfigError: the state is of another configuration or other seeds.
+            UserError: the state is of another configuration or other seeds.
         """
         for name, found, mine in (
             # A field that is newer than the checkpoint has its default there.
@@ -211,7 +210,7 @@ class Trainer:
             ("seeds", state["seeds"], list(self.seeds)),
         ):
             if found != mine:
-                raise ConfigError(f"a checkpoint continues the {name} it was made with, {found}; got {mine}")
+                raise UserError(f"a checkpoint continues the {name} it was made with, {found}; got {mine}")
         self.model.load_state_dict(state["weights"])
         self._adam.load_state_dict(state["adam"])
         for group in self._adam.param_groups:  # a checkpoint may come from the other kind of device

@@ -28,6 +28,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ramcore.errors import UserError
+
 JOIN_MINUTES = 15.0  # how long a study waits for the first worker of a cluster that grows; see `wait_for_workers`
 JOIN_MINUTES_FIXED = 1.0  # the same, of a cluster that does not say that it grows
 _PROBE_SECONDS = 180.0  # for one node's answer: importing torch from a cold disk takes a minute
@@ -37,10 +39,6 @@ _SAY_SECONDS = 15.0  # between two lines about waiting
 _COMPARED = ("ray", "torch", "numpy")  # packages whose versions a trial's results or its transport depend on
 _HEAD = "node:__internal_head__"  # Ray's mark on the head
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray gives a job's driver, under this very name
-
-
-class ClusterError(ValueError):
-    """The cluster cannot run the study; the message says rule, fact and fix in one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +70,13 @@ class Growth:
 
     @staticmethod
     def declared() -> Growth | None:
-        """From the environment; None if it says nothing. Raises ClusterError."""
+        """From the environment; None if it says nothing. Raises UserError."""
         workers = number("RAM_MAX_WORKERS")
         if workers is None:
             return None
         cpus, gpus = number("RAM_WORKER_CPUS"), number("RAM_WORKER_GPUS") or 0.0
         if cpus is None:
-            raise ClusterError(
+            raise UserError(
                 "RAM_MAX_WORKERS needs the size of a worker; RAM_WORKER_CPUS is not set: set it (and RAM_WORKER_GPUS)"
             )
         return Growth(workers=int(workers), worker={"CPU": cpus, "GPU": gpus})
@@ -113,7 +111,7 @@ def share_of_gpus(growth: Growth, cpus: float) -> float:
 
 
 def number(name: str) -> float | None:
-    """A number of at least 0 from the environment; None if not set. Raises ClusterError."""
+    """A number of at least 0 from the environment; None if not set. Raises UserError."""
     text = os.environ.get(name)
     if not text:
         return None
@@ -121,7 +119,7 @@ def number(name: str) -> float | None:
         value = float(text)
         if 0 <= value < math.inf:
             return value
-    raise ClusterError(f"{name} must be a number of at least 0; it is {text!r}: set it again, or unset it")
+    raise UserError(f"{name} must be a number of at least 0; it is {text!r}: set it again, or unset it")
 
 
 # Finding the cluster.
@@ -133,7 +131,7 @@ def find(address: str) -> str:
     Ray itself tries for minutes where nobody answers, and says nothing of tokens.
 
     Raises:
-        ClusterError: nobody there, or the token is missing or wrong.
+        UserError: nobody there, or the token is missing or wrong.
     """
     from ray._private.services import canonicalize_bootstrap_address_or_die
     from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
@@ -146,14 +144,14 @@ def find(address: str) -> str:
         host, _, port = found.rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
     except (OSError, ValueError) as error:  # ConnectionError is an OSError: Ray found none
-        raise ClusterError(f"{rule}; {address} did not answer ({one_line(error)}): {fix}") from error
+        raise UserError(f"{rule}; {address} did not answer ({one_line(error)}): {fix}") from error
     try:
         with _muted():
             GcsClient(address=found)
     except AuthenticationError as error:
-        raise ClusterError(wrong_token(address)) from error
+        raise UserError(wrong_token(address)) from error
     except (RuntimeError, ConnectionError, RayError) as error:
-        raise ClusterError(f"{rule}; {address} is not one ({one_line(error)}): {fix}") from error
+        raise UserError(f"{rule}; {address} is not one ({one_line(error)}): {fix}") from error
     return found
 
 
@@ -204,16 +202,16 @@ def in_shipped_code() -> bool:
 
 
 def check_lasting(storage: str, tracking_uri: str) -> None:
-    """A job's working folder is deleted with the job. Raises ClusterError if results would go there."""
+    """A job's working folder is deleted with the job. Raises UserError if results would go there."""
     if not in_shipped_code():
         return
     if "://" not in storage and not Path(storage).is_absolute():
-        raise ClusterError(
+        raise UserError(
             f"a job's folder goes when it ends, so --storage must be an absolute path or a URI; got {storage}: "
             "set RAM_STORAGE on the cluster's nodes, or pass --storage"
         )
     if tracking_uri.startswith("sqlite:///") and not tracking_uri.startswith("sqlite:////"):
-        raise ClusterError(
+        raise UserError(
             "a job's folder goes when it ends, so tracking must be a server or a database at an absolute path; got "
             f"{tracking_uri}: set MLFLOW_TRACKING_URI on the cluster's nodes, or pass --tracking-uri"
         )
@@ -265,13 +263,13 @@ def wait_for_workers(
         say: is told every 15 seconds.
 
     Raises:
-        ClusterError: none came, or none that may come is large enough.
+        UserError: none came, or none that may come is large enough.
     """
     import ray
 
     wanted = f"{need.cpus:g} CPUs and {need.gpus:g} GPUs"
     if growth is not None and capacity([n for n in nodes() if n.is_head], growth, need) < 1:
-        raise ClusterError(
+        raise UserError(
             f"a trial must fit on a node; it takes {wanted} and a worker has {growth.worker['CPU']:g} and "
             f"{growth.worker['GPU']:g}: pass a smaller --cpus-per-trial or --gpus-per-trial"
         )
@@ -302,7 +300,7 @@ def wait_for_workers(
         for task in asked:
             ray.cancel(task, force=True)
     sizes = "; ".join(f"{n}: {n.resources.get('CPU', 0):g} CPUs, {n.resources.get('GPU', 0):g} GPUs" for n in nodes())
-    raise ClusterError(
+    raise UserError(
         f"a trial needs a node with {wanted}{', and --storage a worker to be checked on' if others else ''}; within "
         f"{minutes:g} min none came ({sizes}): look at `ray status`, or pass a smaller --cpus-per-trial or "
         "--gpus-per-trial"

@@ -1,4 +1,4 @@
-"""Ray: where the trials run. Started or joined, asked for its slots, handed the engine, and left again."""
+"""Ray: where the trials run. Started or joined, asked for its slots, handed the scheduler, and left again."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+
+from ramcore.errors import UserError
 
 # Read by Ray when it is imported or started; whoever set them keeps them.
 _SETTINGS = {
@@ -33,7 +35,7 @@ from ray.tune.error import TuneError  # noqa: E402
 from ray.tune.search import ConcurrencyLimiter  # noqa: E402
 
 from study.cluster import (  # noqa: E402
-    ClusterError,
+    # noqa: E402     UserError,
     Growth,
     Need,
     capacity,
@@ -44,7 +46,7 @@ from study.cluster import (  # noqa: E402
     one_line,
     watched,
 )
-from study.searcher import MAX_WORKER_DEATHS, Engine, TuneScheduler, TuneSearcher, TuneStopper  # noqa: E402
+from study.scheduler import MAX_WORKER_DEATHS, StudyScheduler, TuneScheduler, TuneSearcher, TuneStopper  # noqa: E402
 from study.trainable import SharedData, tune_trial  # noqa: E402
 
 _PENDING = "1000"  # trials that may wait for a place; Tune's default would grow a cluster by one node at a time
@@ -53,10 +55,6 @@ _OBJECT_STORE = 512 * 2**20  # bytes on a single machine: the images of any task
 
 class PoolLost(RuntimeError):
     """Ray or Tune broke down; what it ran can be taken up again in a new one."""
-
-
-class PoolError(ValueError):
-    """The machines cannot run the trials; the message says rule, fact and fix in one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +97,12 @@ def local_resources() -> dict[str, float]:
 
 
 def count_slots(resources: Mapping[str, float], pool: Pool) -> int:
-    """How many trials fit at a time. Raises PoolError if none does."""
+    """How many trials fit at a time. Raises UserError if none does."""
     slots = pool.need.fits(resources)
     if slots < 1:
         kind = "CPU" if Need(cpus=pool.cpus_per_trial, gpus=0).fits(resources) < 1 and pool.cpus_per_trial else "GPU"
         need = pool.cpus_per_trial if kind == "CPU" else pool.gpus_per_trial
-        raise PoolError(
+        raise UserError(
             f"a trial must fit on the machine; --{kind.lower()}s-per-trial is {need:g} and there are "
             f"{resources.get(kind, 0.0):g}: pass a smaller --{kind.lower()}s-per-trial"
         )
@@ -119,7 +117,7 @@ def ray_running(address: str | None) -> Iterator[None]:
         address: of a cluster; None for this machine. A bare `ray.init` would join whatever happens to run here.
 
     Raises:
-        ClusterError: no cluster there that takes us.
+        UserError: no cluster there that takes us.
     """
     on_sigterm = signal.getsignal(signal.SIGTERM)
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": False}
@@ -145,7 +143,7 @@ def ray_running(address: str | None) -> Iterator[None]:
             try:
                 ray.init(address=found, **code, **common)
             except (ConnectionError, RuntimeError, ValueError) as error:
-                raise ClusterError(
+                raise UserError(
                     f"--address must be that of a Ray cluster that takes this driver; {address} does not "
                     f"({one_line(error)}): mend that; from a machine outside of the cluster, forward its head's port "
                     "8265 and pass --address http://127.0.0.1:8265; or pass --address local for this machine alone"
@@ -158,17 +156,17 @@ def ray_running(address: str | None) -> Iterator[None]:
 
 
 def run_trials(
-    engine: Engine,
+    scheduler: StudyScheduler,
     data: SharedData,
     pool: Pool,
     work: Callable[..., None] = tune_trial,
     look: Callable[[], int] | None = None,
 ) -> None:
-    """Train what the engine wants trained; returns when it has no more or wants to stop. Raises what broke the
-    engine.
+    """Train what the scheduler wants trained; returns when it has no more or wants to stop. Raises what broke the
+    scheduler.
 
     Args:
-        engine: decides.
+        scheduler: decides.
         data: for the trials; Ray brings it to each node once.
         pool: how much a trial takes.
         work: what a trial does.
@@ -176,7 +174,7 @@ def run_trials(
     """
     slots = pool.slots
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = _PENDING
-    limiter = ConcurrencyLimiter(TuneSearcher(engine), max_concurrent=slots)
+    limiter = ConcurrencyLimiter(TuneSearcher(scheduler), max_concurrent=slots)
 
     def grow() -> None:
         with suppress(RayError, RuntimeError, OSError):  # a cluster that is gone: Tune meets it too, and says so
@@ -193,14 +191,14 @@ def run_trials(
             tune_config=tune.TuneConfig(
                 num_samples=-1,
                 search_alg=limiter,
-                scheduler=TuneScheduler(engine, slots),
+                scheduler=TuneScheduler(scheduler, slots),
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
                 name="tune",
                 storage_path=scratch,  # Tune's own files; see study.checkpoints for why they are not kept
                 failure_config=tune.FailureConfig(max_failures=MAX_WORKER_DEATHS),
-                stop=TuneStopper(engine),
+                stop=TuneStopper(scheduler),
                 verbose=0,
             ),
         )
@@ -210,8 +208,8 @@ def run_trials(
         except (RuntimeError, TuneError, RayError) as error:
             # Not every death of a worker is one that Tune survives: Ray's own killing of it for lack of memory is not.
             raise PoolLost(_reason(error)) from error
-    if engine.error is not None:
-        raise engine.error
+    if scheduler.error is not None:
+        raise scheduler.error
 
 
 def _reason(error: BaseException) -> str:

@@ -11,15 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ramcore.config import Config, Data, Task
+from ramcore.config import Config, Data
 from ramcore.data import DataMissing, TaskData, load_task
+from ramcore.errors import UserError
 from ramcore.recipes import TUNED
+from ramcore.space import Space
 from study import designs
 from study.checkpoints import open_folder
-from study.designs import Design, Plan
-from study.record import RecordError, RecordLost, StudySettings, best_trial, read_settings, read_trials
+from study.designs import Design, DesignInputs, TrialSpec, get_design
+from study.record import RecordLost, StudySettings, best_trial, read_settings, read_trials
+from study.search_space import search_space
 from study.snapshots import fetch, is_remote, record_folder, studies
-from study.space import Space, search_space
+from study.sobol import SobolSequence
 
 if TYPE_CHECKING:
     from study.run import Flags
@@ -44,17 +47,13 @@ _EMPTY_SPACE: dict[str, Any] = {"schema": 1, "dimensions": [], "constraints": []
 logger = logging.getLogger(__name__)
 
 
-class UsageError(ValueError):
-    """The command cannot be carried out; the message says rule, fact and fix in one line."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """A study that can start."""
 
     settings: StudySettings
     space: Space | None  # None: the paper's rows, which span two tasks and other models
-    rows: Callable[[], list[Plan]] | None  # of a fixed design
+    rows: Callable[[], list[TrialSpec]] | None  # of a fixed design
     total: int | None  # trials asked for; None: all rows
     data: TaskData  # the images; every task is made from the same
     folder: Path  # of the record
@@ -76,67 +75,69 @@ def prepare(flags: Flags) -> Prepared:
     """Resolve the flags. What is not given is taken from the study of that name if it exists, else from the defaults.
 
     Raises:
-        UsageError, ConfigError, DataError, RecordError: one line each.
+        UserError: one line each.
     """
     check_numbers(flags)
     if flags.money_budget is not None and flags.price_per_hour is None:  # known where the study runs
-        raise UsageError("a money budget needs a price; got --money-budget alone: pass --price-per-hour too")
+        raise UserError("a money budget needs a price; got --money-budget alone: pass --price-per-hour too")
     _check_writable(flags.storage)
     known = _read(flags.storage, flags.study) if flags.study else None
     if known is None:
-        design: Design = flags.design or "search"
-        tasks: tuple[Task, ...] = (flags.task,) if flags.task else designs.DEFAULT_TASKS.get(design, ("translated",))
+        name_of_design = flags.design or "search"
+        design = get_design(name_of_design)
+        tasks = (flags.task,) if flags.task else design.tasks
         wanted = flags.data
     else:
-        design = flags.design or known[0].design  # type: ignore[assignment]
-        tasks = (flags.task,) if flags.task else tuple(known[0].task.split("+"))  # type: ignore[assignment]
+        name_of_design = flags.design or known[0].design
+        design = get_design(name_of_design)
+        tasks = (flags.task,) if flags.task else tuple(known[0].task.split("+"))
         wanted = known[0].data if flags.data == "auto" else flags.data
-    if design == "paper" and not set(tasks) <= {"translated", "cluttered"}:
-        raise UsageError(
-            f"--design paper repeats the case study's table, on translated and cluttered; got --task {flags.task}: "
-            "leave --task out, or pass one of the two"
+    if not set(tasks) <= set(design.possible_tasks):
+        raise UserError(
+            f"--design {name_of_design} is for the tasks {', '.join(design.possible_tasks)}; got --task {flags.task}: "
+            "leave --task out, or pass one of these"
         )
-    if flags.sobol_share is not None and design != "search":
-        raise UsageError(f"--sobol-share is a search's; the design is {design}: leave it out")
+    if flags.sobol_share is not None and design.rows is not None:
+        raise UserError(f"--sobol-share is a search's; the design is {name_of_design}: leave it out")
     warnings: list[str] = []
     if wanted == "auto" and not flags.study:
-        wanted, known = _existing_study(flags.storage, tasks, design, warnings)
+        wanted, known = _existing_study(flags.storage, tasks, name_of_design, warnings)
     task_data = _load(wanted, tasks[0], flags.data_dir, warnings)
     data: Data = task_data.data  # type: ignore[assignment]
-    name = flags.study or _default_name(tasks, data, design)
+    name = flags.study or _default_name(tasks, data, name_of_design)
     folder = record_folder(flags.storage, name)
     known = known or _read(flags.storage, name)
 
     source = None
-    if design in designs.AROUND_A_SEARCH and known is None:
+    if design.from_search and known is None:
         source = _source(flags.storage, tasks[0], data, warnings)
     epochs = flags.epochs or (known[0].epochs if known else source[0].epochs if source else None)
-    epochs = epochs or designs.DEFAULT_EPOCHS[design]
-    seeds = flags.seeds_per_trial or (known[0].seeds_per_trial if known else designs.DEFAULT_SEEDS[design])
+    epochs = epochs or design.epochs
+    seeds = flags.seeds_per_trial or (known[0].seeds_per_trial if known else design.seeds_per_trial)
     share = flags.sobol_share if flags.sobol_share is not None else known[0].sobol_share if known else None
-    total = flags.trials or (designs.DEFAULT_TRIALS if design == "search" else None)
+    total = flags.trials or (designs.DEFAULT_TRIALS if design.rows is None else None)
     if known:
         total = max(flags.trials or 0, known[1])  # a study never has fewer than it was asked for
 
     base = dataclasses.replace(TUNED, data=data, task=tasks[0], epochs=epochs)
     if data == "digits":
         base = dataclasses.replace(base, **DIGITS)
-    space = search_space(base) if design == "search" or design in designs.AROUND_A_SEARCH else None
-    rows = _rows(design, space, base, tasks, seeds, source)
+    space = search_space(base) if design.has_space else None
+    rows = _rows(design, DesignInputs(base=base, tasks=tasks, seeds_per_trial=seeds, space=space), source)
     settings = StudySettings(
         study=name,
         task="+".join(tasks),
         data=data,
         digest=task_data.digest,
-        design=design,
+        design=name_of_design,
         epochs=epochs,
         seeds_per_trial=seeds,
         seed=SEED,
         sobol_share=designs.DEFAULT_SOBOL_SHARE if share is None else share,
-        space=space.describe() if space else _EMPTY_SPACE,
+        space=space.to_dict() if space else _EMPTY_SPACE,
     )
     if known and (differences := known[0].differences(settings)):
-        raise RecordError(
+        raise UserError(
             f"a study's name stands for one space, task and data; {name} differs in {'; '.join(differences)}: "
             "pass another --study, or the same settings"
         )
@@ -154,29 +155,25 @@ def prepare(flags: Flags) -> Prepared:
 
 
 def _rows(
-    design: Design,
-    space: Space | None,
-    base: Config,
-    tasks: tuple[Task, ...],
-    seeds: int,
-    source: tuple[StudySettings, dict[str, Any]] | None,
-) -> Callable[[], list[Plan]] | None:
-    if design == "search":
+    design: Design, inputs: DesignInputs, source: tuple[StudySettings, dict[str, Any]] | None
+) -> Callable[[], list[TrialSpec]] | None:
+    make = design.rows
+    if make is None:
         return None
-    if design == "paper":
-        return lambda: designs.paper(base.data, tasks, base.epochs, seeds)
-    if design == "mnih":
-        return lambda: designs.mnih(base.data, tasks, base.epochs, seeds)
-    if design == "ablation":
-        return lambda: designs.ablation(base.data, base.task, base.epochs, seeds)
-    assert space is not None
+    if not design.from_search:
+        return lambda: make(inputs)
 
-    def around_the_best() -> list[Plan]:
-        assert source is not None
-        best = {name: source[1][name] for name in space.names}
-        if design == "ofat":
-            return designs.ofat(space, best, seeds)
-        return designs.replicate(space, best, source[0].study, seeds)
+    def around_the_best() -> list[TrialSpec]:
+        assert source is not None and inputs.space is not None
+        points = SobolSequence(inputs.space, designs.SPREAD_SEED)
+        return make(
+            dataclasses.replace(
+                inputs,
+                best={name: source[1][name] for name in inputs.space.names},
+                source=source[0].study,
+                spread=[points[i] for i in range(designs.SPREAD_POINTS)],
+            )
+        )
 
     return around_the_best
 
@@ -192,16 +189,16 @@ def _source(storage: str, task: str, data: str, warnings: list[str]) -> tuple[St
             if known is None or (known[0].design, known[0].task, known[0].data) != ("search", task, data):
                 continue
             trials, _ = read_trials(path)
-        except (OSError, RecordError, RecordLost) as error:
+        except (OSError, UserError, RecordLost) as error:
             logger.warning("the study %s is left out: %s", name, error)
             continue
         best = best_trial(trials)
         if best is not None:
             ended = sum(t.state != "running" for t in trials)
             unfinished = f"{ended} of {known[1]} trials have ended" if ended < known[1] else ""
-            found.append((path.stat().st_mtime, known[0], dataclasses.asdict(best.plan.config), unfinished))
+            found.append((path.stat().st_mtime, known[0], dataclasses.asdict(best.spec.config), unfinished))
     if not found:
-        raise UsageError(
+        raise UserError(
             f"this design starts from a search's best configuration; {storage} holds no search of {task} {data} with a "
             f"finished trial: run `python -m study.run --task {task} --data {data}` first"
         )
@@ -214,13 +211,13 @@ def _source(storage: str, task: str, data: str, warnings: list[str]) -> tuple[St
     return settings, best
 
 
-def _default_name(tasks: tuple[Task, ...], data: str, design: Design) -> str:
+def _default_name(tasks: tuple[str, ...], data: str, design: str) -> str:
     """What a study is called that was given no name."""
     return f"{'-'.join(tasks)}-{data}-{design}"
 
 
 def _existing_study(
-    storage: str, tasks: tuple[Task, ...], design: Design, warnings: list[str]
+    storage: str, tasks: tuple[str, ...], design: str, warnings: list[str]
 ) -> tuple[str, tuple[StudySettings, int] | None]:
     """What `--data auto` means, and what is known of the study that it continues: the same command continues a study,
     also where MNIST has come or gone since.
@@ -236,7 +233,7 @@ def _existing_study(
     return "auto", None
 
 
-def _load(wanted: str, task: Task, data_dir: Path | None, warnings: list[str]) -> TaskData:
+def _load(wanted: str, task: str, data_dir: Path | None, warnings: list[str]) -> TaskData:
     if wanted != "auto":
         return load_task(Config(data=wanted, task=task), data_dir)  # type: ignore[arg-type]
     try:
@@ -247,7 +244,7 @@ def _load(wanted: str, task: Task, data_dir: Path | None, warnings: list[str]) -
 
 
 def check_numbers(flags: Flags) -> None:
-    """Refuse numbers that mean nothing. Raises UsageError."""
+    """Refuse numbers that mean nothing. Raises UserError."""
     for name, value in (
         ("--trials", flags.trials),
         ("--epochs", flags.epochs),
@@ -255,7 +252,7 @@ def check_numbers(flags: Flags) -> None:
         ("--max-concurrent", flags.max_concurrent),
     ):
         if value is not None and value < 1:
-            raise UsageError(f"{name} must be at least 1; got {value}: pass a larger number or leave it out")
+            raise UserError(f"{name} must be at least 1; got {value}: pass a larger number or leave it out")
     for name, value in (
         ("--cpus-per-trial", flags.cpus_per_trial),
         ("--time-budget", flags.time_budget),
@@ -263,17 +260,17 @@ def check_numbers(flags: Flags) -> None:
         ("--money-budget", flags.money_budget),
     ):
         if value is not None and not 0 < value < float("inf"):
-            raise UsageError(f"{name} must be above 0; got {value:g}: pass a positive number or leave it out")
+            raise UserError(f"{name} must be above 0; got {value:g}: pass a positive number or leave it out")
     if flags.sobol_share is not None and not 0 < flags.sobol_share <= 0.8:
-        raise UsageError(
+        raise UserError(
             f"--sobol-share must be above 0 and at most 0.8; got {flags.sobol_share:g}: a fifth of the trials is TPE's"
         )
     if not 0 <= (flags.gpus_per_trial or 0) < float("inf"):
-        raise UsageError(
+        raise UserError(
             f"--gpus-per-trial must be at least 0; got {flags.gpus_per_trial:g}: pass 0, a fraction or a count"
         )
     if flags.study is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", flags.study):
-        raise UsageError(
+        raise UserError(
             "a study's name is a folder's name: up to 100 letters, digits, and . _ + - after the first; "
             f"got {flags.study!r}: pass another --study"
         )
@@ -284,7 +281,7 @@ def _read(storage: str, study: str) -> tuple[StudySettings, int] | None:
     try:
         fetch(storage, study)
     except OSError as error:
-        raise UsageError(_unreachable(storage, error)) from error
+        raise UserError(_unreachable(storage, error)) from error
     return read_settings(record_folder(storage, study) / "study.db")
 
 
@@ -301,10 +298,10 @@ def _check_writable(storage: str) -> None:
             folder.delete("probe")
             folder.delete_folder("")
         except (OSError, ValueError) as error:  # pyarrow's ValueError: no such kind of storage
-            raise UsageError(_unreachable(storage, error)) from error
+            raise UserError(_unreachable(storage, error)) from error
         return
     path = Path(storage).absolute()
     while not path.exists():
         path = path.parent
     if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
-        raise UsageError(f"--storage must be a folder that can be written; {path} cannot: pass another --storage")
+        raise UserError(f"--storage must be a folder that can be written; {path} cannot: pass another --storage")

@@ -12,7 +12,7 @@ In the storage:
   study user attributes   settings (StudySettings), totals (trials asked for, as it grew), rows (of a fixed design),
                           uid, created, "run 0007" (what one run of the command was: commit, versions, devices, ...),
                           "test 0007" (of a trial whose test images were read after its end)
-  trial user attributes   plan (Plan.to_dict); run (the number of the one that began it); arm, row, seeds (for readers);
+  trial user attributes   plan (TrialSpec.to_dict); run (the number of the one that began it); origin, row, seeds (for readers);
                           "epoch 0007" (one record an epoch:
                           {"time": ms since 1970, "metrics": EpochMetrics.to_dict()}), test, end ({"state", "reason",
                           "time"})
@@ -38,12 +38,14 @@ from typing import Any, Literal, Self
 import optuna
 import sqlalchemy.event
 import sqlalchemy.exc
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from ramcore.errors import UserError
+from ramcore.space import Space
 from study.checkpoints import open_folder
-from study.designs import DEFAULT_SOBOL_SHARE, Plan
+from study.designs import DEFAULT_SOBOL_SHARE, TrialSpec
 from study.faults import fault_point
 from study.snapshots import Lease, LeaseHeld, Snapshots, fetch, is_remote, record_folder
 
@@ -57,10 +59,6 @@ OPTUNA_STATE: dict[State, TrialState] = {
     "failed": TrialState.FAIL,
 }
 _TOLERANCE = 1e-6  # largest difference between two reports of one epoch; more means that a resumed trial drifted
-
-
-class RecordError(ValueError):
-    """The record cannot be used; the message says rule, fact and fix in one line."""
 
 
 class RecordLost(RuntimeError):
@@ -80,7 +78,7 @@ class StudySettings:
     seeds_per_trial: int
     seed: int  # of Sobol and TPE
     sobol_share: float = DEFAULT_SOBOL_SHARE  # of a search's trials
-    space: dict[str, Any]  # Space.describe() without the settings
+    space: dict[str, Any]  # Space.to_dict()
 
     def differences(self, other: StudySettings) -> list[str]:
         """What differs, in words: 'epochs 30 there, 10 asked for'."""
@@ -126,12 +124,13 @@ class TrialRecord:
 
     number: int
     trial_id: int  # Optuna's
-    plan: Plan
+    spec: TrialSpec
     started: int  # ms since 1970
     run: int | None = None  # number of the run of the command that began it
     epochs: list[Epoch] = field(default_factory=list)  # epochs 1, 2, ... without gaps
     state: State = "running"
-    reason: str = ""
+    reason: str = ""  # why it ended
+    diverged: bool = False  # it ended because a loss or a gradient was not finite
     ended: int | None = None  # ms since 1970
     test: dict[str, Any] | None = None  # what `ramcore` read on the test images at the trial's end, if it did
 
@@ -162,7 +161,12 @@ class Record:
 
     @classmethod
     def open(
-        cls, folder: Path, settings: StudySettings, *, total: int | None, rows: Callable[[], list[Plan]] | None = None
+        cls,
+        folder: Path,
+        settings: StudySettings,
+        *,
+        total: int | None,
+        rows: Callable[[], list[TrialSpec]] | None = None,
     ) -> Self:
         """Create the record in `folder`, or continue the one that is there.
 
@@ -174,13 +178,13 @@ class Record:
             rows: makes those of a fixed design; None for a search. A continued study keeps those it has.
 
         Raises:
-            RecordError: another process holds it, or it is a study with other settings.
+            UserError: another process holds it, or it is a study with other settings.
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = _lock(folder / "driver.lock")
         except OSError as error:
-            raise RecordError(
+            raise UserError(
                 f"a study's folder must be one that can be written; {folder}: {error.strerror}: pass another --storage"
             ) from error
         try:
@@ -197,7 +201,7 @@ class Record:
         lock: int,
         *,
         total: int | None,
-        rows: Callable[[], list[Plan]] | None,
+        rows: Callable[[], list[TrialSpec]] | None,
     ) -> Self:
         with _write_errors():
             study, rdb = _open_storage(folder / "study.db", settings.study)
@@ -207,7 +211,7 @@ class Record:
             if "settings" in attrs:
                 there = StudySettings(**attrs["settings"])
                 if differences := there.differences(settings):
-                    raise RecordError(
+                    raise UserError(
                         f"a study's name stands for one space, task and data; {settings.study} differs in "
                         f"{'; '.join(differences)}: pass another --study, or the same settings"
                     )
@@ -223,14 +227,14 @@ class Record:
             record._load()
             return record
 
-    def _ask_for(self, total: int | None, rows: Callable[[], list[Plan]] | None) -> None:
+    def _ask_for(self, total: int | None, rows: Callable[[], list[TrialSpec]] | None) -> None:
         attrs: dict[str, Any] = self.study.user_attrs
         if "settings" not in attrs:  # new, or a crash came before it was complete: what is there counts for nothing
             attrs = {"rows": [plan.to_dict() for plan in rows()]} if rows is not None else {}
             for name, value in attrs.items():
                 self.study.set_user_attr(name, value)
             fault_point("record.open.rows")
-        self.rows = [Plan.from_dict(row) for row in attrs["rows"]] if "rows" in attrs else None
+        self.rows = [TrialSpec.from_dict(row) for row in attrs["rows"]] if "rows" in attrs else None
         self.totals: list[int] = attrs.get("totals", [])
         if total is None and self.rows is not None:
             total = len(self.rows)
@@ -275,26 +279,27 @@ class Record:
 
     # Writing: each of these returns after the commit.
 
-    def begin_run(self, origin: dict[str, Any]) -> None:
+    def begin_run(self, provenance: dict[str, Any]) -> None:
         """Note where and with what the trials that start from now on are trained: commit, versions, devices, ..."""
         with _write_errors():
-            self.study.set_user_attr(_run_key(len(self.runs)), origin)
-        self.runs.append(origin)
+            self.study.set_user_attr(_run_key(len(self.runs)), provenance)
+        self.runs.append(provenance)
 
-    def start(self, plan: Plan, distributions: dict[str, BaseDistribution]) -> TrialRecord:
+    def start(self, spec: TrialSpec, space: Space | None) -> TrialRecord:
         """Enter a new trial, with everything that defines it in one commit.
 
         Args:
-            plan: the trial.
-            distributions: of its searched values, for Optuna; empty for a trial outside the space (the CNN).
+            spec: the trial.
+            space: for Optuna, the search space that it lies in; None for a trial outside of any (the CNN).
         """
-        params = {name: getattr(plan.config, name) for name in distributions}
+        ranges = distributions(space) if space is not None else {}
+        params = {name: getattr(spec.config, name) for name in ranges}
         now, run = _now(), len(self.runs) - 1 if self.runs else None
         template = optuna.trial.create_trial(
             state=TrialState.RUNNING,
             params=params,
-            distributions=distributions,
-            user_attrs={"plan": plan.to_dict(), "started": now, "run": run, **_readable(plan)},
+            distributions=ranges,
+            user_attrs={"plan": spec.to_dict(), "started": now, "run": run, **_readable(spec)},
         )
         with _write_errors():
             fault_point("record.start.before")
@@ -303,7 +308,7 @@ class Record:
             if self.snapshots is not None:
                 self.snapshots.save()
         fault_point("record.start.after")
-        trial = TrialRecord(number=number, trial_id=trial_id, plan=plan, started=now, run=run)
+        trial = TrialRecord(number=number, trial_id=trial_id, spec=spec, started=now, run=run)
         self.trials[number] = trial
         self._touch(number)
         return trial
@@ -342,12 +347,14 @@ class Record:
         self._touch(number)
         return True
 
-    def end(self, number: int, state: State, reason: str, test: dict[str, Any] | None = None) -> None:
+    def end(
+        self, number: int, state: State, reason: str, *, test: dict[str, Any] | None = None, diverged: bool = False
+    ) -> None:
         """End a trial. A second end of the same trial is ignored: the first one counts."""
         trial = self.trials[number]
         if trial.state != "running":
             return
-        end = {"state": state, "reason": reason, "time": _now(), "test": test}
+        end = {"state": state, "reason": reason, "time": _now(), "test": test, "diverged": diverged}
         with _write_errors():
             fault_point("record.end.before")
             self._storage.set_trial_user_attr(trial.trial_id, "end", end)
@@ -415,7 +422,7 @@ def open_record(
     settings: StudySettings,
     *,
     total: int | None,
-    rows: Callable[[], list[Plan]] | None = None,
+    rows: Callable[[], list[TrialSpec]] | None = None,
     say: Callable[[str], None] = logger.info,
 ) -> Record:
     """`Record.open` for a study in a storage; in a remote one, with its lease and what was written until that was ours.
@@ -426,7 +433,7 @@ def open_record(
         say: is told of waiting for another machine's driver.
 
     Raises:
-        RecordError: another driver has it, here or elsewhere, or it is a study with other settings.
+        UserError: another driver has it, here or elsewhere, or it is a study with other settings.
         RecordLost: the storage cannot be reached.
     """
     folder = record_folder(storage, settings.study)
@@ -444,7 +451,7 @@ def open_record(
         record.snapshots = Snapshots(folder / "study.db", shared, lease)
     except LeaseHeld as error:
         record.close()
-        raise RecordError(str(error)) from error
+        raise UserError(str(error)) from error
     except OSError as error:
         record.close()
         raise RecordLost(f"the storage cannot be written: {error}") from error
@@ -469,19 +476,32 @@ def read_totals(path: Path) -> list[int]:
     return totals
 
 
-def read_trials(path: Path) -> tuple[list[TrialRecord], list[Plan] | None]:
+def read_trials(path: Path) -> tuple[list[TrialRecord], list[TrialSpec] | None]:
     """The trials of the study in a SQLite file, and the rows of its design if that is fixed."""
     study, rdb = _open_storage(path, None)
     trials = [_from_storage(frozen) for frozen in study.get_trials(deepcopy=False)] if study is not None else []
     rows = study.user_attrs.get("rows") if study is not None else None
     rdb.engine.dispose()
-    return trials, None if rows is None else [Plan.from_dict(row) for row in rows]
+    return trials, None if rows is None else [TrialSpec.from_dict(row) for row in rows]
 
 
 def best_trial(trials: list[TrialRecord]) -> TrialRecord | None:
     """The complete trial of highest objective; the earliest of equals."""
     complete = [t for t in trials if t.value is not None]
     return max(complete, key=lambda t: (t.value or 0.0, -t.number), default=None)
+
+
+def distributions(space: Space) -> dict[str, BaseDistribution]:
+    """A search space as Optuna's distributions."""
+    found: dict[str, BaseDistribution] = {}
+    for d in space.dimensions:
+        if d.type == "categorical":
+            found[d.name] = CategoricalDistribution(d.choices)
+        elif d.type == "int":
+            found[d.name] = IntDistribution(int(d.low), int(d.top), log=d.log, step=d.step or 1)
+        else:
+            found[d.name] = FloatDistribution(d.low, d.high, log=d.log)
+    return found
 
 
 # Reading and writing details.
@@ -497,7 +517,7 @@ def _from_storage(frozen: FrozenTrial) -> TrialRecord:
     trial = TrialRecord(
         number=frozen.number,
         trial_id=frozen._trial_id,
-        plan=Plan.from_dict(attrs["plan"]),
+        spec=TrialSpec.from_dict(attrs["plan"]),
         started=attrs["started"],
         run=attrs.get("run"),
     )
@@ -511,6 +531,7 @@ def _from_storage(frozen: FrozenTrial) -> TrialRecord:
 
 def _apply_end(trial: TrialRecord, end: dict[str, Any]) -> None:
     trial.reason, trial.ended, trial.test = end["reason"], end["time"], end["test"]
+    trial.diverged = end.get("diverged", end["reason"].startswith("diverged"))  # older records say it in words only
     trial.state = end["state"]  # last: the tracker's thread takes it for the sign that the rest is there
 
 
@@ -526,9 +547,9 @@ def _test_key(number: int) -> str:
     return f"test {number:04d}"
 
 
-def _readable(plan: Plan) -> dict[str, Any]:
+def _readable(spec: TrialSpec) -> dict[str, Any]:
     """What a person looking at Optuna's dashboard wants as columns of their own."""
-    return {"arm": plan.arm, "row": plan.row, "seeds": ",".join(map(str, plan.seeds))}
+    return {"origin": spec.origin, "row": spec.row, "seeds": ",".join(map(str, spec.seeds))}
 
 
 def _now() -> int:
@@ -554,7 +575,7 @@ def _open_storage(path: Path, name: str | None) -> tuple[optuna.Study | None, RD
         cause = error.__cause__ or error
         if isinstance(cause, sqlalchemy.exc.OperationalError) or isinstance(error, sqlalchemy.exc.OperationalError):
             raise RecordLost(f"the record cannot be opened: {_first_line(cause)}") from error  # full, I/O, locked
-        raise RecordError(
+        raise UserError(
             f"a study's record must be an Optuna SQLite file; {path} cannot be used ({_first_line(cause)}): "
             "pass another --study, or move the file away"
         ) from error
@@ -587,7 +608,7 @@ def _lock(path: Path) -> int:
     except BlockingIOError:
         holder = os.read(handle, 100).decode(errors="replace").strip() or "unknown"
         os.close(handle)
-        raise RecordError(
+        raise UserError(
             f"a study has one driver at a time; process {holder} is running {path.parent.name}: wait for it or end it"
         ) from None
     os.ftruncate(handle, 0)

@@ -27,14 +27,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from ramcore.config import ConfigError, Task
-from ramcore.data import DataError
+from ramcore.config import Task
+from ramcore.errors import UserError
 from study import cluster
-from study.cluster import ClusterError
-from study.designs import Design
-from study.plan import plan_lines
-from study.prepare import Prepared, UsageError, check_numbers, prepare
-from study.record import Record, RecordError, RecordLost, open_record
+from study.dry_run import plan_lines
+from study.prepare import Prepared, check_numbers, prepare
+from study.record import Record, RecordLost, open_record
 
 if TYPE_CHECKING:
     from study.tracking import Tracker
@@ -42,7 +40,6 @@ if TYPE_CHECKING:
 DONE, BROKEN, USAGE, SOME_FAILED, STOPPED = 0, 1, 2, 3, 75
 _FAILURES_SHOWN = 10
 _BREAKDOWNS = 3  # of Ray, without an epoch between, after which a run gives up
-_REFUSALS = (UsageError, ConfigError, DataError, RecordError, ClusterError)
 SUBMITTED = "RAM_STUDY_SUBMITTED"  # what `study.submit` tells the job of where it comes from, as JSON
 
 
@@ -60,7 +57,7 @@ class Flags:
     """Where the images come from. auto: MNIST if it can be had, else the bundled digits, with a warning."""
     data_dir: Path | None = None
     """Folder of the IDX files. Default: $RAM_DATA_DIR, then the per-user cache, then a download."""
-    design: Design | None = None
+    design: str | None = None
     """What is tried: search (default), paper (the case study's table), mnih (Mnih et al.'s tables at the tuned recipe),
     ablation (the tuned recipe less one choice at a time), ofat (one factor at a time around the best and a small-patch
     configuration), replicate (best, default and spread points on held-out seeds)."""
@@ -116,7 +113,7 @@ def main(flags: Flags) -> int:
             check_numbers(flags)
             return submit(flags)
         prepared = prepare(flags)
-    except _REFUSALS as error:
+    except UserError as error:
         return _refuse(error)
     except RecordLost as error:
         _say(f"stopped ({error}); the same command continues: {command()}")
@@ -156,9 +153,9 @@ def main(flags: Flags) -> int:
                 others = "://" not in prepared.storage and wanted.growth is not None and wanted.growth.workers > 0
                 present = cluster.wait_for_workers(wanted.need, wanted.growth, trials, others=others, say=_say)
                 if problem := check(present):
-                    raise ClusterError(problem)
+                    raise UserError(problem)
         record = open_record(prepared.storage, prepared.settings, total=prepared.total, rows=prepared.rows, say=_say)
-    except (*_REFUSALS, tracking.TrackingError, pool.PoolError) as error:
+    except UserError as error:
         return _refuse(error)
     except RecordLost as error:
         _say(f"stopped ({error}); the same command continues: {command()}")
@@ -173,7 +170,7 @@ def _settled(flags: Flags) -> Flags:
     """With what the environment says where a flag was left out."""
     address = None if flags.address in (None, "", "local") else flags.address
     if address is not None and address.startswith("ray://"):
-        raise UsageError(
+        raise UserError(
             f"--address is a job server, or auto on the cluster itself; got {address}, a Ray client's: forward the "
             "head's port 8265 and pass --address http://127.0.0.1:8265"
         )
@@ -186,24 +183,24 @@ def _settled(flags: Flags) -> Flags:
 
 
 def _run(flags: Flags, prepared: Prepared, record: Record, wanted: Any, uri: str, check: cluster.Check) -> int:
-    from study import outcome, pool
+    from study import pool, results
+    from study.asha import default_halving
     from study.checkpoints import open_folder
-    from study.halving import default_halving
-    from study.progress import Progress
-    from study.searcher import Engine
+    from study.display import Progress
+    from study.scheduler import StudyScheduler
     from study.trainable import SharedData
 
     settings = record.settings
     folder = open_folder(prepared.storage, settings.study)
     devices: dict[str, float] = pool.local_resources() if flags.address is None else {}
     progress = Progress(study=settings.study, epochs=settings.epochs)
-    engine = Engine(
+    scheduler = StudyScheduler(
         record,
         space=prepared.space,
         halving=default_halving(settings.epochs),
         folder=folder,
         storage=prepared.storage,
-        watcher=progress,
+        callback=progress,
     )
     meter = cluster.Meter(machines=1)
     tracker: Tracker | None = None
@@ -214,99 +211,101 @@ def _run(flags: Flags, prepared: Prepared, record: Record, wanted: Any, uri: str
         meter.set(sum(wanted.need.fits(node.resources) > 0 for node in present))
         # Asked twice: what a node says once, in the middle of a long study, may be a moment's trouble.
         if check(present) and (problem := check(cluster.nodes())):
-            engine.stop(problem)
+            scheduler.stop(problem)
         progress.slots = max(progress.slots, wanted.slots)
         return progress.slots
 
     with _signals() as received, progress:
-        engine.stop_when(_budget(flags, received, meter))
-        progress.resume(list(record.trials.values()), engine.arms)
+        scheduler.stop_when(_budget(flags, received, meter))
+        progress.resume(list(record.trials.values()), scheduler.origins)
         code = DONE
         try:
             breakdowns = 0
-            while not engine.finished and not engine.should_stop():
+            while not scheduler.finished and not scheduler.should_stop():
                 before, working = record.epochs, False
                 try:
                     with pool.ray_running(flags.address):
                         progress.slots, devices = wanted.slots, wanted.devices
                         if tracker is None:
-                            record.begin_run(_origin(flags, devices))
+                            record.begin_run(_provenance(flags, devices))
                             tracker = _start_tracker(flags, prepared, record, uri, devices)
                             progress.outage = lambda followed=tracker: followed.outage
-                        if not engine.should_stop():  # a signal may have come while Ray started
+                        if not scheduler.should_stop():  # a signal may have come while Ray started
                             follow = None if flags.address is None else look
                             working = True
-                            pool.run_trials(engine, SharedData.of(prepared.data), wanted, look=follow)
-                            if not engine.finished and not engine.should_stop():
+                            pool.run_trials(scheduler, SharedData.of(prepared.data), wanted, look=follow)
+                            if not scheduler.finished and not scheduler.should_stop():
                                 raise pool.PoolLost("Ray Tune ended with trials to go")
                 except pool.PoolLost as error:
                     breakdowns = 1 if record.epochs > before else breakdowns + 1
                     running = [t.number for t in record.trials.values() if t.state == "running"]
                     if breakdowns == _BREAKDOWNS and working and len(running) == 1:  # nobody else was there
-                        engine.worker_lost(running[0], f"Ray broke down {breakdowns} times over it; {error}")
+                        scheduler.worker_lost(running[0], f"Ray broke down {breakdowns} times over it; {error}")
                         breakdowns = 0
                     elif breakdowns == _BREAKDOWNS:
-                        engine.stop(f"Ray broke down {breakdowns} times without an epoch between: {error}")
+                        scheduler.stop(f"Ray broke down {breakdowns} times without an epoch between: {error}")
                     else:
                         progress.note(f"Ray broke down and is started again: {error}")
-                        engine.take_up_lost()
-        except (pool.PoolError, ClusterError) as error:
+                        scheduler.take_up_lost()
+        except UserError as error:
             if tracker is None:
                 return _refuse(error)
-            engine.stop(str(error))  # the cluster went while the study ran
+            scheduler.stop(str(error))  # the cluster went while the study ran
         except (RecordLost, OSError) as error:  # OSError: Ray's own files, on a full disk
-            engine.stop(str(error))
+            scheduler.stop(str(error))
         try:
             record.flush()
         except RecordLost as error:
-            engine.error = engine.error or error
-            engine.stop(str(error))
-        code = _exit_code(engine, received)
+            scheduler.error = scheduler.error or error
+            scheduler.stop(str(error))
+        code = _exit_code(scheduler, received)
         if tracker is None:
             tracker = _start_tracker(flags, prepared, record, uri, devices)
         done = code in (DONE, SOME_FAILED)
-        found = outcome.conclude(record)
+        found = results.conclude(record)
         publish = None
         if done and found is not None:
             try:
-                if not outcome.read_best_test(record, folder, prepared.data):
+                if not results.read_best_test(record, folder, prepared.data):
                     number = found.best.number
                     _say(f"warning: the best weights, of trial {number:04d}, are gone: no test accuracy, no model")
             except (RecordLost, OSError) as error:
                 _say(f"warning: {error}; the test accuracy is read by the next run of the same command")
-            publish = outcome.publisher(found, folder, prepared.data)
+            publish = results.publisher(found, folder, prepared.data)
         status = "finished" if done else "failed" if code == BROKEN else "stopped"
         untracked = tracker.finish(status, publish=publish)
-    _report(prepared, engine, found, uri, untracked, code)
+    _report(prepared, scheduler, found, uri, untracked, code)
     return code
 
 
-def _exit_code(engine: Any, received: list[int]) -> int:
-    if engine.broken:
+def _exit_code(scheduler: Any, received: list[int]) -> int:
+    if scheduler.broken:
         return BROKEN
-    if isinstance(engine.error, RecordLost):
+    if isinstance(scheduler.error, RecordLost):
         return STOPPED  # even if it was the last trial's end: the record does not hold it
-    if engine.finished:
-        failed = any(t.state == "failed" for t in engine.record.trials.values())
+    if scheduler.finished:
+        failed = any(t.state == "failed" for t in scheduler.record.trials.values())
         return SOME_FAILED if failed else DONE
     return 128 + received[0] if received else STOPPED
 
 
-def _report(prepared: Prepared, engine: Any, found: Any, uri: str, untracked: str | None, code: int) -> None:
+def _report(prepared: Prepared, scheduler: Any, found: Any, uri: str, untracked: str | None, code: int) -> None:
     """What a study ends with: the results on stdout, what is amiss on stderr."""
-    from study import tracking
-    from study.outcome import describe
+    from study import schema
+    from study.results import describe
 
-    record = engine.record
+    record = scheduler.record
     states = [t.state for t in record.trials.values()]
     name = record.settings.study
     if code == BROKEN:
-        _say(f"error: {engine.stopping}: mend it and run the same command; failed trials stay failed, the rest are run")
+        _say(
+            f"error: {scheduler.stopping}: mend it and run the same command; failed trials stay failed, the rest are run"
+        )
     elif code not in (DONE, SOME_FAILED):
-        _say(f"stopped ({engine.stopping or 'Ray Tune ended early'}); the same command continues: {command()}")
+        _say(f"stopped ({scheduler.stopping or 'Ray Tune ended early'}); the same command continues: {command()}")
     print(
         f"Study {name}: {states.count('complete')} trials finished, {states.count('pruned')} stopped early, "
-        f"{states.count('failed')} failed, {states.count('running')} to be continued, of {engine.total}"
+        f"{states.count('failed')} failed, {states.count('running')} to be continued, of {scheduler.total}"
     )
     if found is not None:
         print("\n".join(describe(found, prepared.space.names if prepared.space else ())))
@@ -317,7 +316,7 @@ def _report(prepared: Prepared, engine: Any, found: Any, uri: str, untracked: st
         print(f"  and {len(failed) - _FAILURES_SHOWN} more")
     print(f"Record: {prepared.folder / 'study.db'}; tracked in {uri}")
     print("Next:")
-    default = uri == tracking.DEFAULT_URI
+    default = uri == schema.DEFAULT_TRACKING_URI
     if not uri.startswith("http"):
         print(f"  mlflow ui{'' if default else f' --backend-store-uri {uri}'}")
     print(f"  python -m analysis.sensitivity --study {name}{'' if default else f' --tracking-uri {uri}'}")
@@ -326,15 +325,15 @@ def _report(prepared: Prepared, engine: Any, found: Any, uri: str, untracked: st
 
 
 def _start_tracker(flags: Flags, prepared: Prepared, record: Record, uri: str, devices: dict[str, float]) -> Tracker:
-    from study.tracking import Origin, Tracker
+    from study.tracking import Provenance, Tracker
 
     settings = record.settings
     # Of the last run that trained: whoever only looks at a study again did not make it.
-    origin = record.runs[-1] if record.runs else _origin(flags, devices)
+    provenance = record.runs[-1] if record.runs else _provenance(flags, devices)
     described = {
         **{k: v for k, v in asdict(settings).items() if k != "space"},
         "trials": record.totals[-1],
-        **origin,
+        **provenance,
         "runs": record.runs,
         "data_sizes": prepared.data.sizes,
         "record": f"{flags.storage.rstrip('/')}/{settings.study}/study.db",
@@ -353,14 +352,14 @@ def _start_tracker(flags: Flags, prepared: Prepared, record: Record, uri: str, d
     tracker = Tracker(
         record,
         uri,
-        Origin(settings=described, commit=origin["commit"], dirty=origin["commit_dirty"], params=params),
+        Provenance(settings=described, commit=provenance["commit"], dirty=provenance["commit_dirty"], params=params),
         space,
     )
     tracker.start()
     return tracker
 
 
-def _origin(flags: Flags, devices: dict[str, float]) -> dict[str, Any]:
+def _provenance(flags: Flags, devices: dict[str, float]) -> dict[str, Any]:
     """What is needed to do this run again."""
     commit, dirty = working_tree()
     return {

@@ -25,7 +25,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from study.cluster import ClusterError, code_folder, one_line, wrong_token
+from ramcore.errors import UserError
+from study.cluster import code_folder, one_line, wrong_token
 from study.run import DONE, STOPPED, SUBMITTED, Flags, command, working_tree
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def submit(flags: Flags) -> int:
     """Submit the command, or find the job that runs its study; follow it; returns the job's exit code.
 
     Raises:
-        ClusterError: the job server is not there, or does not take us, or runs this study with other flags.
+        UserError: the job server is not there, or does not take us, or runs this study with other flags.
     """
     assert flags.address is not None
     address = flags.address.rstrip("/")
@@ -51,7 +52,7 @@ def submit(flags: Flags) -> int:
     try:
         return _submit_or_follow(flags, address)
     except AuthenticationError as error:
-        raise ClusterError(wrong_token(address)) from error
+        raise UserError(wrong_token(address)) from error
 
 
 def _submit_or_follow(flags: Flags, address: str) -> int:
@@ -60,7 +61,7 @@ def _submit_or_follow(flags: Flags, address: str) -> int:
     study = study_of(flags)
     running = None if flags.dry_run else _running(client, study)
     if running is not None and running.entrypoint != entrypoint:
-        raise ClusterError(
+        raise UserError(
             f"a study has one driver at a time; job {running.submission_id} runs {study} as `{running.entrypoint}`: "
             f"repeat that, or stop it with `{_ray_job('stop', address, running.submission_id)}`"
         )
@@ -112,13 +113,13 @@ _FIX = "forward the head's port 8265 (`ray dashboard cluster.yaml`) and try agai
 
 
 def _prepare_client(address: str) -> None:
-    """See that somebody is there, and set what Ray reads when it is imported. Raises ClusterError."""
+    """See that somebody is there, and set what Ray reads when it is imported. Raises UserError."""
     parts = urllib.parse.urlsplit(address)
     try:
         port = parts.port or (443 if parts.scheme == "https" else 80)
         socket.create_connection((parts.hostname or "", port), timeout=_CONNECT_SECONDS).close()
     except (OSError, ValueError) as error:
-        raise ClusterError(f"{_RULE}; {address} did not answer ({one_line(error)}): {_FIX}") from error
+        raise UserError(f"{_RULE}; {address} did not answer ({one_line(error)}): {_FIX}") from error
     if parts.scheme == "http" and parts.hostname not in ("127.0.0.1", "localhost", "::1"):
         _say(
             f"warning: the token and the code go to {parts.hostname} unencrypted; forward its port through SSH instead"
@@ -137,7 +138,7 @@ def _connect(address: str) -> JobSubmissionClient:
     try:
         return JobSubmissionClient(address)
     except (RuntimeError, ConnectionError, OSError, ValueError, KeyError) as error:
-        raise ClusterError(f"{_RULE}; {address} is not one ({one_line(error)}): {_FIX}") from error
+        raise UserError(f"{_RULE}; {address} is not one ({one_line(error)}): {_FIX}") from error
 
 
 def _running(client: JobSubmissionClient, study: str) -> JobDetails | None:
@@ -164,7 +165,7 @@ def _submit(client: JobSubmissionClient, job: str, entrypoint: str, metadata: di
                 },
             )
         except (RuntimeError, OSError) as error:
-            raise ClusterError(
+            raise UserError(
                 f"the cluster must take the job; it did not ({one_line(error)}): look at its dashboard and try again"
             ) from error
 

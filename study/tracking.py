@@ -25,18 +25,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ramcore.errors import UserError
+from study import schema
 from study.faults import fault_point
 from study.record import Record, TrialRecord
 
-EXPERIMENT = "ram-study"
-SCHEMA = "1"
-DEFAULT_URI = "sqlite:///mlflow.db"
 _METRICS_A_CALL = 900  # MLflow takes at most 1,000 in one call; some are not an epoch's
 _BACKOFF = (1.0, 2.0, 5.0, 10.0)  # seconds between tries during an outage
 _REST = 2.0  # times as long as writing took, between two writings: the driver's other threads have more urgent work
 _REST_MOST = 5.0  # seconds; epochs that come meanwhile share a call
 _PUBLISH_TRIES = 3  # before a study ends without what it was to publish
-_MEANS = ("train_loss", "train_accuracy", "reward", "baseline_error", "gradient_norm", "val_loss", "val_accuracy")
+_MEANS = (*schema.EPOCH_MEANS, schema.OBJECTIVE)
 
 _RUN_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
@@ -63,17 +62,13 @@ from mlflow.exceptions import MlflowException  # noqa: E402
 _OUTAGE = (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError)  # what an absent or broken tracking server raises
 
 
-class TrackingError(ValueError):
-    """The tracking server cannot be used; the message says rule, fact and fix in one line."""
-
-
 def tracking_uri(flag: str | None) -> str:
     """--tracking-uri, else $MLFLOW_TRACKING_URI, else a SQLite file where `mlflow ui` looks for it."""
-    return flag or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    return flag or os.environ.get("MLFLOW_TRACKING_URI") or schema.DEFAULT_TRACKING_URI
 
 
 def check_reachable(uri: str, timeout: float = 5.0) -> None:
-    """Refuse a tracking server that is not there, within seconds. Raises TrackingError."""
+    """Refuse a tracking server that is not there, within seconds. Raises UserError."""
     if uri.startswith(("http://", "https://")):
         try:
             with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=timeout):
@@ -82,19 +77,19 @@ def check_reachable(uri: str, timeout: float = 5.0) -> None:
             return  # something answers; what it thinks of us shows later, and training does not depend on it
         except (OSError, ValueError) as error:
             reason = getattr(error, "reason", error)
-            raise TrackingError(
+            raise UserError(
                 f"the tracking server must answer when a study starts; {uri} did not ({reason}): "
                 "start it with `mlflow server`, or pass another --tracking-uri"
             ) from error
     if uri.startswith("sqlite:///"):
         folder = Path(uri.removeprefix("sqlite:///")).absolute().parent
         if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise TrackingError(
+            raise UserError(
                 f"the tracking database must lie in a writable folder; {folder} is not one: pass another --tracking-uri"
             )
         return
     if "://" not in uri or uri.startswith("file:"):
-        raise TrackingError(
+        raise UserError(
             f"tracking must be a server or a database (MLflow no longer writes plain folders); got {uri}: "
             "pass --tracking-uri sqlite:///mlflow.db or http://host:5000"
         )
@@ -111,7 +106,7 @@ class _Child:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
+class Provenance:
     """What is needed to do a study again; goes into study.json and the tags."""
 
     settings: dict[str, Any]  # flags and everything resolved from them, the command line, versions, devices
@@ -130,10 +125,10 @@ class Publish(NamedTuple):
 class Tracker:
     """Follows one record into MLflow from a thread of its own."""
 
-    def __init__(self, record: Record, uri: str, origin: Origin, space: dict[str, Any]) -> None:
+    def __init__(self, record: Record, uri: str, provenance: Provenance, space: dict[str, Any]) -> None:
         self.record = record
         self.uri = uri
-        self.origin = origin
+        self.provenance = provenance
         self.space = space
         self.run_id: str | None = None  # of the parent run, once known
         self._children: dict[int, _Child] = {}
@@ -266,9 +261,9 @@ class Tracker:
         for count, trial in enumerate(ended, start=1):
             best = max(best, trial.value if trial.value is not None else -math.inf)
             if count > self._ends_logged:
-                metrics.append(Metric("trials_finished", count, trial.ended or 0, count))
+                metrics.append(Metric(schema.TRIALS_FINISHED, count, trial.ended or 0, count))
                 if best > -math.inf:
-                    metrics.append(Metric("best_val_accuracy", best, trial.ended or 0, count))
+                    metrics.append(Metric(schema.BEST_OBJECTIVE, best, trial.ended or 0, count))
         for i in range(0, len(metrics), 1000):
             client.log_batch(self.run_id, metrics=metrics[i : i + 1000])
         self._ends_logged = max(self._ends_logged, len(ended))
@@ -282,7 +277,7 @@ class Tracker:
         assert self.run_id is not None
         if self._publish is not None and self._publish.key != self._published:
             self._publish_now(client, self._publish)
-        client.set_tag(self.run_id, "ram.status", self._status)
+        client.set_tag(self.run_id, schema.STATUS, self._status)
         client.set_terminated(self.run_id, _RUN_STATUS[self._status])
 
     def _publish_now(self, client: mlflow.MlflowClient, publish: Publish) -> None:
@@ -300,14 +295,14 @@ class Tracker:
         finally:
             self._publishing = False
             self._progress = time.monotonic()
-        client.set_tag(self.run_id, "ram.published", publish.key)
+        client.set_tag(self.run_id, schema.PUBLISHED, publish.key)
 
     def _find_runs(self, client: mlflow.MlflowClient) -> None:
         """Learn what MLflow holds of this study, make the parent run if there is none, mark all that lags behind."""
-        experiment = client.get_experiment_by_name(EXPERIMENT)
-        experiment_id = client.create_experiment(EXPERIMENT) if experiment is None else experiment.experiment_id
-        uid = f"tags.`ram.uid` = '{self.record.uid}'"
-        parents = _search(client, experiment_id, f"{uid} and tags.`ram.kind` = 'study'")
+        experiment = client.get_experiment_by_name(schema.EXPERIMENT)
+        experiment_id = client.create_experiment(schema.EXPERIMENT) if experiment is None else experiment.experiment_id
+        uid = f"tags.`{schema.UID}` = '{self.record.uid}'"
+        parents = _search(client, experiment_id, f"{uid} and tags.`{schema.KIND}` = 'study'")
         name = self.record.settings.study
         if parents:
             parent = _oldest(client, parents)
@@ -316,22 +311,27 @@ class Tracker:
                 experiment_id,
                 start_time=self.record.created,
                 run_name=name,
-                tags={"ram.kind": "study", "ram.study": name, "ram.schema": SCHEMA, "ram.uid": self.record.uid},
+                tags={
+                    schema.KIND: "study",
+                    schema.STUDY: name,
+                    schema.SCHEMA: str(schema.VERSION),
+                    schema.UID: self.record.uid,
+                },
             )
         self.run_id = parent.info.run_id
-        self._published = parent.data.tags.get("ram.published", "")
-        self._ends_logged = int(parent.data.metrics.get("trials_finished", 0))
+        self._published = parent.data.tags.get(schema.PUBLISHED, "")
+        self._ends_logged = int(parent.data.metrics.get(schema.TRIALS_FINISHED, 0))
         children: dict[int, list[Run]] = {}
-        for run in _search(client, experiment_id, f"{uid} and tags.`ram.kind` = 'trial'"):
-            children.setdefault(int(run.data.tags["ram.trial"]), []).append(run)
+        for run in _search(client, experiment_id, f"{uid} and tags.`{schema.KIND}` = 'trial'"):
+            children.setdefault(int(run.data.tags[schema.TRIAL]), []).append(run)
         self._children = {}
         for number, runs in children.items():
             run = _oldest(client, runs)
             self._children[number] = _Child(
                 run_id=run.info.run_id,
-                epochs=int(run.data.tags.get("ram.tracked_epochs", -1)),
+                epochs=int(run.data.tags.get(schema.TRACKED_EPOCHS, -1)),
                 ended=run.info.status in ("FINISHED", "FAILED"),
-                tested="test_accuracy" in run.data.metrics,
+                tested=schema.TEST_ACCURACY in run.data.metrics,
             )
         # list: the driver adds trials meanwhile
         self._pending |= {t.number for t in list(self.record.trials.values()) if not self._is_tracked(t)}
@@ -350,18 +350,18 @@ class Tracker:
     def _describe(self, client: mlflow.MlflowClient, parent: Run) -> None:
         """Params, tags, data set and settings of the study itself."""
         assert self.run_id is not None
-        settings, origin = self.record.settings, self.origin
+        settings, provenance = self.record.settings, self.provenance
         if parent.info.status != "RUNNING":
             client.update_run(self.run_id, status="RUNNING")
         client.log_batch(
             self.run_id,
-            params=[Param(k, v) for k, v in origin.params.items() if k not in parent.data.params],
+            params=[Param(k, v) for k, v in provenance.params.items() if k not in parent.data.params],
             tags=[
-                RunTag("ram.status", "running"),
-                RunTag("ram.trials", str(self.record.totals[-1])),
-                RunTag("ram.commit", origin.commit),
-                RunTag("ram.commit_dirty", str(origin.dirty).lower()),
-                RunTag("mlflow.source.git.commit", origin.commit),
+                RunTag(schema.STATUS, "running"),
+                RunTag(schema.TRIALS, str(self.record.totals[-1])),
+                RunTag(schema.COMMIT, provenance.commit),
+                RunTag(schema.COMMIT_DIRTY, str(provenance.dirty).lower()),
+                RunTag("mlflow.source.git.commit", provenance.commit),
                 RunTag("mlflow.note.content", _note(settings.design, settings.task, settings.data)),
             ],
         )
@@ -369,8 +369,8 @@ class Tracker:
             source = json.dumps({"name": settings.data, "sha256": settings.digest})
             dataset = Dataset(settings.data, settings.digest[:36], "ram-study", source, profile=source)
             client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
-        client.log_text(self.run_id, json.dumps(origin.settings, indent=1), "study.json")
-        client.log_text(self.run_id, json.dumps(self.space, indent=1), "space.json")
+        client.log_text(self.run_id, json.dumps(provenance.settings, indent=1), schema.SETTINGS_FILE)
+        client.log_text(self.run_id, json.dumps(self.space, indent=1), schema.SPACE_FILE)
         self._progress = time.monotonic()
 
     def _sync_trial(self, client: mlflow.MlflowClient, trial: TrialRecord) -> None:
@@ -382,15 +382,17 @@ class Tracker:
                 start_time=trial.started,
                 run_name=f"trial {trial.number:04d}",
                 tags={
-                    "mlflow.parentRunId": self.run_id,
-                    "ram.kind": "trial",
-                    "ram.study": self.record.settings.study,
-                    "ram.uid": self.record.uid,
-                    "ram.schema": SCHEMA,
-                    "ram.trial": str(trial.number),
-                    "ram.arm": trial.plan.arm,
-                    "ram.row": trial.plan.row,
-                    "ram.seeds": ",".join(map(str, trial.plan.seeds)),
+                    schema.PARENT: self.run_id,
+                    schema.KIND: "trial",
+                    schema.STUDY: self.record.settings.study,
+                    schema.UID: self.record.uid,
+                    schema.SCHEMA: str(schema.VERSION),
+                    schema.TRIAL: str(trial.number),
+                    schema.ORIGIN: trial.spec.origin,
+                    schema.ROW: trial.spec.row,
+                    schema.BASELINE: trial.spec.baseline,
+                    schema.PARAMETER: trial.spec.parameter,
+                    schema.SEEDS: ",".join(map(str, trial.spec.seeds)),
                     **self._commit(trial.run),
                 },
             )
@@ -401,21 +403,23 @@ class Tracker:
         metrics: list[Metric] = []
         params: list[Param] = []
         if child.epochs < 0:
-            params = [Param(name, _text(value)) for name, value in asdict(trial.plan.config).items()]
+            params = [Param(name, _text(value)) for name, value in asdict(trial.spec.config).items()]
             metrics += _size_metrics(trial)
         start = max(child.epochs, 0)
-        epochs_a_call = max(1, _METRICS_A_CALL // (len(_MEANS) + 2 + len(trial.plan.seeds)))
+        epochs_a_call = max(1, _METRICS_A_CALL // (len(_MEANS) + 2 + len(trial.spec.seeds)))
         while True:
             # A record that came back older than it was has fewer epochs than MLflow, for a while.
             stop = max(start, min(start + epochs_a_call, len(epochs)))
             for number in range(start, stop):
                 metrics += _epoch_metrics(number + 1, epochs[number].time, epochs[number].metrics)
             last = stop >= len(epochs)
-            tags = [RunTag("ram.tracked_epochs", str(stop))]
+            tags = [RunTag(schema.TRACKED_EPOCHS, str(stop))]
             if last:
-                tags.append(RunTag("ram.state", state))
+                tags.append(RunTag(schema.STATE, state))
+                if trial.diverged:
+                    tags.append(RunTag(schema.DIVERGED, "true"))
                 if reason:
-                    tags.append(RunTag("ram.stop_reason", reason[:500]))
+                    tags.append(RunTag(schema.STOP_REASON, reason[:500]))
                 if test is not None:
                     metrics += _test_metrics(test, trial)
             fault_point("tracking.call.before")
@@ -433,10 +437,10 @@ class Tracker:
 
     def _commit(self, run: int | None) -> dict[str, str]:
         """Tags: with what code a trial was begun."""
-        origin = self.origin.commit, self.origin.dirty
+        provenance = self.provenance.commit, self.provenance.dirty
         if run is not None:
-            origin = self.record.runs[run]["commit"], self.record.runs[run]["commit_dirty"]
-        return {"ram.commit": origin[0], "ram.commit_dirty": str(origin[1]).lower()}
+            provenance = self.record.runs[run]["commit"], self.record.runs[run]["commit_dirty"]
+        return {schema.COMMIT: provenance[0], schema.COMMIT_DIRTY: str(provenance[1]).lower()}
 
 
 def _connect(uri: str) -> mlflow.MlflowClient:
@@ -494,21 +498,21 @@ def _text(value: Any) -> str:
 def _size_metrics(trial: TrialRecord) -> list[Metric]:
     from ramcore.cost import cost
 
-    size = cost(trial.plan.config)
+    size = cost(trial.spec.config)
     return [
-        Metric("parameters", size.parameters, trial.started, 0),
-        Metric("macs", size.macs, trial.started, 0),
+        Metric(schema.PARAMETERS, size.parameters, trial.started, 0),
+        Metric(schema.MACS, size.macs, trial.started, 0),
     ]
 
 
 def _epoch_metrics(epoch: int, timestamp: int, metrics: dict[str, Any]) -> list[Metric]:
     values: dict[str, float] = {name: statistics.fmean(metrics[name]) for name in _MEANS}
-    values["epoch_seconds"] = metrics["seconds"]
-    accuracies = metrics["val_accuracy"]
+    values[schema.EPOCH_SECONDS] = metrics["seconds"]
+    accuracies = metrics[schema.OBJECTIVE]
     if len(accuracies) > 1:
         values["val_accuracy_sd"] = _deviation(accuracies)
     for seed, accuracy in zip(metrics["seeds"], accuracies, strict=True):
-        values[f"val_accuracy.seed_{seed}"] = accuracy
+        values[f"{schema.SEED_ACCURACY}{seed}"] = accuracy
     # MLflow has no infinity and its NaN breaks charts; a diverged trial is told by its state and reason.
     return [Metric(name, value, timestamp, epoch) for name, value in values.items() if math.isfinite(value)]
 
@@ -516,9 +520,9 @@ def _epoch_metrics(epoch: int, timestamp: int, metrics: dict[str, Any]) -> list[
 def _test_metrics(test: dict[str, Any], trial: TrialRecord) -> list[Metric]:
     timestamp = trial.ended or trial.started
     step = round(statistics.fmean(test["epoch"]))
-    found = [Metric("test_accuracy", statistics.fmean(test["accuracy"]), timestamp, step)]
-    for seed, accuracy, epoch in zip(trial.plan.seeds, test["accuracy"], test["epoch"], strict=True):
-        found.append(Metric(f"test_accuracy.seed_{seed}", accuracy, timestamp, epoch))
+    found = [Metric(schema.TEST_ACCURACY, statistics.fmean(test["accuracy"]), timestamp, step)]
+    for seed, accuracy, epoch in zip(trial.spec.seeds, test["accuracy"], test["epoch"], strict=True):
+        found.append(Metric(f"{schema.SEED_TEST_ACCURACY}{seed}", accuracy, timestamp, epoch))
     return found
 
 

@@ -24,7 +24,6 @@ from ramcore.config import Config
 from ramcore.data import Split, TaskData
 from ramcore.train import Trainer
 from study.checkpoints import Checkpoints, open_folder
-from study.designs import TESTED
 from study.faults import fault_point
 
 
@@ -35,7 +34,7 @@ class Job:
     number: int
     config: Config
     seeds: tuple[int, ...]
-    arm: str
+    test: bool  # whether to read the test images at its end
     held: int  # epochs the record holds already
     storage: str
     study: str
@@ -127,7 +126,7 @@ def _train(job: Job, data: SharedData, report: Callable[[dict[str, Any]], None],
             best = {"identity": identity, "weights": trainer.best_weights(), "epoch": list(trainer.best_epoch)}
             with _storage():
                 checkpoints.save_best(best)
-            if job.arm in TESTED:
+            if job.test:
                 result["test"] = read_test(trainer)
         fault_point("report.before")
         report(result)

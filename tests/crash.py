@@ -1,6 +1,6 @@
 """Crash test: a serial seeded study, killed and disturbed again and again, must end as one that never was.
 
-Each session is a forked process that opens the study and works on it in one thread (engine, training, checkpoints,
+Each session is a forked process that opens the study and works on it in one thread (scheduler, training, checkpoints,
 record; tracking in its own thread, as always) until a fault stops it or nothing is left to do. Faults are drawn from
 a seed: kill -9 at a named place of `study.faults`, or at any moment; a full disk; calls to MLflow that fail before or
 after they took effect, or hang; and between sessions, checkpoints cut short. At the end Optuna's storage, MLflow and
@@ -35,14 +35,15 @@ import torch
 
 from ramcore.config import Config
 from ramcore.data import TaskData, load_source, make_task
+from ramcore.space import Space
 from ramcore.train import Trainer
-from study import designs, faults, outcome
+from study import designs, faults, results
+from study.asha import default_halving
 from study.checkpoints import open_folder
-from study.halving import default_halving
 from study.record import Record, RecordLost, StudySettings
-from study.searcher import Engine, guarded
-from study.space import Space, search_space
-from study.tracking import Origin, Tracker
+from study.scheduler import StudyScheduler, guarded
+from study.search_space import search_space
+from study.tracking import Provenance, Tracker
 from study.trainable import SharedData, run_trial
 
 NAME = "crash"
@@ -51,7 +52,7 @@ PLACES = (
     "record.open", "record.open.rows", "record.open.asked", "record.start.before", "record.start.after",
     "record.epoch.before", "record.epoch.between", "record.epoch.after",
     "record.end.before", "record.end.between", "record.end.after",
-    "engine.started", "engine.decision.before", "engine.decision.after",
+    "scheduler.started", "scheduler.decision.before", "scheduler.decision.after",
     "trial.start", "file.write.before", "file.write.half", "file.rename.before", "file.rename.after",
     "report.before", "report.after",
     "tracking.before", "tracking.after", "tracking.run.before", "tracking.run.after",
@@ -62,7 +63,7 @@ OUTAGE = ("tracking.run.before", "tracking.run.after", "tracking.call.before", "
 
 
 class Silent:
-    """A watcher that does not."""
+    """A callback that does not."""
 
     def started(self, trial: Any) -> None: ...
     def reported(self, trial: Any) -> None: ...
@@ -93,7 +94,7 @@ class Study:
         space = search_space(base)
         settings = StudySettings(
             study=NAME, task="original", data="digits", digest=data.digest, design="search", epochs=epochs,
-            seeds_per_trial=2, seed=0, space=space.describe(),
+            seeds_per_trial=2, seed=0, space=space.to_dict(),
         )  # fmt: skip
         return Study(space=space, settings=settings, data=data)
 
@@ -103,39 +104,39 @@ def work(study: Study, root: Path, trials: int = TOTALS[-1]) -> None:
     shared = SharedData.of(study.data)
     record = Record.open(root / NAME, study.settings, total=trials)
     folder = open_folder(str(root), NAME)
-    engine = Engine(
+    scheduler = StudyScheduler(
         record, space=study.space, halving=replace(default_halving(EPOCHS), eta=2), folder=folder, storage=str(root),
-        watcher=Silent(),
+        callback=Silent(),
     )  # fmt: skip
-    origin = Origin(settings={}, commit="none", dirty=True, params={"task": "original"})
-    tracker = Tracker(record, f"sqlite:///{root}/mlflow.db", origin, study.settings.space)
+    provenance = Provenance(settings={}, commit="none", dirty=True, params={"task": "original"})
+    tracker = Tracker(record, f"sqlite:///{root}/mlflow.db", provenance, study.settings.space)
     tracker.start()
     while True:
         job = None
-        with guarded(engine):
-            job = engine.next_job()
+        with guarded(scheduler):
+            job = scheduler.next_job()
         if job is None:
             break
         number = job.number
 
         def report(result: dict[str, Any], number: int = number) -> None:
             goes_on = True
-            with guarded(engine):
-                goes_on = engine.report(number, json.loads(json.dumps(result)))
-            if not goes_on or engine.stopping:
+            with guarded(scheduler):
+                goes_on = scheduler.report(number, json.loads(json.dumps(result)))
+            if not goes_on or scheduler.stopping:
                 raise _Stopped
 
         with contextlib.suppress(_Stopped):
             run_trial(job, shared, report)
-    if engine.error is not None and not isinstance(engine.error, RecordLost):
-        raise engine.error
+    if scheduler.error is not None and not isinstance(scheduler.error, RecordLost):
+        raise scheduler.error
     with contextlib.suppress(RecordLost):
-        if engine.finished:
-            outcome.read_best_test(record, folder, study.data)
-    untracked = tracker.finish("finished" if engine.finished else "stopped", patience=20)
+        if scheduler.finished:
+            results.read_best_test(record, folder, study.data)
+    untracked = tracker.finish("finished" if scheduler.finished else "stopped", patience=20)
     record.close()
     sys.stdout.flush()
-    os._exit(0 if engine.finished and untracked is None else 75)
+    os._exit(0 if scheduler.finished and untracked is None else 75)
 
 
 def _count_epochs(root: Path) -> None:
@@ -286,7 +287,7 @@ def _optuna(root: Path) -> list[Any]:
 
 
 _VARYING = {"epoch_seconds"}
-_TAGS = ("ram.kind", "ram.trial", "ram.arm", "ram.row", "ram.seeds", "ram.state", "ram.stop_reason", "ram.status")
+_TAGS = ("ram.kind", "ram.trial", "ram.origin", "ram.row", "ram.seeds", "ram.state", "ram.stop_reason", "ram.status")
 
 
 def _mlflow(root: Path) -> list[Any]:
@@ -375,7 +376,7 @@ def check(root: Path, faults_wanted: int, seed: int, say: Callable[[str], None] 
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(description="Crash test of the study engine.")
+    parser = argparse.ArgumentParser(description="Crash test of the study scheduler.")
     parser.add_argument("--faults", type=int, default=200, help="how many faults to survive (default 200)")
     parser.add_argument("--seed", type=int, default=0, help="of the first disturbed study (default 0)")
     arguments = parser.parse_args()

@@ -18,8 +18,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from scipy.stats import qmc
 
-from analysis.records import Records, StudyRun
-from analysis.space import Dimension, Space
+from analysis.load import StudyData, StudyRun
+from ramcore.space import Dimension, Space
 
 Truth = Callable[[np.ndarray, float], np.ndarray]  # (n, d) coordinates in [0, 1] and u -> (n,) logits
 
@@ -35,7 +35,7 @@ class Synthetic:
     seeds: int = 2
     trial_sd: float = 0.10  # logits, persistent over a run's epochs
     epoch_sd: float = 0.05  # logits, fresh every epoch
-    arm: str = "sobol"  # "sobol", "tpe" (adaptive) or "mixed" (first half Sobol, then adaptive)
+    origin: str = "sobol"  # "sobol", "tpe" (adaptive) or "mixed" (first half Sobol, then adaptive)
     stop: bool = False  # successive halving: at epochs 1, 3, 9 the worse two thirds of those seen so far stop
     fail: Callable[[np.ndarray], float] | None = None  # coordinates -> probability that the run diverges midway
     seed: int = 0
@@ -44,18 +44,18 @@ class Synthetic:
 
 def unit_dimensions(count: int, prefix: str = "x") -> tuple[Dimension, ...]:
     """Plain float dimensions on [0, 1]."""
-    return tuple(Dimension(name=f"{prefix}{i + 1}", kind="float", low=0.0, high=1.0) for i in range(count))
+    return tuple(Dimension(name=f"{prefix}{i + 1}", type="float", low=0.0, high=1.0) for i in range(count))
 
 
 RAM_DIMENSIONS: tuple[Dimension, ...] = (
-    Dimension(name="num_glimpses", kind="int", low=2, high=8, step=1, unit="glimpses"),
-    Dimension(name="patch_size", kind="int", low=4, high=20, step=1, unit="pixels"),
-    Dimension(name="num_scales", kind="int", low=1, high=4, step=1, unit="scales"),
-    Dimension(name="location_std", kind="float", low=0.03, high=0.5, log=True, unit="half-canvas"),
-    Dimension(name="learning_rate", kind="float", low=1e-4, high=1e-2, log=True),
-    Dimension(name="reinforce_weight", kind="float", low=0.01, high=10.0, log=True),
-    Dimension(name="loss_mixing", kind="float", low=0.0, high=1.0),
-    Dimension(name="step_supervision", kind="float", low=0.0, high=1.0),
+    Dimension(name="num_glimpses", type="int", low=2, high=8, step=1, unit="glimpses"),
+    Dimension(name="patch_size", type="int", low=4, high=20, step=1, unit="pixels"),
+    Dimension(name="num_scales", type="int", low=1, high=4, step=1, unit="scales"),
+    Dimension(name="location_std", type="float", low=0.03, high=0.5, log=True, unit="half-canvas"),
+    Dimension(name="learning_rate", type="float", low=1e-4, high=1e-2, log=True),
+    Dimension(name="reinforce_weight", type="float", low=0.01, high=10.0, log=True),
+    Dimension(name="loss_mixing", type="float", low=0.0, high=1.0),
+    Dimension(name="step_supervision", type="float", low=0.0, high=1.0),
 )
 RAM_DEFAULT: dict[str, Any] = {
     "num_glimpses": 6,
@@ -83,11 +83,11 @@ def ram_truth(x: np.ndarray, u: float) -> np.ndarray:
     return -2.0 + (0.3 + 0.7 * u) * (end + 1.2) + 0.9 * u
 
 
-def simulate(study: Synthetic) -> Records:
-    """Run the made-up study and give its tables as `analysis.records.read_study` would."""
+def simulate(study: Synthetic) -> StudyData:
+    """Run the made-up study and give its tables as `analysis.load.load_study` would."""
     rng = np.random.default_rng(study.seed)
     points = qmc.Sobol(len(study.dimensions), rng=rng).random(2 ** int(np.ceil(np.log2(max(study.trials, 2)))))
-    cut = {"sobol": study.trials, "tpe": min(8, study.trials), "mixed": study.trials // 2}[study.arm]
+    cut = {"sobol": study.trials, "tpe": min(8, study.trials), "mixed": study.trials // 2}[study.origin]
     grid = np.log(np.arange(1, study.epochs + 1)) / max(np.log(study.epochs), 1e-9)
     rungs = [r for r in (1, 3, 9, 27) if r < study.epochs]
     seen: dict[int, list[float]] = {r: [] for r in rungs}
@@ -109,7 +109,7 @@ def simulate(study: Synthetic) -> Records:
             score = float(accuracy[:, rung - 1].mean())
             seen[rung].append(score)
             kept = sorted(seen[rung], reverse=True)[: max(1, len(seen[rung]) // 3)]
-            if study.stop and (adaptive or study.arm == "tpe") and score < kept[-1]:
+            if study.stop and (adaptive or study.origin == "tpe") and score < kept[-1]:
                 last, state = rung, "pruned"
                 reason = f"stopped by successive halving at epoch {rung}"
                 break
@@ -120,10 +120,13 @@ def simulate(study: Synthetic) -> Records:
         trials.append(
             {
                 "trial": number,
-                "arm": "tpe" if adaptive or study.arm == "tpe" else "sobol",
+                "origin": "tpe" if adaptive or study.origin == "tpe" else "sobol",
                 "row": "",
+                "baseline": "",
+                "parameter": "",
                 "state": state,
                 "stop_reason": reason,
+                "diverged": diverges,
                 "seeds": tuple(range(study.seeds)),
                 "macs": float(1e5 * (1 + 20 * x[0] * (0.2 + x[min(1, len(x) - 1)]))),
                 "parameters": float(1e5 * (1 + x[min(1, len(x) - 1)])),
@@ -144,13 +147,11 @@ def simulate(study: Synthetic) -> Records:
         )
         if diverges:
             table.loc[(table["seed"] == 0) & (table["epoch"] == last), "val_accuracy"] = np.nan
-        epochs.append(table.assign(arm=trials[-1]["arm"], state=state, stop_reason=reason))
-    space = Space(
-        dimensions=study.dimensions, epochs=study.epochs, seeds_per_trial=study.seeds, default=dict(study.default)
-    )
+        epochs.append(table.assign(origin=trials[-1]["origin"], state=state, stop_reason=reason))
+    space = Space(dimensions=study.dimensions, default=dict(study.default))
     run = StudyRun("none", f"synthetic-{study.seed}", "finished", 0.0, {}, {})
     table = pd.DataFrame(trials).set_index("trial")
-    return Records(run, table, pd.concat(epochs, ignore_index=True), space, None, {})
+    return StudyData(run, table, pd.concat(epochs, ignore_index=True), space, None, {"epochs": study.epochs})
 
 
 def _propose(told: Sequence[tuple[np.ndarray, float]], rng: np.random.Generator, count: int) -> np.ndarray:
@@ -162,39 +163,22 @@ def _propose(told: Sequence[tuple[np.ndarray, float]], rng: np.random.Generator,
     return np.clip(centre + 0.12 * rng.standard_normal(count), 0.0, 1.0 - 1e-9)
 
 
-def space_json(records: Records) -> dict[str, Any]:
+def space_json(records: StudyData) -> dict[str, Any]:
     """The space as a study would save it."""
     space = records.space
     assert space is not None
     return {
-        "schema": 1,
+        **space.to_dict(),
         "study": records.study.name,
         "objective": "val_accuracy",
-        "epochs": space.epochs,
-        "seeds_per_trial": space.seeds_per_trial,
-        "design": space.design,
-        "dimensions": [
-            {
-                "name": d.name,
-                "type": d.kind,
-                "low": d.low,
-                "high": d.high,
-                "step": d.step,
-                "log": d.log,
-                "choices": list(d.choices) or None,
-                "unit": d.unit,
-                "reason": d.reason,
-            }
-            for d in space.dimensions
-        ],
-        "constraints": [{"rule": r.rule, "reason": r.reason} for r in space.rules],
-        "default": dict(space.default),
-        "fixed": dict(space.fixed),
+        "epochs": records.budget,
+        "seeds_per_trial": int(records.trials["seeds"].map(len).max()),
+        "design": "search",
     }
 
 
 def write_mlflow(
-    records: Records,
+    records: StudyData,
     uri: str,
     *,
     artifacts: Path,
@@ -213,7 +197,7 @@ def write_mlflow(
     else:
         eid = experiment.experiment_id
     name = records.study.name
-    tags = {"ram.kind": "study", "ram.study": name, "ram.schema": "1", "ram.status": status}
+    tags = {"ram.kind": "study", "ram.study": name, "ram.schema": "2", "ram.status": status}
     start = max((s.info.start_time or 0 for s in client.search_runs([eid], max_results=1)), default=0) + 1000
     parent = client.create_run(eid, start_time=start, tags=tags, run_name=name).info.run_id
     base = {
@@ -233,7 +217,17 @@ def write_mlflow(
                 path = Path(folder) / file
                 path.write_text(json.dumps(content))
                 client.log_artifact(parent, str(path))
-    fields = ("arm", "row", "state", "stop_reason", "seeds", "macs", "parameters", "test_accuracy", "test_accuracies")
+    fields = (
+        "origin",
+        "row",
+        "state",
+        "stop_reason",
+        "seeds",
+        "macs",
+        "parameters",
+        "test_accuracy",
+        "test_accuracies",
+    )
     extra = (*fields, "started", "epochs_seen")
     by_trial = dict(iter(records.epochs.groupby("trial")))
     for number, row in records.trials.iterrows():
@@ -242,8 +236,11 @@ def write_mlflow(
             "ram.kind": "trial",
             "ram.study": name,
             "ram.trial": str(number),
-            "ram.arm": row["arm"],
+            "ram.origin": row["origin"],
             "ram.row": row["row"],
+            "ram.baseline": row["baseline"],
+            "ram.parameter": row["parameter"],
+            "ram.diverged": str(row["diverged"]).lower(),
             "ram.state": row["state"],
             "ram.stop_reason": row["stop_reason"],
             "ram.seeds": ",".join(str(s) for s in row["seeds"]),
@@ -272,6 +269,6 @@ def write_mlflow(
     return parent
 
 
-def space_epochs(records: Records) -> int:
+def space_epochs(records: StudyData) -> int:
     """The study's full budget in epochs."""
-    return records.space.epochs if records.space else int(records.epochs["epoch"].max())
+    return records.budget

@@ -17,16 +17,17 @@ import pytest
 from clusters import add_node, cluster_of
 
 from ramcore.config import Config
+from ramcore.errors import UserError
 from study import cluster, pool, run
+from study.asha import default_halving
 from study.checkpoints import open_folder
-from study.cluster import Check, ClusterError, Growth, Meter, Need, Node, capacity, share_of_gpus, wait_for_workers
-from study.halving import default_halving
+from study.cluster import Check, Growth, Meter, Need, Node, capacity, share_of_gpus, wait_for_workers
+from study.display import Progress
 from study.pool import Pool, ray_running, run_trials
-from study.progress import Progress
 from study.record import Record, StudySettings
 from study.run import Flags, main
-from study.searcher import Engine
-from study.space import search_space
+from study.scheduler import StudyScheduler
+from study.search_space import search_space
 
 
 @pytest.fixture(autouse=True)
@@ -175,9 +176,9 @@ def test_an_environment_that_makes_no_sense_is_refused(monkeypatch, capsys, name
 
 def test_a_job_does_not_leave_its_results_in_its_own_folder(monkeypatch):
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"working_dir": "gcs://code.zip"}}')
-    with pytest.raises(ClusterError, match="--storage must be an absolute path or a URI; got runs: set RAM_STORAGE"):
+    with pytest.raises(UserError, match="--storage must be an absolute path or a URI; got runs: set RAM_STORAGE"):
         cluster.check_lasting("runs", "http://127.0.0.1:5000")
-    with pytest.raises(ClusterError, match=r"got sqlite:///mlflow\.db: set MLFLOW_TRACKING_URI"):
+    with pytest.raises(UserError, match=r"got sqlite:///mlflow\.db: set MLFLOW_TRACKING_URI"):
         cluster.check_lasting("s3://bucket", "sqlite:///mlflow.db")
     cluster.check_lasting("/mnt/shared", "sqlite:////mnt/shared/mlflow.db")
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
@@ -211,7 +212,7 @@ def test_no_more_places_are_asked_for_than_there_are_trials(monkeypatch, trials,
     monkeypatch.setattr(cluster, "nodes", lambda: [node(0, head=True)])
     monkeypatch.setattr(cluster, "JOIN_MINUTES", 0.01)
     growth = Growth(workers=3, worker={"CPU": 4.0, "GPU": 0.0})
-    with pytest.raises(ClusterError, match="none came"):
+    with pytest.raises(UserError, match="none came"):
         wait_for_workers(Need(cpus=1, gpus=0), growth, trials, others=False, say=lambda _: None)
     assert len(asked) == places
 
@@ -345,10 +346,10 @@ def test_workers_that_are_still_joining_are_waited_for(joined):
 
 def test_waiting_ends(joined, monkeypatch):
     monkeypatch.setattr(cluster, "JOIN_MINUTES_FIXED", 0.02)
-    with pytest.raises(ClusterError, match=r"a trial needs a node with 64 CPUs and 0 GPUs; within 0\.02 min none"):
+    with pytest.raises(UserError, match=r"a trial needs a node with 64 CPUs and 0 GPUs; within 0\.02 min none"):
         wait_for_workers(Need(cpus=64, gpus=0), None, 1, others=False, say=print)
     small = Growth(workers=2, worker={"CPU": 4.0, "GPU": 0.0})
-    with pytest.raises(ClusterError, match="a trial must fit on a node; it takes 64 CPUs and 0 GPUs"):
+    with pytest.raises(UserError, match="a trial must fit on a node; it takes 64 CPUs and 0 GPUs"):
         wait_for_workers(Need(cpus=64, gpus=0), small, 1, others=False, say=print)
 
 
@@ -385,13 +386,13 @@ def test_a_worker_that_joins_in_the_middle_gets_trials(joined, here, monkeypatch
     space = search_space(Config(data="digits", epochs=1))
     settings = StudySettings(
         study="s", task="translated", data="digits", digest="0" * 64, design="search", epochs=1, seeds_per_trial=2,
-        seed=0, space=space.describe(),
+        seed=0, space=space.to_dict(),
     )  # fmt: skip
     came: list[Any] = []
     with Record.open(here / "s", settings, total=4) as record:
-        engine = Engine(
+        scheduler = StudyScheduler(
             record, space=space, halving=default_halving(1), folder=open_folder(str(here), "s"), storage=str(here),
-            watcher=Progress(study="s", epochs=1),
+            callback=Progress(study="s", epochs=1),
         )  # fmt: skip
         wanted = Pool(cpus_per_trial=1, gpus_per_trial=0, max_concurrent=None, on_cluster=True)
         assert wanted.slots == 1
@@ -402,9 +403,9 @@ def test_a_worker_that_joins_in_the_middle_gets_trials(joined, here, monkeypatch
             return wanted.slots
 
         data: Any = {"images": "those of the driver"}
-        run_trials(engine, data, wanted, work=until_two_nodes_work(), look=look)
+        run_trials(scheduler, data, wanted, work=until_two_nodes_work(), look=look)
         done = [t.epochs[0].metrics for t in record.trials.values() if t.epochs]
         joined.remove_node(came[0])
-    assert engine.error is None and len(done) == 4
+    assert scheduler.error is None and len(done) == 4
     assert len({metrics["node"] for metrics in done}) == 2
     assert {metrics["images"] for metrics in done} == {"those of the driver"}

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from ramcore.config import Config, ConfigError
+from ramcore.config import Config
+from ramcore.errors import UserError
 from ramcore.recipes import PAPER
 
 
@@ -27,7 +28,7 @@ from ramcore.recipes import PAPER
     ],
 )
 def test_bad_settings_are_refused_in_one_line(settings, message):
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(UserError) as refusal:
         Config(**settings)
     assert str(refusal.value) == message
 
@@ -43,5 +44,5 @@ def test_defaults_are_the_papers():
 def test_every_field_is_checked():
     """A field that no rule covers would let bad input through to training."""
     for field in dataclasses.fields(Config):
-        with pytest.raises(ConfigError):
+        with pytest.raises(UserError):
             Config(**{field.name: "nonsense" if isinstance(field.default, str) else -7})

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from ramcore import data as data_module
-from ramcore.config import CANVAS_SIZE, Config
-from ramcore.data import DataError, DataMissing, Split, load_source, load_task, make_task
+from ramcore.config import TASKS, Config
+from ramcore.data import DataMissing, Split, load_source, load_task, make_task
+from ramcore.errors import UserError
 
 SEEDS = torch.tensor([0, 1])
 
@@ -105,7 +106,7 @@ def test_an_image_does_not_depend_on_its_batch(digits_task):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", list(CANVAS_SIZE))
+@pytest.mark.parametrize("name", list(TASKS))
 def test_cpu_and_gpu_draw_the_same_canvases(digits_task, name):
     task = digits_task(name)
     assert torch.equal(whole(task), whole(task.to("cuda"), seeds=SEEDS.cuda()).cpu())
@@ -150,7 +151,7 @@ def test_where_files_are_looked_for(idx_folder, monkeypatch, tmp_path):
         load_source("mnist")
     monkeypatch.setenv("RAM_DATA_DIR", str(idx_folder))
     load_source("mnist")
-    with pytest.raises(DataError, match=r"--data-dir must be a folder; .*nowhere is not one"):
+    with pytest.raises(UserError, match=r"--data-dir must be a folder; .*nowhere is not one"):
         load_source("mnist", tmp_path / "nowhere")
     monkeypatch.delenv("RAM_DATA_DIR")
     shared = tmp_path / "shared"
@@ -178,7 +179,7 @@ def test_where_files_are_looked_for(idx_folder, monkeypatch, tmp_path):
 def test_damaged_files_are_named(idx_folder, name, damage, message):
     path = idx_folder / "train-images-idx3-ubyte.gz"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(DataError, match=message) as refusal:
+    with pytest.raises(UserError, match=message) as refusal:
         load_source(name, idx_folder)
     assert str(path) in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -190,7 +191,7 @@ def _download(port: int, queue) -> None:
     )
     try:
         queue.put(len(load_source("mnist")["train"].labels))
-    except DataError as error:
+    except UserError as error:
         queue.put(str(error))
 
 

@@ -7,8 +7,9 @@ import pytest
 from ramcore.config import Config
 from ramcore.recipes import PAPER, TUNED
 from study import designs
-from study.designs import Plan, published, search_arms
-from study.space import search_space
+from study.designs import DesignInputs, TrialSpec, published, search_origins
+from study.search_space import search_space
+from study.sobol import SobolSequence
 
 
 @pytest.mark.parametrize(
@@ -16,19 +17,19 @@ from study.space import search_space
     [(40, 5, 16, 19), (100, 6, 40, 54), (24, 3, 16, 5), (12, 1, 9, 2), (6, 1, 4, 1), (3, 1, 2, 0), (1, 1, 0, 0)],
 )
 def test_arms_of_a_search(total, published_rows, sobol, tpe):
-    arms = search_arms([total], 6)
-    assert len(arms) == total
-    assert arms == ["published"] * published_rows + ["sobol"] * sobol + ["tpe"] * tpe
+    origins = search_origins([total], 6)
+    assert len(origins) == total
+    assert origins == ["published"] * published_rows + ["sobol"] * sobol + ["tpe"] * tpe
 
 
 def test_the_share_of_sobol_points_can_be_chosen():
-    arms = search_arms([54], 6, 0.59)
-    assert arms == ["published"] * 6 + ["sobol"] * 32 + ["tpe"] * 16
-    assert search_arms([40], 6, 0.8).count("tpe") == 8  # a fifth is kept for TPE
+    origins = search_origins([54], 6, 0.59)
+    assert origins == ["published"] * 6 + ["sobol"] * 32 + ["tpe"] * 16
+    assert search_origins([40], 6, 0.8).count("tpe") == 8  # a fifth is kept for TPE
 
 
 def test_a_study_that_is_extended_keeps_the_arms_it_had_and_its_share_of_sobol_points():
-    before, after = search_arms([24], 6), search_arms([24, 100], 6)
+    before, after = search_origins([24], 6), search_origins([24, 100], 6)
     assert after[:24] == before
     assert after.count("sobol") == 40 and len(after) == 100
     assert after[24:48] == ["sobol"] * 24
@@ -47,8 +48,13 @@ def test_the_default_and_published_configurations_come_first():
     assert rows[1][1]["learning_rate"] == 3e-4
 
 
+def inputs(epochs: int = 100, tasks: tuple[str, ...] = ("translated", "cluttered"), **values) -> DesignInputs:
+    base = dataclasses.replace(TUNED, task=tasks[0], epochs=epochs)
+    return DesignInputs(base=base, tasks=tasks, **{"seeds_per_trial": 3, **values})
+
+
 def test_the_paper_design_is_table_1():
-    plans = designs.paper("mnist", ("translated", "cluttered"), 100, 3)
+    plans = designs.paper(inputs())
     assert [p.row for p in plans] == [
         "translated CNN",
         "translated RAM 6 gl 8x8 2 s",
@@ -64,15 +70,15 @@ def test_the_paper_design_is_table_1():
         "cluttered RAM 6 gl 20x20 3 s",
     ]
     for plan in plans:
-        assert plan.arm == "paper" and not plan.stoppable and plan.seeds == (0, 1, 2)
+        assert plan.origin == "paper" and not plan.stoppable and plan.seeds == (0, 1, 2)
         assert (plan.config.learning_rate, plan.config.batch_size, plan.config.epochs) == (3e-4, 100, 100)
         assert plan.config.location_std == 0.17 and plan.config.hidden_size == 256
     assert plans[0].config.model == "cnn" and plans[6].config.task == "cluttered"
-    assert len(designs.paper("mnist", ("cluttered",), 100, 3)) == 6
+    assert len(designs.paper(inputs(tasks=("cluttered",)))) == 6
 
 
 def test_mnihs_rows_are_trained_with_the_tuned_recipe():
-    plans = {p.row: p.config for p in designs.mnih("mnist", ("translated", "cluttered"), 100, 3)}
+    plans = {p.row: p.config for p in designs.mnih(inputs())}
     assert list(plans)[:6] == [
         "translated RAM 8 gl 12x12 3 s",
         "translated RAM 6 gl 12x12 3 s",
@@ -87,7 +93,7 @@ def test_mnihs_rows_are_trained_with_the_tuned_recipe():
 
 
 def test_each_ablation_row_takes_back_one_choice_of_the_tuned_recipe():
-    tuned, *rows, paper = designs.ablation("mnist", "translated", 30, 3)
+    tuned, *rows, paper = designs.ablation(inputs(30))
     assert tuned.config == TUNED and tuned.row == "tuned"
     assert dataclasses.replace(paper.config, epochs=100) == PAPER
     for plan in rows:
@@ -104,7 +110,7 @@ def test_each_ablation_row_takes_back_one_choice_of_the_tuned_recipe():
 def test_one_factor_at_a_time_changes_one_factor_at_a_time():
     space = search_space(Config())
     best = space.default | {"patch_size": 16}
-    plans = designs.ofat(space, best, 3)
+    plans = designs.ofat(inputs(space=space, best=best))
     assert plans[0].row == "baseline best" and len({p.row for p in plans}) == len(plans)
     baselines = {p.row: p.config for p in plans if ":" not in p.row}
     assert baselines["baseline small patch"].patch_size == designs.SMALL_PATCH
@@ -119,16 +125,25 @@ def test_one_factor_at_a_time_changes_one_factor_at_a_time():
 
 def test_replicate_uses_seeds_that_no_search_has_seen():
     space = search_space(Config())
-    plans = designs.replicate(space, space.default | {"patch_size": 20}, "translated-mnist-search", 5)
+    spread = [SobolSequence(space, designs.SPREAD_SEED)[i] for i in range(designs.SPREAD_POINTS)]
+    plans = designs.replicate(
+        inputs(
+            space=space,
+            best=space.default | {"patch_size": 20},
+            source="translated-mnist-search",
+            seeds_per_trial=5,
+            spread=spread,
+        )
+    )
     assert [p.row for p in plans][:2] == ["best of translated-mnist-search", "default"]
     assert all(min(p.seeds) >= 1000 and len(p.seeds) == 5 for p in plans)
     assert len({str(p.config) for p in plans}) == len(plans) == 2 + designs.SPREAD_POINTS
-    again = designs.replicate(space, dict(space.default), "a search", 5)
+    again = designs.replicate(inputs(space=space, best=dict(space.default), source="a search", spread=spread))
     assert [p.row for p in again][:2] == ["best of a search", "spread point 1"], (
         "the default was the best: once is enough"
     )
 
 
 def test_a_plan_survives_json():
-    plan = designs.paper("mnist", ("translated",), 100, 3)[1]
-    assert Plan.from_dict(plan.to_dict()) == plan
+    plan = designs.paper(inputs())[1]
+    assert TrialSpec.from_dict(plan.to_dict()) == plan

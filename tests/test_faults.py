@@ -209,7 +209,7 @@ def test_a_killed_worker_resumes_from_its_checkpoint(tmp_path, undisturbed):
 
 def test_a_worker_killed_between_two_trials_costs_nothing(tmp_path, undisturbed):
     # The driver is held after the first trial's end, so the worker dies idle, and the next trial is given to it.
-    process = start(tmp_path, "--max-concurrent", "1", RAM_STUDY_FAULT="engine.decision.after@3:hang=8")
+    process = start(tmp_path, "--max-concurrent", "1", RAM_STUDY_FAULT="scheduler.decision.after@3:hang=8")
     wait_for(lambda: (tmp_path / "runs" / "s" / "trials" / "0000" / "best.pt").exists(), process)
     time.sleep(3)
     for worker in workers(process.pid):

@@ -15,7 +15,6 @@ from analysis.importance import (
     DUMMY,
     MIN_R2,
     Analysis,
-    ImportanceError,
     Interval,
     _ranks,
     analyse,
@@ -26,10 +25,11 @@ from analysis.importance import (
     trials_needed,
     why_not_ranked,
 )
-from analysis.records import Records
-from analysis.space import Dimension, Rule
+from analysis.load import StudyData
 from analysis.verdicts import judge
 from benchmarks.sensitivity import DESIGNS, crossing_truth, true_indices
+from ramcore.errors import UserError
+from ramcore.space import Dimension
 from tests.synthetic import RAM_DEFAULT, RAM_DIMENSIONS, Synthetic, Truth, ram_truth, simulate, unit_dimensions
 
 FEW = 24  # hyperparameter draws: enough for these tolerances
@@ -67,13 +67,13 @@ def test_indices_agree_with_scipy_on_analytic_functions(truth: Truth, count: int
 
 
 @pytest.fixture(scope="module")
-def mixed() -> tuple[Records, Analysis]:
+def mixed() -> tuple[StudyData, Analysis]:
     design = dataclasses.replace(DESIGNS["half Sobol, half optimiser + halving (64)"], trials=40, seed=7)
     records = simulate(design)
     return records, analyse(records, hyperdraws=FEW)
 
 
-def test_crossing_curves_seed_noise_and_early_stopping(mixed: tuple[Records, Analysis]) -> None:
+def test_crossing_curves_seed_noise_and_early_stopping(mixed: tuple[StudyData, Analysis]) -> None:
     records, analysis = mixed
     dimensions = DESIGNS["half Sobol, half optimiser + halving (64)"].dimensions
     first, total = true_indices(crossing_truth, dimensions)
@@ -138,7 +138,7 @@ def test_a_constant_column_changes_nothing() -> None:
     )
     assert records.space is not None
     more = dataclasses.replace(
-        records.space, dimensions=(*records.space.dimensions, Dimension(name="fixed", kind="float"))
+        records.space, dimensions=(*records.space.dimensions, Dimension(name="fixed", type="float"))
     )
     wider = records._replace(space=more, trials=records.trials.assign(fixed=0.3))
     one, two = analyse(records, hyperdraws=10), analyse(wider, hyperdraws=10)
@@ -175,11 +175,11 @@ def test_pure_noise_is_not_ranked() -> None:
 
 def test_a_study_of_the_optimiser_alone_is_marked_as_biased() -> None:
     study = Synthetic(
-        truth=ram_truth, dimensions=RAM_DIMENSIONS, trials=20, epochs=9, arm="tpe", stop=True, default=RAM_DEFAULT
+        truth=ram_truth, dimensions=RAM_DIMENSIONS, trials=20, epochs=9, origin="tpe", stop=True, default=RAM_DEFAULT
     )
     records = simulate(study)
     assert analyse(records, hyperdraws=10).biased
-    lost = records.trials.assign(arm=["tpe"] * 10 + ["sobol"] * 10, state=["complete"] * 10 + ["failed"] * 10)
+    lost = records.trials.assign(origin=["tpe"] * 10 + ["sobol"] * 10, state=["complete"] * 10 + ["failed"] * 10)
     epochs = records.epochs[records.epochs["trial"] < 10]
     assert analyse(records._replace(trials=lost, epochs=epochs), hyperdraws=10).biased, "Sobol trials without results"
 
@@ -195,7 +195,7 @@ def test_verdicts_on_a_known_truth() -> None:
     assert [v.verdict for v in judge(analyse(simulate(only), hyperdraws=FEW))] == ["not tested"] * 4
 
 
-def test_a_verdict_says_what_the_case_studys_own_values_do(mixed: tuple[Records, Analysis]) -> None:
+def test_a_verdict_says_what_the_case_studys_own_values_do(mixed: tuple[StudyData, Analysis]) -> None:
     rng = np.random.default_rng(0)
     claims = {f"effect {name}": rng.normal(9, 1, 500) for name in (DUMMY, "num_glimpses")}
     claims |= {f"marginal num_glimpses {n}": rng.normal(80 + n, 0.1, 500) for n in (2, 6, 8)}
@@ -218,7 +218,7 @@ def test_a_verdict_says_what_the_case_studys_own_values_do(mixed: tuple[Records,
     assert "glimpses" not in hardly.evidence and more.verdict == "not tested"
 
 
-def test_tunability_and_ablation_lead_from_the_default_to_the_best(mixed: tuple[Records, Analysis]) -> None:
+def test_tunability_and_ablation_lead_from_the_default_to_the_best(mixed: tuple[StudyData, Analysis]) -> None:
     _, analysis = mixed
     assert not analysis.default_inside, "this study saved no default, and that is said"
     assert analysis.ablation[-1].accuracy.mid == pytest.approx(analysis.best_accuracy.mid, abs=1e-6)
@@ -229,7 +229,7 @@ def test_tunability_and_ablation_lead_from_the_default_to_the_best(mixed: tuple[
     assert all(isinstance(g.gain, Interval) for g in analysis.tunability)
 
 
-def study_of(trials: int) -> Records:
+def study_of(trials: int) -> StudyData:
     return simulate(Synthetic(truth=ram_truth, dimensions=RAM_DIMENSIONS[:5], trials=trials, epochs=3))
 
 
@@ -248,7 +248,7 @@ def test_too_little_to_answer_is_said_in_one_line() -> None:
         "needs the search space": records._replace(space=None, space_problem="it is missing"),
     }
     for message, case in cases.items():
-        with pytest.raises(ImportanceError, match=message) as caught:
+        with pytest.raises(UserError, match=message) as caught:
             analyse(case)
         assert "\n" not in str(caught.value)
 
@@ -302,8 +302,7 @@ def test_what_the_rules_forbid_is_not_recommended_and_is_marked() -> None:
 
     records = simulate(Synthetic(truth=truth, dimensions=RAM_DIMENSIONS[:3], trials=40, epochs=3, default=RAM_DEFAULT))
     assert records.space is not None
-    rule = Rule(rule="patch_size * 2 ** (num_scales - 1) <= 56")
-    space = dataclasses.replace(records.space, rules=(rule,))
+    space = dataclasses.replace(records.space, fixed={"scale_factor": 2}, widest_scale=56)
     legal = [n for n, row in records.trials.iterrows() if space.feasible(dict(row))]
     records = records._replace(
         space=space, trials=records.trials.loc[legal], epochs=records.epochs[records.epochs["trial"].isin(legal)]
@@ -352,13 +351,13 @@ def test_the_interval_of_seed_noise_holds_it_where_trials_differ_in_it(spread: f
     assert np.mean(held) > 0.82, "nominally 0.90; pooled by the sum of degrees of freedom 0.3 at a spread of 2"
 
 
-def test_uncertainty_alone_is_no_effect(mixed: tuple[Records, Analysis]) -> None:
+def test_uncertainty_alone_is_no_effect(mixed: tuple[StudyData, Analysis]) -> None:
     effects = {e.name: e.effect for e in mixed[1].effects}
     for name in (DUMMY, "inert"):
         assert effects[name].low < 1 and effects[name].high < effects["width"].low
 
 
-def test_no_claim_is_refuted_by_what_a_dummy_reaches_too(mixed: tuple[Records, Analysis]) -> None:
+def test_no_claim_is_refuted_by_what_a_dummy_reaches_too(mixed: tuple[StudyData, Analysis]) -> None:
     rng = np.random.default_rng(0)
     draws = rng.normal(6, 1, 300)
     names = {"num_scales": "mixing", "num_glimpses": "steps"}

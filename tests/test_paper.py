@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from analysis import paper
-from analysis.records import Records
+from analysis.load import StudyData
 from ramcore.config import Config
 from ramcore.data import load_task
 from ramcore.evaluation import build_model
@@ -17,11 +17,11 @@ from tests.synthetic import RAM_DIMENSIONS, Synthetic, ram_truth, simulate, writ
 
 
 @pytest.fixture(scope="module")
-def records() -> Records:
+def records() -> StudyData:
     """Two rows of the case study: one tested on three seeds, one still running; and one Mnih row by configuration."""
     made = simulate(Synthetic(truth=ram_truth, dimensions=RAM_DIMENSIONS[:5], trials=2, epochs=2, seeds=3))
     trials = made.trials.assign(
-        arm="paper",
+        origin="paper",
         task="translated",
         model="ram",
         data="digits",
@@ -36,12 +36,12 @@ def records() -> Records:
     return made._replace(trials=trials)
 
 
-def test_ours_stands_beside_theirs_with_interval_and_seeds(records: Records) -> None:
+def test_ours_stands_beside_theirs_with_interval_and_seeds(records: StudyData) -> None:
     table = paper.paper_table([records])
     row = table[(table["task"] == "translated") & (table["model"] == "RAM, 6 glimpses, 12x12, 3 scales")]
     assert list(row["published"]) == [94.35, 98.78], "the case study's and Mnih's"
     assert list(row["note"]) == ["", "not run yet"], "Mnih's rows want the tuned recipe"
-    again = paper.paper_table([records._replace(trials=records.trials.assign(arm="mnih"))]).loc[row.index]
+    again = paper.paper_table([records._replace(trials=records.trials.assign(origin="mnih"))]).loc[row.index]
     assert list(again["note"]) == ["not run yet", ""]
     for one in (row.iloc[0], again.iloc[1]):
         assert one["ours"] == pytest.approx(92.0)
@@ -51,7 +51,7 @@ def test_ours_stands_beside_theirs_with_interval_and_seeds(records: Records) -> 
         assert one["data"] == "digits"
 
 
-def test_a_row_not_run_says_so(records: Records) -> None:
+def test_a_row_not_run_says_so(records: StudyData) -> None:
     table = paper.paper_table([records]).set_index(["source", "task", "model"])["note"]
     assert table[paper.CASE_STUDY, "cluttered", "CNN"] == "not run yet"
     assert table[paper.CASE_STUDY, "translated", "RAM, 8 glimpses, 12x12, 3 scales"] == "running"
@@ -62,8 +62,8 @@ def test_a_row_not_run_says_so(records: Records) -> None:
     assert "not run yet" in text
 
 
-def test_an_ablation_says_what_each_choice_is_worth(records: Records) -> None:
-    trials = records.trials.assign(arm="ablation", row=["tuned", "tuned but core=rnn"])
+def test_an_ablation_says_what_each_choice_is_worth(records: StudyData) -> None:
+    trials = records.trials.assign(origin="ablation", row=["tuned", "tuned but core=rnn"])
     trials["test_accuracies"] = [(0.95, 0.97), (0.91, 0.91)]
     table = paper.ablation_table([records._replace(trials=trials)]).set_index("row")
     taken_back = table.loc["tuned but core=rnn"]
@@ -76,7 +76,7 @@ def test_an_ablation_says_what_each_choice_is_worth(records: Records) -> None:
     assert "| translated | tuned but core=rnn | 91.00 (91.00 to 91.00) | -5.00 (-11.31 to +1.31) | 2 | 2 |" in text
 
 
-def test_the_change_by_one_size_stands_beside_the_published_one(records: Records) -> None:
+def test_the_change_by_one_size_stands_beside_the_published_one(records: StudyData) -> None:
     assert paper.comparison_table([records]).empty, "8 glimpses are not tested yet"
     tested = records._replace(trials=records.trials.assign(test_accuracies=[(0.90, 0.92, 0.94), (0.92, 0.94, 0.96)]))
     change = paper.comparison_table([tested]).squeeze()
@@ -89,7 +89,7 @@ def test_the_change_by_one_size_stands_beside_the_published_one(records: Records
     assert paper.comparison_table([unlike]).empty, "more than a size differs"
 
 
-def test_a_seed_without_an_accuracy_is_left_out(records: Records) -> None:
+def test_a_seed_without_an_accuracy_is_left_out(records: StudyData) -> None:
     trials = records.trials.assign(test_accuracies=[(0.90, np.nan, 0.94), (np.nan, np.nan)], state="complete")
     table = paper.paper_table([records._replace(trials=trials)]).set_index(["source", "task", "model"])
     assert table.loc[(paper.CASE_STUDY, "translated", "RAM, 6 glimpses, 12x12, 3 scales"), "ours"] == pytest.approx(92)
@@ -126,7 +126,7 @@ def test_pictures_of_every_task_and_of_a_network_looking(tmp_path: Path) -> None
 
 
 def test_the_command_writes_tables_and_figures(
-    records: Records, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    records: StudyData, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     write_mlflow(records, uri, artifacts=tmp_path / "artifacts", params={"design": "paper"})
@@ -138,7 +138,7 @@ def test_the_command_writes_tables_and_figures(
     assert "There is: " in capfd.readouterr().err
 
 
-def test_finished_rows_are_not_hidden_by_newer_ones(records: Records) -> None:
+def test_finished_rows_are_not_hidden_by_newer_ones(records: StudyData) -> None:
     trials = records.trials.assign(data="mnist", epochs=100)
     restarted = records.trials.assign(test_accuracies=[(), ()], state="running")
     smoke = records.trials.assign(data="digits", test_accuracies=[(0.5, 0.5), ()])

@@ -10,9 +10,11 @@ import pytest
 from optuna.trial import TrialState
 
 from ramcore.config import Config
-from study.designs import Plan
-from study.record import Record, RecordError, StudySettings, best_trial, read_settings, read_trials
-from study.space import search_space
+from ramcore.errors import UserError
+from study.designs import TrialSpec
+from study.record import Record, StudySettings, best_trial, read_settings, read_trials
+from study.search_space import configuration, search_space
+from study.sobol import SobolSequence
 
 SPACE = search_space(Config(data="digits", task="original", epochs=3))
 SETTINGS = StudySettings(
@@ -24,7 +26,7 @@ SETTINGS = StudySettings(
     epochs=3,
     seeds_per_trial=2,
     seed=0,
-    space=SPACE.describe(),
+    space=SPACE.to_dict(),
 )
 
 
@@ -32,8 +34,8 @@ def metrics(epoch: int, *accuracy: float) -> dict:
     return {"epoch": epoch, "seconds": 1.0, "val_accuracy": accuracy, "seeds": [0, 1], "diverged": [False, False]}
 
 
-def plan(index: int = 0) -> Plan:
-    return Plan(config=SPACE.config(SPACE.sobol(index, 0)), arm="sobol", seeds=(0, 1))
+def plan(index: int = 0) -> TrialSpec:
+    return TrialSpec(config=configuration(SPACE, SobolSequence(SPACE, 0)[index]), origin="sobol", seeds=(0, 1))
 
 
 @pytest.fixture
@@ -47,16 +49,16 @@ def open_record(folder, settings=SETTINGS, total=5, rows=None) -> Record:
 
 def test_a_trial_is_whole_from_its_first_commit(folder):
     with open_record(folder) as record:
-        trial = record.start(plan(), SPACE.distributions())
+        trial = record.start(plan(), SPACE)
         (stored,) = record.study.get_trials()
     assert trial.number == 0 and stored.state == TrialState.RUNNING
-    assert stored.params == SPACE.sobol(0, 0)
-    assert stored.user_attrs["arm"] == "sobol" and stored.user_attrs["seeds"] == "0,1"
+    assert stored.params == SobolSequence(SPACE, 0)[0]
+    assert stored.user_attrs["origin"] == "sobol" and stored.user_attrs["seeds"] == "0,1"
 
 
 def test_reports_become_intermediate_values_and_a_repeated_one_is_ignored(folder, caplog):
     with open_record(folder) as record:
-        record.start(plan(), SPACE.distributions())
+        record.start(plan(), SPACE)
         assert record.add_epoch(0, 1, metrics(1, 0.2, 0.4))
         assert not record.add_epoch(0, 1, metrics(1, 0.2, 0.4))
         assert "twice" not in caplog.text
@@ -73,7 +75,7 @@ def test_reports_become_intermediate_values_and_a_repeated_one_is_ignored(folder
 )
 def test_ends(folder, state, optuna_state, value):
     with open_record(folder) as record:
-        record.start(plan(), SPACE.distributions())
+        record.start(plan(), SPACE)
         record.add_epoch(0, 1, metrics(1, 0.2, 0.4))
         record.end(0, state, "why")
         record.end(0, "failed", "a second end is ignored")
@@ -88,7 +90,7 @@ def test_ends(folder, state, optuna_state, value):
 
 def test_a_nan_is_kept_as_an_epoch_but_not_told_as_a_value(folder):
     with open_record(folder) as record:
-        record.start(plan(), SPACE.distributions())
+        record.start(plan(), SPACE)
         record.add_epoch(0, 1, metrics(1, math.nan, 0.4))
         (stored,) = record.study.get_trials()
         assert stored.intermediate_values == {}
@@ -98,7 +100,7 @@ def test_a_nan_is_kept_as_an_epoch_but_not_told_as_a_value(folder):
 
 def test_what_a_crash_cut_off_is_completed_on_opening(folder, monkeypatch):
     with open_record(folder) as record:
-        record.start(plan(), SPACE.distributions())
+        record.start(plan(), SPACE)
         record.add_epoch(0, 1, metrics(1, 0.2, 0.4))
         with monkeypatch.context() as patch:
             patch.setattr(Record, "_set_value", lambda *_: None)
@@ -113,7 +115,7 @@ def test_what_a_crash_cut_off_is_completed_on_opening(folder, monkeypatch):
 
 def test_the_test_reading_of_an_ended_trial_survives(folder):
     with open_record(folder) as record:
-        record.start(plan(), SPACE.distributions())
+        record.start(plan(), SPACE)
         record.end(0, "complete", "finished")
         record.set_test(0, {"accuracy": [0.5]})
     with open_record(folder) as record:
@@ -143,7 +145,7 @@ def test_more_trials_extend_and_fewer_do_not_shrink(folder):
 )
 def test_other_settings_under_the_same_name_are_refused_and_named(folder, change, said):
     open_record(folder).close()
-    with pytest.raises(RecordError) as error:
+    with pytest.raises(UserError) as error:
         open_record(folder, dataclasses.replace(SETTINGS, **change))
     assert said in str(error.value) and "\n" not in str(error.value)
     open_record(folder).close()  # the refusal let go of the lock
@@ -151,11 +153,11 @@ def test_other_settings_under_the_same_name_are_refused_and_named(folder, change
 
 def test_another_space_is_refused_and_named_but_a_reworded_reason_is_not(folder):
     open_record(folder).close()
-    space = SPACE.describe()
+    space = SPACE.to_dict()
     space["dimensions"][1] |= {"high": 30, "reason": "another"}
-    with pytest.raises(RecordError, match=r"space: patch_size.high 14 there, 30 here"):
+    with pytest.raises(UserError, match=r"space: patch_size.high 14 there, 30 here"):
         open_record(folder, dataclasses.replace(SETTINGS, space=space))
-    space = SPACE.describe()
+    space = SPACE.to_dict()
     space["dimensions"][1] |= {"reason": "another"}
     open_record(folder, dataclasses.replace(SETTINGS, space=space)).close()
 
@@ -169,7 +171,7 @@ def test_a_second_driver_is_refused_and_told_who_is_first(folder, tmp_path):
     command = [sys.executable, "-c", script, str(folder / "driver.lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
-        with pytest.raises(RecordError, match=f"process {other.pid} is running s"):
+        with pytest.raises(UserError, match=f"process {other.pid} is running s"):
             open_record(folder)
         other.kill()
     open_record(folder).close()
@@ -178,7 +180,7 @@ def test_a_second_driver_is_refused_and_told_who_is_first(folder, tmp_path):
 def test_a_file_that_is_no_record_is_refused(folder):
     folder.mkdir()
     (folder / "study.db").write_text("not a database, " * 100)
-    with pytest.raises(RecordError, match="must be an Optuna SQLite file"):
+    with pytest.raises(UserError, match="must be an Optuna SQLite file"):
         open_record(folder)
 
 
@@ -186,14 +188,14 @@ def test_the_record_can_be_read_from_outside(folder):
     assert read_settings(folder / "study.db") is None
     with open_record(folder) as record:
         for i, accuracy in enumerate((0.2, 0.6, 0.4)):
-            record.start(plan(i), SPACE.distributions())
+            record.start(plan(i), SPACE)
             record.add_epoch(i, 1, metrics(1, accuracy, accuracy))
             record.end(i, "complete", "finished")
     assert read_settings(folder / "study.db") == (SETTINGS, 5)
     trials, rows = read_trials(folder / "study.db")
     assert rows is None and [t.state for t in trials] == ["complete"] * 3
     best = best_trial(trials)
-    assert best is not None and best.plan == plan(1)
+    assert best is not None and best.spec == plan(1)
 
 
 def test_commits_are_durable(folder):
@@ -204,6 +206,6 @@ def test_commits_are_durable(folder):
 
 def test_optunas_own_tools_can_open_it(folder):
     with open_record(folder) as record:
-        record.start(plan(), SPACE.distributions())
+        record.start(plan(), SPACE)
         study = optuna.load_study(study_name="s", storage=f"sqlite:///{folder / 'study.db'}")
         assert len(study.trials) == 1

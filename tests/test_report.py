@@ -17,27 +17,27 @@ import pandas as pd
 import pytest
 
 from analysis import figures
-from analysis.companions import Companions, _ranges, summarise
 from analysis.crosschecks import ESTIMATES, crosscheck
+from analysis.fixed_designs import Companions, _ranges, summarise
 from analysis.importance import DUMMY, Analysis, Interval, analyse
-from analysis.records import Records
+from analysis.load import StudyData
 from analysis.report import answer, cautions, trial_points, write_design_report, write_report
-from analysis.space import words
 from analysis.verdicts import THRESHOLDS, judge
+from ramcore.space import words
 from tests.synthetic import RAM_DEFAULT, RAM_DIMENSIONS, Synthetic, ram_truth, simulate
 
 HOSTILE = "x\"><script>alert('{{body}}')</script>"
 
 
-def fixed_design(arm: str, rows: list[str]) -> Records:
+def fixed_design(origin: str, rows: list[str]) -> StudyData:
     """An OFAT or replicate study: one trial a row, three seeds."""
     records = simulate(
         Synthetic(
             truth=ram_truth, dimensions=RAM_DIMENSIONS[:5], trials=len(rows), epochs=4, seeds=3, default=RAM_DEFAULT
         )
     )
-    trials = records.trials.assign(arm=arm, row=rows, test_accuracies=[(0.9, 0.91, 0.92)] * len(rows))
-    return records._replace(trials=trials, epochs=records.epochs.assign(arm=arm))
+    trials = records.trials.assign(origin=origin, row=rows, test_accuracies=[(0.9, 0.91, 0.92)] * len(rows))
+    return records._replace(trials=trials, epochs=records.epochs.assign(origin=origin))
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +50,13 @@ def companions() -> Companions:
 
 
 @pytest.fixture(scope="module")
-def study() -> tuple[Records, Analysis]:
+def study() -> tuple[StudyData, Analysis]:
     made = Synthetic(
         truth=ram_truth,
         dimensions=RAM_DIMENSIONS[:5],
         trials=24,
         epochs=9,
-        arm="mixed",
+        origin="mixed",
         stop=True,
         default=RAM_DEFAULT,
         fail=lambda x: float(x[4] > 0.85),
@@ -69,7 +69,7 @@ def study() -> tuple[Records, Analysis]:
 
 
 @pytest.fixture(scope="module")
-def folder(study: tuple[Records, Analysis], companions: Companions, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(study: tuple[StudyData, Analysis], companions: Companions, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report")
     records, analysis = study
     checks = crosscheck(records, analysis)
@@ -78,7 +78,7 @@ def folder(study: tuple[Records, Analysis], companions: Companions, tmp_path_fac
     return out
 
 
-def test_every_file_is_there_and_holds_what_it_says(folder: Path, study: tuple[Records, Analysis]) -> None:
+def test_every_file_is_there_and_holds_what_it_says(folder: Path, study: tuple[StudyData, Analysis]) -> None:
     records, _ = study
     importance = pd.read_csv(folder / "importance.csv")
     assert set(importance["parameter"]) == {DUMMY, *(d.name for d in RAM_DIMENSIONS[:5])}
@@ -113,7 +113,7 @@ def test_the_page_needs_nothing_from_outside_and_names_are_inert(folder: Path) -
     assert "@import" not in page and "url(" not in page
 
 
-def test_the_answer_is_three_sentences_before_the_forest_plot(folder: Path, study: tuple[Records, Analysis]) -> None:
+def test_the_answer_is_three_sentences_before_the_forest_plot(folder: Path, study: tuple[StudyData, Analysis]) -> None:
     _, analysis = study
     page = (folder / "report.html").read_text()
     sentences = answer(analysis, judge(analysis))
@@ -127,13 +127,13 @@ def test_the_answer_is_three_sentences_before_the_forest_plot(folder: Path, stud
     assert "<h2>One factor at a time</h2>" in page and "<h2>Replicates</h2>" in page
 
 
-def test_every_trial_is_counted(study: tuple[Records, Analysis]) -> None:
+def test_every_trial_is_counted(study: tuple[StudyData, Analysis]) -> None:
     counts = study[1].counts
     assert counts.complete + counts.stopped + counts.diverged + counts.failed + counts.running == counts.total
     assert counts.stopped and counts.diverged
 
 
-def test_what_cannot_be_trusted_is_said_first(study: tuple[Records, Analysis]) -> None:
+def test_what_cannot_be_trusted_is_said_first(study: tuple[StudyData, Analysis]) -> None:
     _, analysis = study
     poor = analysis._replace(
         ranked=False,
@@ -149,7 +149,7 @@ def test_what_cannot_be_trusted_is_said_first(study: tuple[Records, Analysis]) -
     assert "a biased sample, see below" in answer(analysis._replace(biased=True), judge(analysis))[2]
 
 
-def test_the_answer_says_of_each_parameter_one_thing(study: tuple[Records, Analysis]) -> None:
+def test_the_answer_says_of_each_parameter_one_thing(study: tuple[StudyData, Analysis]) -> None:
     _, analysis = study
     first = analysis.effects[0]
     wide = Interval(2.0, 3.0, 4.0)
@@ -167,7 +167,7 @@ def test_the_answer_says_of_each_parameter_one_thing(study: tuple[Records, Analy
     assert "matter" not in second and "apart" not in second
 
 
-def test_pareto_front_only_holds_what_nothing_cheaper_beats(study: tuple[Records, Analysis]) -> None:
+def test_pareto_front_only_holds_what_nothing_cheaper_beats(study: tuple[StudyData, Analysis]) -> None:
     points = trial_points(*study)
     front, full = points[points["pareto"]], points[points["complete"]]
     assert len(front)
@@ -176,7 +176,7 @@ def test_pareto_front_only_holds_what_nothing_cheaper_beats(study: tuple[Records
         assert not better.any()
 
 
-def test_figures_draw_on_the_axes_they_are_given_and_set_nothing_global(study: tuple[Records, Analysis]) -> None:
+def test_figures_draw_on_the_axes_they_are_given_and_set_nothing_global(study: tuple[StudyData, Analysis]) -> None:
     _, analysis = study
     before = dict(mpl.rcParams)
     for draw in (figures.forest, figures.sobol, figures.more_than, figures.over_epochs, figures.ablation):
@@ -227,7 +227,7 @@ def test_a_study_of_one_epoch_one_seed_one_dimension_still_reports(tmp_path: Pat
 
 
 def test_categorical_and_one_sided_dimensions_are_drawn(tmp_path: Path) -> None:
-    core = dataclasses.replace(RAM_DIMENSIONS[0], name="core", kind="categorical", choices=("rnn", "gru", "<lstm>"))
+    core = dataclasses.replace(RAM_DIMENSIONS[0], name="core", type="categorical", choices=("rnn", "gru", "<lstm>"))
     made = Synthetic(
         truth=lambda x, u: x[:, 0] + x[:, 1] + u, dimensions=(core, RAM_DIMENSIONS[4]), trials=12, epochs=3
     )

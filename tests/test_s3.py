@@ -96,7 +96,7 @@ def test_a_record_outlives_the_drivers_machine(store):
 
     with open_here() as record:
         for index, accuracy in enumerate((0.2, 0.6)):
-            record.start(plan(index), SPACE.distributions())
+            record.start(plan(index), SPACE)
             record.add_epoch(index, 1, metrics(1, accuracy, accuracy))
         record.end(0, "complete", "finished")
         uid = record.uid

@@ -21,7 +21,7 @@ from clusters import free_port
 from ramcore.config import Config
 from ramcore.evaluation import build_model
 from study import outcome
-from study.designs import Plan
+from study.designs import TrialSpec
 from study.record import Epoch, TrialRecord
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,8 +141,8 @@ def test_the_tracking_server_refuses_a_forged_host(server):
     assert answer(server, search, f"127.0.0.1:{server}", body) == 200
     assert answer(server, search, "evil.example", body) == 403  # a page that rebinds its name to loopback
     assert answer(server, create, "evil.example", b'{"name": "x"}') == 403
-    # A page of another origin that posts to loopback by its right name.
-    assert answer(server, create, f"127.0.0.1:{server}", b'{"name": "x"}', Origin="http://evil.example") == 403
+    # A page of another provenance that posts to loopback by its right name.
+    assert answer(server, create, f"127.0.0.1:{server}", b'{"name": "x"}', Provenance="http://evil.example") == 403
 
 
 # Files that carry code.
@@ -167,7 +167,7 @@ def test_a_model_is_loaded_without_unpickling_anything(tmp_path, monkeypatch):
         weights = build_model(config, torch.tensor([0])).state_dict()
         epoch = Epoch(time=0, value=0.5, metrics={"val_accuracy": [0.5]})
         trial = TrialRecord(
-            number=0, trial_id=0, plan=Plan(config=config, arm="sobol", seeds=(0,)), started=0, epochs=[epoch],
+            number=0, trial_id=0, plan=TrialSpec(config=config, origin="sobol", seeds=(0,)), started=0, epochs=[epoch],
             state="complete",
         )  # fmt: skip
         client = mlflow.MlflowClient()

@@ -13,12 +13,12 @@ import pytest
 from mlflow import MlflowClient
 
 from analysis.importance import SEARCHED
-from analysis.records import Records
+from analysis.load import StudyData
 from analysis.sensitivity import Args, main
 from tests.synthetic import RAM_DEFAULT, RAM_DIMENSIONS, Synthetic, ram_truth, simulate, write_mlflow
 
 STUDY = Synthetic(
-    truth=ram_truth, dimensions=RAM_DIMENSIONS[:5], trials=12, epochs=4, arm="mixed", stop=True, default=RAM_DEFAULT
+    truth=ram_truth, dimensions=RAM_DIMENSIONS[:5], trials=12, epochs=4, origin="mixed", stop=True, default=RAM_DEFAULT
 )
 
 
@@ -30,7 +30,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def add(folder: Path, records: Records, name: str, **options: object) -> str:
+def add(folder: Path, records: StudyData, name: str, **options: object) -> str:
     named = records._replace(study=records.study._replace(name=name))
     return write_mlflow(named, uri_of(folder), artifacts=folder / "artifacts", **options)  # type: ignore[arg-type]
 
@@ -60,20 +60,20 @@ def test_it_imports_neither_ray_nor_study_nor_ramcore(tmp_path: Path) -> None:
     assert not {"ray", "study", "ramcore"} & set(eval(shown.stdout))
 
 
-def one_trial(records: Records) -> Records:
+def one_trial(records: StudyData) -> StudyData:
     return records._replace(trials=records.trials.iloc[:1], epochs=records.epochs[records.epochs["trial"] == 0])
 
 
-def all_failed(records: Records) -> Records:
+def all_failed(records: StudyData) -> StudyData:
     trials = records.trials.assign(state="failed", stop_reason="error: disk full")
     return records._replace(trials=trials, epochs=records.epochs.iloc[:0])
 
 
-def all_nan(records: Records) -> Records:
+def all_nan(records: StudyData) -> StudyData:
     return records._replace(epochs=records.epochs.assign(val_accuracy=np.nan))
 
 
-def same_everywhere(records: Records) -> Records:
+def same_everywhere(records: StudyData) -> StudyData:
     names = [d.name for d in STUDY.dimensions]
     return records._replace(trials=records.trials.assign(**{n: records.trials[n].iloc[0] for n in names}))
 
@@ -94,7 +94,7 @@ def test_what_cannot_be_answered_is_one_line_and_exit_2(
     store: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
-    change: Callable[[Records], Records],
+    change: Callable[[StudyData], StudyData],
     options: dict[str, object],
     message: str,
     request: pytest.FixtureRequest,
@@ -134,7 +134,7 @@ def test_an_unwritable_folder_is_one_line(store: Path, tmp_path: Path, capfd: py
 def test_an_ofat_study_is_reported_without_a_ranking(store: Path, tmp_path: Path) -> None:
     records = simulate(STUDY)
     rows = ["baseline best"] + [f"baseline best: patch_size={i}" for i in range(11)]
-    ofat = records._replace(trials=records.trials.assign(arm="ofat", row=rows, state="complete"))
+    ofat = records._replace(trials=records.trials.assign(origin="ofat", row=rows, state="complete"))
     add(store, ofat, "ofat", params={"design": "ofat", "epochs": "4"})
     assert main(Args(study="ofat", tracking_uri=uri_of(store), out=tmp_path)) == 0
     assert "One factor at a time" in (tmp_path / "report.html").read_text()
@@ -145,7 +145,7 @@ def test_a_companion_that_has_no_trial_yet_does_not_stop_the_report(tmp_path: Pa
     records = simulate(STUDY)
     same = {"task": "translated", "data": "digits", "epochs": "4"}
     add(tmp_path, records, "search", params={"design": "search", **same})
-    ended = records._replace(trials=records.trials.assign(arm="replicate", row="default", state="complete"))
+    ended = records._replace(trials=records.trials.assign(origin="replicate", row="default", state="complete"))
     add(tmp_path, ended, "replicate", params={"design": "replicate", **same})
     none = records._replace(trials=records.trials.iloc[:0], epochs=records.epochs.iloc[:0])
     add(tmp_path, none, "replicate again", params={"design": "replicate", **same})

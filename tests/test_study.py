@@ -19,13 +19,13 @@ from rich.console import Console
 
 from ramcore.config import Config
 from ramcore.data import load_task
-from study import designs, outcome, pool, run
+from study import designs, pool, results, run
 from study.checkpoints import Checkpoints
-from study.outcome import pareto_front
-from study.progress import Progress, duration, percent, time_left
+from study.display import Progress, duration, percent, time_left
 from study.record import Epoch, Record, TrialRecord, read_settings
+from study.results import pareto_front
 from study.run import Flags, main
-from study.space import search_space
+from study.search_space import configuration, search_space
 from study.trainable import run_trial
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,11 +113,11 @@ def test_a_dry_run_of_the_paper_lists_its_rows(here, capsys):
 # What a person reads.
 
 
-def trial(number: int, *accuracy: float, arm: designs.Arm = "sobol", state: str = "complete", **values) -> TrialRecord:
+def trial(number: int, *accuracy: float, origin: str = "sobol", state: str = "complete", **values) -> TrialRecord:
     space = search_space(Config(epochs=4))
-    plan = designs.Plan(config=space.config(space.default | values), arm=arm, seeds=(0, 1))
+    plan = designs.TrialSpec(config=configuration(space, space.default | values), origin=origin, seeds=(0, 1))
     epochs = [Epoch(time=0, value=a, metrics={"val_accuracy": [a - 0.01, a + 0.01], "seconds": 10.0}) for a in accuracy]
-    return TrialRecord(number=number, trial_id=number, plan=plan, started=0, epochs=epochs, state=state)  # type: ignore[arg-type]
+    return TrialRecord(number=number, trial_id=number, spec=plan, started=0, epochs=epochs, state=state)  # type: ignore[arg-type]
 
 
 def test_the_pareto_front_holds_what_nothing_beats_in_both():
@@ -132,21 +132,21 @@ def test_the_pareto_front_holds_what_nothing_beats_in_both():
 
 
 def test_the_time_left_is_a_range_that_knows_about_early_stopping():
-    arms = ["sobol"] * 2 + ["tpe"] * 2
-    done = [trial(0, 0.1, 0.1, 0.1, 0.1), trial(1, 0.1, 0.1, 0.1, 0.1), trial(2, 0.1, arm="tpe", state="pruned")]
-    low, high = time_left(done, arms, 4, slots=1) or (0, 0)
+    origins = ["sobol"] * 2 + ["tpe"] * 2
+    done = [trial(0, 0.1, 0.1, 0.1, 0.1), trial(1, 0.1, 0.1, 0.1, 0.1), trial(2, 0.1, origin="tpe", state="pruned")]
+    low, high = time_left(done, origins, 4, slots=1) or (0, 0)
     # One TPE trial is left: as short as the one before it, or all four epochs of 10 s, give or take.
     assert low == pytest.approx(10 * 0.8) and high == pytest.approx(40 * 1.25)
     # With more slots than trials it is no shorter: its epochs follow one another.
-    assert time_left(done, arms, 4, slots=8) == (low, high)
-    assert time_left([], arms, 4, slots=1) is None
-    assert time_left([*done, trial(3, 0.1, arm="tpe", state="pruned")], arms, 4, slots=1) == (0, 0)
+    assert time_left(done, origins, 4, slots=8) == (low, high)
+    assert time_left([], origins, 4, slots=1) is None
+    assert time_left([*done, trial(3, 0.1, origin="tpe", state="pruned")], origins, 4, slots=1) == (0, 0)
 
 
 def test_the_live_display_says_how_far_the_study_is():
     progress = Progress(study="a-study", epochs=4)
-    running = trial(2, 0.5, arm="tpe", state="running")
-    progress.resume([trial(0, 0.5, 0.6, 0.7, 0.8), trial(1, 0.1, arm="tpe", state="pruned"), running], ["tpe"] * 5)
+    running = trial(2, 0.5, origin="tpe", state="running")
+    progress.resume([trial(0, 0.5, 0.6, 0.7, 0.8), trial(1, 0.1, origin="tpe", state="pruned"), running], ["tpe"] * 5)
     for _ in range(2):
         progress.reported(running)
     progress.outage = lambda: "connection refused"
@@ -163,7 +163,7 @@ def test_without_a_terminal_a_long_trial_is_heard_of_once_a_minute(monkeypatch, 
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     progress = Progress(study="a-study", epochs=4)
-    running = trial(2, 0.5, arm="tpe", state="running")
+    running = trial(2, 0.5, origin="tpe", state="running")
     progress.resume([trial(0, 0.5, 0.6, 0.7, 0.8), running], ["tpe"] * 5)
     for clock[0] in (50, 70, 100, 140):
         progress.reported(running)
@@ -187,17 +187,17 @@ def fragile(here, empty_database, monkeypatch) -> list[str]:
     shutil.copy(empty_database, here / "mlflow.db")
     # In full: MLflow keeps what it opened, and would write into the database of the test before.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{here}/mlflow.db")
-    monkeypatch.setattr(outcome, "_log_model", lambda *_: None)
-    monkeypatch.setattr(outcome, "_draw", lambda best, weights, data, path: path.touch())
+    monkeypatch.setattr(results, "_log_model", lambda *_: None)
+    monkeypatch.setattr(results, "_draw", lambda best, weights, data, path: path.touch())
     breakdowns: list[str] = []
 
-    def run_trials(engine, data, wanted, look=None):
+    def run_trials(scheduler, data, wanted, look=None):
         if breakdowns:
-            while engine.next_job():
+            while scheduler.next_job():
                 pass
             raise pool.PoolLost(breakdowns.pop())
-        while job := engine.next_job():
-            run_trial(job, data, lambda result, number=job.number: engine.report(number, result))
+        while job := scheduler.next_job():
+            run_trial(job, data, lambda result, number=job.number: scheduler.report(number, result))
 
     monkeypatch.setattr(pool, "ray_running", lambda address: contextlib.nullcontext())
     monkeypatch.setattr(pool.Pool, "slots", 1)
@@ -253,11 +253,11 @@ def test_a_tune_that_ends_early_is_started_again(fragile, monkeypatch, capsys):
     run_trials = pool.run_trials
     lost = []
 
-    def ends_early(engine, data, wanted, look=None):
+    def ends_early(scheduler, data, wanted, look=None):
         if not lost:
-            lost.append(engine.next_job())
+            lost.append(scheduler.next_job())
             return
-        run_trials(engine, data, wanted, look)
+        run_trials(scheduler, data, wanted, look)
 
     monkeypatch.setattr(pool, "run_trials", ends_early)
     assert main(SMALL) == run.DONE

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from analysis.importance import sobol_indices
-from analysis.space import Dimension
 from analysis.surrogate import Surface, basis, failure_logits, fit_failures, logit, observe
+from ramcore.space import Dimension
 from tests.synthetic import Synthetic, simulate, unit_dimensions
 
 DIMENSIONS = (
-    Dimension(name="a", kind="float"),
-    Dimension(name="b", kind="int", low=1, high=4),
-    Dimension(name="c", kind="categorical", choices=("x", "y", "z")),
+    Dimension(name="a", type="float"),
+    Dimension(name="b", type="int", low=1, high=4),
+    Dimension(name="c", type="categorical", choices=("x", "y", "z")),
 )
 
 

@@ -12,11 +12,13 @@ import mlflow
 import pytest
 
 from ramcore.config import Config
+from ramcore.errors import UserError
 from study import tracking
-from study.designs import Plan
+from study.designs import TrialSpec
 from study.record import Record, StudySettings
-from study.space import search_space
-from study.tracking import Origin, Publish, Tracker, TrackingError, check_reachable, tracking_uri
+from study.search_space import configuration, search_space
+from study.sobol import SobolSequence
+from study.tracking import Provenance, Publish, Tracker, check_reachable, tracking_uri
 
 SPACE = search_space(Config(data="digits", task="original", epochs=3))
 SETTINGS = StudySettings(
@@ -28,9 +30,9 @@ SETTINGS = StudySettings(
     epochs=3,
     seeds_per_trial=2,
     seed=0,
-    space=SPACE.describe(),
+    space=SPACE.to_dict(),
 )
-ORIGIN = Origin(settings={"command": "python -m study.run"}, commit="abc", dirty=False, params={"task": "original"})
+ORIGIN = Provenance(settings={"command": "python -m study.run"}, commit="abc", dirty=False, params={"task": "original"})
 
 
 @pytest.fixture
@@ -56,11 +58,13 @@ def trial(
     record: Record, *accuracies: tuple[float, float], end: str | None = "complete", test: dict | None = None
 ) -> None:
     index = len(record.trials)
-    record.start(Plan(config=SPACE.config(SPACE.sobol(index, 0)), arm="sobol", seeds=(0, 1)), SPACE.distributions())
+    record.start(
+        TrialSpec(config=configuration(SPACE, SobolSequence(SPACE, 0)[index]), origin="sobol", seeds=(0, 1)), SPACE
+    )
     for epoch, accuracy in enumerate(accuracies, start=1):
         record.add_epoch(index, epoch, metrics(epoch, *accuracy))
     if end is not None:
-        record.end(index, end, "finished" if end == "complete" else "diverged: seed 1 at epoch 2", test)
+        record.end(index, end, "finished" if end == "complete" else "diverged: seed 1 at epoch 2", test=test)
 
 
 def track(record: Record, uri: str, status: str = "finished", patience: float = 30) -> str | None:
@@ -103,9 +107,9 @@ def test_the_layout_is_the_contract_with_the_analysis(record, uri):
     for child in (first, failed, running):
         assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     tags = first.data.tags
-    assert (tags["ram.trial"], tags["ram.arm"], tags["ram.seeds"]) == ("0", "sobol", "0,1")
+    assert (tags["ram.trial"], tags["ram.origin"], tags["ram.seeds"]) == ("0", "sobol", "0,1")
     assert (tags["ram.state"], tags["ram.stop_reason"]) == ("complete", "finished")
-    assert first.data.params == {k: str(v) for k, v in record.trials[0].plan.config.__dict__.items()}
+    assert first.data.params == {k: str(v) for k, v in record.trials[0].spec.config.__dict__.items()}
     assert history(uri, first, "val_accuracy") == [(1, pytest.approx(0.3)), (2, pytest.approx(0.6))]
     assert history(uri, first, "val_accuracy.seed_1") == [(1, 0.4), (2, 0.7)]
     assert history(uri, first, "val_accuracy_sd")[0] == (1, pytest.approx(0.2 / 2**0.5))
@@ -300,7 +304,7 @@ def test_what_cannot_be_reached_is_refused_quickly(tmp_path):
         address = f"http://127.0.0.1:{unused.getsockname()[1]}"
         for bad in (address, "./mlruns", f"sqlite:///{tmp_path}/no/such/folder/mlflow.db"):
             started = time.monotonic()
-            with pytest.raises(TrackingError) as error:
+            with pytest.raises(UserError) as error:
                 check_reachable(bad)
             assert "\n" not in str(error.value) and time.monotonic() - started < 6
     check_reachable(f"sqlite:///{tmp_path}/mlflow.db")

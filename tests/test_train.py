@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from ramcore.config import ConfigError
+from ramcore.errors import UserError
 from ramcore.evaluation import evaluate
 from ramcore.train import EpochMetrics, Trainer
 
@@ -201,16 +201,16 @@ def test_cosine_schedule_ends_at_zero(tiny):
 )
 def test_refusals(tiny, seeds, changes, message):
     config, data = tiny
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         Trainer(dataclasses.replace(config, **changes), data, seeds=seeds)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tiny):
     config, data = tiny
     state = Trainer(config, data, seeds=(0, 1)).state_dict()
-    with pytest.raises(ConfigError, match=r"continues the seeds it was made with, \[0, 1\]; got \[0, 2\]"):
+    with pytest.raises(UserError, match=r"continues the seeds it was made with, \[0, 1\]; got \[0, 2\]"):
         Trainer(config, data, seeds=(0, 2)).load_state_dict(state)
-    with pytest.raises(ConfigError, match="continues the configuration"):
+    with pytest.raises(UserError, match="continues the configuration"):
         Trainer(dataclasses.replace(config, location_std=0.3), data, seeds=(0, 1)).load_state_dict(state)
     del state["config"]["input_gain"]  # as if the checkpoint were older than this field, which has its default
     Trainer(config, data, seeds=(0, 1)).load_state_dict(state)

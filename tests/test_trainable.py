@@ -19,7 +19,7 @@ class Stopped(BaseException):
 @pytest.fixture
 def job(tiny, tmp_path) -> Job:
     config = dataclasses.replace(tiny[0], epochs=3)
-    return Job(number=7, config=config, seeds=(0, 1), arm="sobol", held=0, storage=str(tmp_path), study="s")
+    return Job(number=7, config=config, seeds=(0, 1), test=False, held=0, storage=str(tmp_path), study="s")
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_the_last_report_leaves_the_best_weights(job, data, tmp_path):
 
 
 def test_paper_and_replicate_trials_read_the_test_images_once_at_the_end(job, data):
-    results = reports(dataclasses.replace(job, arm="paper"), data)
+    results = reports(dataclasses.replace(job, test=True), data)
     assert ["test" in r for r in results] == [False, False, True]
     test = results[-1]["test"]
     assert len(test["accuracy"]) == len(test["epoch"]) == 2 and all(0 <= a <= 1 for a in test["accuracy"])
@@ -92,7 +92,7 @@ def test_paper_and_replicate_trials_read_the_test_images_once_at_the_end(job, da
 
 def test_an_error_is_told_in_one_line(job, data):
     (result,) = reports(dataclasses.replace(job, seeds=(3, 3)), data)
-    assert result["error"].startswith("ConfigError: seeds must be different") and "\n" not in result["error"]
+    assert result["error"].startswith("UserError: seeds must be different") and "\n" not in result["error"]
     assert "Traceback" in result["details"]
 
 

@@ -23,7 +23,7 @@ from ramcore.data import TaskData
 from ramcore.evaluation import build_model, evaluate
 from ramcore.pictures import draw_glimpses, glimpse_paths
 from study.checkpoints import Checkpoints, Folder
-from study.progress import accuracies, percent
+from study.display import accuracies, percent
 from study.record import Record, TrialRecord, best_trial
 from study.tracking import Publish
 
@@ -40,13 +40,13 @@ class Outcome:
         best = self.best
         return {
             "trial": best.number,
-            "arm": best.plan.arm,
-            "row": best.plan.row,
-            "seeds": list(best.plan.seeds),
-            "config": asdict(best.plan.config),
+            "origin": best.spec.origin,
+            "row": best.spec.row,
+            "seeds": list(best.spec.seeds),
+            "config": asdict(best.spec.config),
             "val_accuracy": list(accuracies(best)),
             "test": best.test,
-            "cost": cost(best.plan.config)._asdict(),
+            "cost": cost(best.spec.config)._asdict(),
         }
 
 
@@ -61,7 +61,7 @@ def pareto_front(trials: list[TrialRecord]) -> tuple[TrialRecord, ...]:
     """Complete trials that are more accurate than every cheaper one; cheapest first."""
     complete = [t for t in trials if t.value is not None]
     front: list[TrialRecord] = []
-    for trial in sorted(complete, key=lambda t: (cost(t.plan.config).macs, -(t.value or 0.0))):
+    for trial in sorted(complete, key=lambda t: (cost(t.spec.config).macs, -(t.value or 0.0))):
         if not front or (trial.value or 0.0) > (front[-1].value or 0.0):
             front.append(trial)
     return tuple(front)
@@ -77,10 +77,10 @@ def read_best_test(record: Record, folder: Folder, data: TaskData) -> bool:
     saved = Checkpoints(folder, best.number).load_best()
     if saved is None:
         return False
-    config = best.plan.config
-    network = build_model(config, torch.tensor(best.plan.seeds))
+    config = best.spec.config
+    network = build_model(config, torch.tensor(best.spec.seeds))
     network.load_state_dict(saved["weights"])
-    evaluation = evaluate(network, config, best.plan.seeds, replace(data, task=config.task), "test")
+    evaluation = evaluate(network, config, best.spec.seeds, replace(data, task=config.task), "test")
     record.set_test(
         best.number,
         {
@@ -96,12 +96,12 @@ def read_best_test(record: Record, folder: Folder, data: TaskData) -> bool:
 def describe(outcome: Outcome, searched: tuple[str, ...]) -> list[str]:
     """The lines that a study ends with."""
     best = outcome.best
-    config = asdict(best.plan.config)
-    size = cost(best.plan.config)
-    label = f"{best.plan.arm}{f', {best.plan.row}' if best.plan.row else ''}"
+    config = asdict(best.spec.config)
+    size = cost(best.spec.config)
+    label = f"{best.spec.origin}{f', {best.spec.row}' if best.spec.row else ''}"
     lines = [
         f"Best configuration: trial {best.number:04d} ({label})",
-        f"  validation accuracy  {percent(accuracies(best))} over seeds {', '.join(map(str, best.plan.seeds))}",
+        f"  validation accuracy  {percent(accuracies(best))} over seeds {', '.join(map(str, best.spec.seeds))}",
     ]
     if best.test is not None:
         epochs = ", ".join(map(str, best.test["epoch"]))
@@ -109,10 +109,10 @@ def describe(outcome: Outcome, searched: tuple[str, ...]) -> list[str]:
             f"  test accuracy        {percent(tuple(best.test['accuracy']))} (weights of epochs {epochs}; read once)"
         )
     lines.append(f"  size                 {size.parameters:,} parameters, {size.macs:,} multiply-adds an image")
-    lines += [f"  {name:20s} {_shown(config[name])}" for name in searched or _differing(best.plan.config)]
+    lines += [f"  {name:20s} {_shown(config[name])}" for name in searched or _differing(best.spec.config)]
     lines.append("Accuracy against multiply-adds an image (none is both cheaper and better than these):")
     for trial in outcome.front:
-        size, name = cost(trial.plan.config), trial.plan.row or _brief(trial.plan.config)
+        size, name = cost(trial.spec.config), trial.spec.row or _brief(trial.spec.config)
         lines.append(f"  {size.macs:>12,}  {percent(accuracies(trial)):>18s}  trial {trial.number:04d}  {name}")
     return lines
 
@@ -127,9 +127,9 @@ def publisher(outcome: Outcome, folder: Folder, data: TaskData) -> Publish:
         if saved is None:
             return
         with tempfile.TemporaryDirectory(prefix="ram-study-") as scratch:
-            if best.plan.config.model == "ram":
+            if best.spec.config.model == "ram":
                 picture = Path(scratch) / "glimpses.png"
-                _draw(best, saved["weights"], replace(data, task=best.plan.config.task), picture)
+                _draw(best, saved["weights"], replace(data, task=best.spec.config.task), picture)
                 client.log_artifact(run_id, str(picture))
             _log_model(run_id, best, saved["weights"], Path(scratch))
 
@@ -140,12 +140,12 @@ def _log_model(run_id: str, trial: TrialRecord, weights: dict[str, Tensor], scra
     """The trial's networks as an MLflow model of the run; see `study.served` for how to load it."""
     import mlflow.pyfunc  # takes seconds, at the end of a study only
 
-    config = trial.plan.config
+    config = trial.spec.config
     torch.save({"weights": weights}, scratch / "weights.pt")
-    described = {"config": asdict(config), "seeds": list(trial.plan.seeds)}
+    described = {"config": asdict(config), "seeds": list(trial.spec.seeds)}
     (scratch / "config.json").write_text(json.dumps(described, indent=1))
     canvas = TensorSpec(np.dtype(np.float32), (-1, config.canvas_size, config.canvas_size))
-    classes = TensorSpec(np.dtype(np.float32), (-1, len(trial.plan.seeds), NUM_CLASSES))
+    classes = TensorSpec(np.dtype(np.float32), (-1, len(trial.spec.seeds), NUM_CLASSES))
     with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*An input example was not provided", category=UserWarning)
         mlflow.pyfunc.log_model(
@@ -159,8 +159,8 @@ def _log_model(run_id: str, trial: TrialRecord, weights: dict[str, Tensor], scra
 
 def _draw(trial: TrialRecord, weights: dict[str, Tensor], data: TaskData, path: Path) -> None:
     """How the trial's best seed looks at the first test images."""
-    config = trial.plan.config
-    best = max(range(len(trial.plan.seeds)), key=lambda r: accuracies(trial)[r])
+    config = trial.spec.config
+    best = max(range(len(trial.spec.seeds)), key=lambda r: accuracies(trial)[r])
     one = {name: value[best : best + 1] for name, value in weights.items()}
     draw_glimpses(config, glimpse_paths(config, one, data)).savefig(path, dpi=150)
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from study.halving import Halving, Ladder, default_halving
+from study.asha import Halving, Ladder, default_halving
 
 
 def test_rungs_lie_below_the_last_epoch():

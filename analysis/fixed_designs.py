@@ -10,7 +10,6 @@ from __future__ import annotations
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportAssignmentType=false
 import math
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,9 +18,8 @@ import pandas as pd
 from scipy.stats import studentized_range
 
 from analysis.importance import INTERVAL, count_trials, mean_interval
-from analysis.records import NoTrials, Records, Source, StudyRun, read_study
-
-OFAT_ROW = re.compile(r"^baseline (?P<baseline>[^:]+?)(?:: (?P<parameter>\w+)=(?P<value>.+))?$")
+from analysis.load import NoTrials, Source, StudyData, StudyRun, load_study
+from study.designs import DESIGNS
 
 
 class Companions(NamedTuple):
@@ -41,56 +39,49 @@ class Companions(NamedTuple):
 
 def read_companions(source: Source, studies: Sequence[StudyRun], study: StudyRun) -> Companions:
     """The newest OFAT and replicate studies of the same task, data and epochs that have trials, summarised."""
-    records: list[Records] = []
-    for design in ("ofat", "replicate"):
+    records: list[StudyData] = []
+    for design in (name for name, one in DESIGNS.items() if one.report == "comparison"):
         for other in studies:
             same = all(other.params.get(key) == study.params.get(key) for key in ("task", "data", "epochs"))
             if other.params.get("design") == design and same:
                 try:
-                    records.append(read_study(source, other))
+                    records.append(load_study(source, other))
                 except NoTrials:
                     continue
                 break
     return summarise(records)
 
 
-def summarise(records: Sequence[Records]) -> Companions:
+def summarise(records: Sequence[StudyData]) -> Companions:
     """Tables of OFAT and replicate trials among the records."""
     ofat, replicates = [], []
     for one in records:
         ends = final_accuracies(one)
         for trial, values in ends.items():
             row = one.trials.loc[trial]
-            if row["arm"] == "ofat":
-                ofat.append(_ofat_row(str(row["row"]), values))
-            elif row["arm"] == "replicate":
+            if row["origin"] == "ofat":
+                ofat.append(_ofat_row(row, values))
+            elif row["origin"] == "replicate":
                 replicates.append(_replicate_row(str(row["row"]), values, tuple(row["test_accuracies"])))
-    table = pd.DataFrame([r for r in ofat if r], columns=["baseline", "parameter", "value", "accuracy", "sd", "seeds"])
+    table = pd.DataFrame(ofat, columns=["baseline", "parameter", "value", "accuracy", "sd", "seeds"])
     columns = ["row", "accuracy", "low", "high", "sd", "seeds", "test"]
     return Companions(
         table, _ranges(table), pd.DataFrame(replicates, columns=columns), tuple(r.study.name for r in records)
     )
 
 
-def final_accuracies(records: Records) -> dict[int, np.ndarray]:
+def final_accuracies(records: StudyData) -> dict[int, np.ndarray]:
     """Accuracy points of every seed at the last epoch of each complete trial."""
-    budget = records.space.epochs if records.space else int(records.epochs["epoch"].max())
+    budget = records.budget
     last = records.epochs[(records.epochs["epoch"] == budget) & records.epochs["val_accuracy"].notna()]
     return {int(trial): 100 * part["val_accuracy"].to_numpy(dtype=float) for trial, part in last.groupby("trial")}
 
 
-def _ofat_row(row: str, values: np.ndarray) -> tuple[str, str, str, float, float, int] | None:
-    match = OFAT_ROW.match(row)
-    if match is None:
-        return None
-    return (
-        match["baseline"],
-        match["parameter"] or "",
-        match["value"] or "",
-        float(values.mean()),
-        _sd(values),
-        len(values),
-    )
+def _ofat_row(trial: pd.Series, values: np.ndarray) -> tuple[str, str, str, float, float, int]:
+    parameter = str(trial["parameter"])
+    value = trial[parameter] if parameter else ""
+    shown = f"{value:.3g}" if isinstance(value, float) else str(value)
+    return str(trial["baseline"]), parameter, shown, float(values.mean()), _sd(values), len(values)
 
 
 def _replicate_row(
@@ -134,7 +125,7 @@ def _noise_range(levels: pd.DataFrame) -> float:
     return float(studentized_range.ppf(INTERVAL, len(levels), df)) * pooled / math.sqrt(float(seeds.mean()))
 
 
-def describe(records: Records) -> str:
+def describe(records: StudyData) -> str:
     """One line on how far a fixed design has come."""
     counts = count_trials(records.trials)
     return (

@@ -48,7 +48,7 @@ def duration(seconds: float) -> str:
 
 
 def time_left(
-    trials: list[TrialRecord], arms: Sequence[str], epochs: int, slots: int, timed: Sequence[float] = ()
+    trials: list[TrialRecord], origins: Sequence[str], epochs: int, slots: int, timed: Sequence[float] = ()
 ) -> tuple[float, float] | None:
     """Seconds until the study ends, as a range; None before the first epoch.
 
@@ -58,7 +58,7 @@ def time_left(
 
     Args:
         trials: all so far.
-        arms: of all trials the study is to have, by number.
+        origins: of all trials the study is to have, by number.
         epochs: of a trial that is not stopped.
         slots: trials at a time.
         timed: seconds of an epoch of some configurations, for want of trials.
@@ -72,16 +72,16 @@ def time_left(
         quick, _, slow = statistics.quantiles(seconds, n=4)
     else:
         quick, slow = (factor * statistics.fmean(seconds) for factor in _FULL_SPREAD)
-    ended = [len(t.epochs) for t in trials if t.plan.arm in STOPPABLE and t.state != "running"]
+    ended = [len(t.epochs) for t in trials if t.spec.origin in STOPPABLE and t.state != "running"]
     short = statistics.fmean(ended) if ended else epochs / 4
     done = {t.number: t for t in trials}
     low = high = longest_low = longest_high = 0.0
-    for number, arm in enumerate(arms):
+    for number, origin in enumerate(origins):
         trial = done.get(number)
         if trial is not None and trial.state != "running":
             continue
         trained = len(trial.epochs) if trial else 0
-        expected = max(short - trained, 0.0) if arm in STOPPABLE else epochs - trained
+        expected = max(short - trained, 0.0) if origin in STOPPABLE else epochs - trained
         low, high = low + expected, high + epochs - trained
         longest_low, longest_high = max(longest_low, expected), max(longest_high, epochs - trained)
     # Neither can be shorter than the longest trial still to be trained.
@@ -89,13 +89,13 @@ def time_left(
 
 
 class Progress:
-    """Told by the engine what happens; see `study.searcher.Watcher`."""
+    """Told by the scheduler what happens; see `study.scheduler.Callback`."""
 
     def __init__(self, *, study: str, epochs: int) -> None:
         self.study = study
         self.epochs = epochs
         self.slots = 1  # trials at a time
-        self.arms: Sequence[str] = ()  # of all trials the study is to have
+        self.origins: Sequence[str] = ()  # of all trials the study is to have
         self.outage: Callable[[], str | None] = lambda: None  # why tracking is behind, if it is
         self._trials: dict[int, TrialRecord] = {}
         self._recent: deque[float] = deque(maxlen=200)  # when the last epochs were reported
@@ -115,9 +115,9 @@ class Progress:
             self._live.stop()
             self._live = None
 
-    def resume(self, trials: list[TrialRecord], arms: Sequence[str]) -> None:
-        """Begin with what the record holds and the arms of all trials to come."""
-        self.arms = arms
+    def resume(self, trials: list[TrialRecord], origins: Sequence[str]) -> None:
+        """Begin with what the record holds and the origins of all trials to come."""
+        self.origins = origins
         self._trials = {t.number: t for t in trials}
 
     def started(self, trial: TrialRecord) -> None:
@@ -129,7 +129,7 @@ class Progress:
         now = time.monotonic()
         self._recent.append(now)
         if self._live is None and now - self._last_said >= _QUIET:
-            epoch = f"epoch {len(trial.epochs)}/{trial.plan.config.epochs}, {percent(accuracies(trial))}"
+            epoch = f"epoch {len(trial.epochs)}/{trial.spec.config.epochs}, {percent(accuracies(trial))}"
             self._say(f"{self._count()} trial {trial.number:04d}: {epoch}{self._left('; ')}")
 
     def ended(self, trial: TrialRecord) -> None:
@@ -137,9 +137,9 @@ class Progress:
         seconds = sum(e.metrics["seconds"] for e in trial.epochs)
         best = best_trial(list(self._trials.values()))
         shown = f"best {percent(accuracies(best))} (trial {best.number:04d})" if best else "no complete trial yet"
-        label = f" {trial.plan.row}" if trial.plan.row else ""
+        label = f" {trial.spec.row}" if trial.spec.row else ""
         parts = [
-            f"{self._count()} trial {trial.number:04d} {trial.plan.arm}{label}: "
+            f"{self._count()} trial {trial.number:04d} {trial.spec.origin}{label}: "
             f"{percent(accuracies(trial))} after {len(trial.epochs)} epochs, {duration(seconds)}",
             trial.reason,
             shown + self._left(", "),
@@ -159,10 +159,10 @@ class Progress:
 
     def _count(self) -> str:
         """'[3/40]': trials that have ended, of those the study is to have."""
-        return f"[{sum(t.state != 'running' for t in self._trials.values())}/{len(self.arms)}]"
+        return f"[{sum(t.state != 'running' for t in self._trials.values())}/{len(self.origins)}]"
 
     def _left(self, before: str) -> str:
-        left = time_left(list(self._trials.values()), self.arms, self.epochs, self.slots)
+        left = time_left(list(self._trials.values()), self.origins, self.epochs, self.slots)
         if left is None or left[1] <= 0:
             return ""
         low, high = map(duration, left)
@@ -176,14 +176,16 @@ class Progress:
         recent = [t for t in list(self._recent) if now - t < 60]  # list: the driver adds to it meanwhile
         rate = f"{len(recent) / max(now - recent[0], 1):.2f} epochs/s" if len(recent) > 1 else "-"
         head = Table.grid(padding=(0, 2))
-        head.add_row(Text(self.study, style="bold"), ProgressBar(total=len(self.arms), completed=ended, width=30))
+        head.add_row(Text(self.study, style="bold"), ProgressBar(total=len(self.origins), completed=ended, width=30))
         head.add_row(
             "trials",
-            f"{ended} of {len(self.arms)} ended: {states.count('complete')} finished, {states.count('pruned')} stopped "
+            f"{ended} of {len(self.origins)} ended: {states.count('complete')} finished, {states.count('pruned')} stopped "
             f"early, {states.count('failed')} failed; {states.count('running')} running",
         )
         best = best_trial(trials)
-        head.add_row("best", f"{percent(accuracies(best))}, trial {best.number:04d} ({best.plan.arm})" if best else "-")
+        head.add_row(
+            "best", f"{percent(accuracies(best))}, trial {best.number:04d} ({best.spec.origin})" if best else "-"
+        )
         head.add_row("speed", rate + self._left(", "))
         if outage := self.outage():
             head.add_row("tracking", Text(f"behind ({outage}); training goes on", style="yellow"))
@@ -191,8 +193,8 @@ class Progress:
         running = [t for t in trials if t.state == "running"]
         for trial in running[:_SHOWN_RUNNING]:
             rows.add_row(
-                f"  {trial.number:04d}", trial.plan.row or trial.plan.arm,
-                f"epoch {len(trial.epochs)}/{trial.plan.config.epochs}", percent(accuracies(trial)),
+                f"  {trial.number:04d}", trial.spec.row or trial.spec.origin,
+                f"epoch {len(trial.epochs)}/{trial.spec.config.epochs}", percent(accuracies(trial)),
             )  # fmt: skip
         if len(running) > _SHOWN_RUNNING:
             rows.add_row("", f"and {len(running) - _SHOWN_RUNNING} more")

@@ -1,6 +1,6 @@
 """Tune <-> the record: which trial is next, and what follows from a report.
 
-`Engine` decides, and knows nothing of Ray. `TuneSearcher`, `TuneScheduler` and `TuneStopper` hand it Tune's
+`StudyScheduler` decides, and knows nothing of Ray. `TuneSearcher`, `TuneScheduler` and `TuneStopper` hand it Tune's
 questions: Tune starts trials, restarts them where a worker died, and carries reports; it keeps nothing that matters.
 """
 
@@ -28,12 +28,14 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from ramcore.space import Space, Values
+from study.asha import Halving, Ladder
 from study.checkpoints import Checkpoints, Folder
-from study.designs import Arm, Plan, published, search_arms
+from study.designs import TrialSpec, published, search_origins
 from study.faults import fault_point
-from study.halving import Halving, Ladder
-from study.record import OPTUNA_STATE, Record, RecordLost, State, TrialRecord
-from study.space import Space, Values
+from study.record import OPTUNA_STATE, Record, RecordLost, State, TrialRecord, distributions
+from study.search_space import configuration
+from study.sobol import SobolSequence
 from study.trainable import Job
 
 if TYPE_CHECKING:
@@ -47,8 +49,8 @@ _TIDIED_AGAIN = 20  # ended trials whose leftovers are looked for when a study i
 _RESAMPLES = 20  # tries of TPE for a feasible point before the last one is clamped
 
 
-class Watcher(Protocol):
-    """Whoever watches the study (see `study.progress`)."""
+class Callback(Protocol):
+    """Whoever watches the study (see `study.display`)."""
 
     def started(self, trial: TrialRecord) -> None: ...
     def reported(self, trial: TrialRecord) -> None: ...
@@ -82,7 +84,7 @@ class FeasibleTPE(TPESampler):
         values: Values = {}
         for _ in range(_RESAMPLES):
             # What `sample_relative` calls, without its note in the storage about a trial that does not exist yet.
-            values = self._sample(study, coming, self._space.distributions())
+            values = self._sample(study, coming, distributions(self._space))
             if self._space.feasible(values):
                 return values
         return self._space.clamped(values)
@@ -98,7 +100,7 @@ class Seen:
 
     def __init__(self, record: Record, space: Space) -> None:
         self._record = record
-        self._distributions = space.distributions()
+        self._distributions = distributions(space)
         self._ended: dict[int, FrozenTrial] = {}
 
     def _is_multi_objective(self) -> bool:
@@ -116,7 +118,7 @@ class Seen:
             trial_id=trial.trial_id,
             state=OPTUNA_STATE[trial.state],
             value=trial.value,
-            params={name: getattr(trial.plan.config, name) for name in self._distributions},
+            params={name: getattr(trial.spec.config, name) for name in self._distributions},
             distributions=self._distributions,
             intermediate_values=values,
             user_attrs={},
@@ -129,27 +131,27 @@ class Seen:
         return frozen
 
 
-class Engine:
+class StudyScheduler:
     """Decides which trial comes next and which one ends. All its state is the record's."""
 
     def __init__(
-        self, record: Record, *, space: Space | None, halving: Halving, folder: Folder, storage: str, watcher: Watcher
+        self, record: Record, *, space: Space | None, halving: Halving, folder: Folder, storage: str, callback: Callback
     ) -> None:
         """Take a record up.
 
         Args:
             record: open.
             space: of a search; a fixed design's rows are in the record, and it needs none unless they lie in the space.
-            halving: early stopping of the arms that may be stopped.
+            halving: early stopping of the origins that may be stopped.
             folder: of the study, for the checkpoints of ended trials.
             storage: where `folder` is, for the workers.
-            watcher: is told what happens.
+            callback: is told what happens.
         """
         self.record = record
         self.space = space
         self.folder = folder
         self.storage = storage
-        self.watcher = watcher
+        self.callback = callback
         self.stopping: str | None = None  # why no more trials are to be trained now
         self.broken: str | None = None  # why the study should not be continued as it is: a programming error
         self.error: BaseException | None = None  # what went wrong in the driver itself
@@ -157,11 +159,12 @@ class Engine:
         self._first_ends: list[str] = []  # of this run; an error's text, or the trial's own name
         self._ladder = Ladder(halving, record.settings.epochs)
         self._published = published(space) if space is not None else []
+        self._sobol = SobolSequence(space, record.settings.seed) if space is not None else None
         self._seen = Seen(record, space) if space is not None else None
         if record.rows is None:
-            self.arms: list[Arm] = search_arms(record.totals, len(self._published), record.settings.sobol_share)
+            self.origins: list[str] = search_origins(record.totals, len(self._published), record.settings.sobol_share)
         else:
-            self.arms = [plan.arm for plan in record.rows[: record.totals[-1]]]
+            self.origins = [spec.origin for spec in record.rows[: record.totals[-1]]]
         self._lost: list[int] = []
         self.take_up_lost()
         reached = [
@@ -180,7 +183,7 @@ class Engine:
     @property
     def total(self) -> int:
         """Trials the study is to have."""
-        return len(self.arms)
+        return len(self.origins)
 
     @property
     def finished(self) -> bool:
@@ -224,48 +227,48 @@ class Engine:
             return None
         if self._lost:
             trial = self.record.trials[self._lost.pop()]
-            self.watcher.note(f"trial {trial.number:04d} is taken up again ({len(trial.epochs)} epochs recorded)")
+            self.callback.note(f"trial {trial.number:04d} is taken up again ({len(trial.epochs)} epochs recorded)")
         else:
             number = len(self.record.trials)
             if number >= self.total:
                 return None
-            plan = self._plan(number)
-            inside = self.space is not None and plan.config.is_recurrent and self._in_space(plan)
-            distributions = self.space.distributions() if self.space is not None and inside else {}
-            trial = self.record.start(plan, distributions)
+            spec = self._spec(number)
+            inside = self.space is not None and spec.config.is_recurrent and self._in_space(spec)
+            trial = self.record.start(spec, self.space if inside else None)
             assert trial.number == number, "only the driver adds trials"
-        self.watcher.started(trial)
-        fault_point("engine.started")
+        self.callback.started(trial)
+        fault_point("scheduler.started")
         return Job(
             number=trial.number,
-            config=trial.plan.config,
-            seeds=trial.plan.seeds,
-            arm=trial.plan.arm,
+            config=trial.spec.config,
+            seeds=trial.spec.seeds,
+            test=trial.spec.tested,
             held=len(trial.epochs),
             storage=self.storage,
             study=self.record.settings.study,
         )
 
-    def _in_space(self, plan: Plan) -> bool:
+    def _in_space(self, spec: TrialSpec) -> bool:
         assert self.space is not None
-        return self.space.contains({name: getattr(plan.config, name) for name in self.space.names})
+        return self.space.contains({name: getattr(spec.config, name) for name in self.space.names})
 
-    def _plan(self, number: int) -> Plan:
+    def _spec(self, number: int) -> TrialSpec:
         if self.record.rows is not None:
             return self.record.rows[number]
         assert self.space is not None
-        arm = self.arms[number]
-        before = self.arms[:number].count(arm)
+        origin = self.origins[number]
+        before = self.origins[:number].count(origin)
         seed = self.record.settings.seed
         row = ""
-        if arm == "published":
+        if origin == "published":
             row, values = self._published[before]
-        elif arm == "sobol":
-            values = self.space.sobol(before, seed)
+        elif origin == "sobol":
+            assert self._sobol is not None
+            values = self._sobol[before]
         else:
             values = FeasibleTPE(self.space, seed, number).suggest(self._seen)
         seeds = tuple(range(self.record.settings.seeds_per_trial))
-        return Plan(config=self.space.config(values), arm=arm, row=row, seeds=seeds)
+        return TrialSpec(config=configuration(self.space, values), origin=origin, row=row, seeds=seeds)
 
     # What follows from a report.
 
@@ -284,19 +287,19 @@ class Engine:
         epoch, metrics = result["epoch"], result["metrics"]
         newest = self.record.add_epoch(number, epoch, metrics) or epoch == len(trial.epochs)
         goes_on = self._goes_on(trial, epoch)
-        self.watcher.reported(trial)
+        self.callback.reported(trial)
         if not newest:
             return True
-        fault_point("engine.decision.before")
+        fault_point("scheduler.decision.before")
         if any(metrics["diverged"]):
             seeds = [s for s, bad in zip(metrics["seeds"], metrics["diverged"], strict=True) if bad]
             which = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-            self._end(trial, "failed", f"diverged: {which} at epoch {epoch}")
-        elif epoch >= trial.plan.config.epochs:
-            self._end(trial, "complete", "finished", result.get("test"))
-        elif trial.plan.stoppable and not goes_on:
+            self._end(trial, "failed", f"diverged: {which} at epoch {epoch}", diverged=True)
+        elif epoch >= trial.spec.config.epochs:
+            self._end(trial, "complete", "finished", test=result.get("test"))
+        elif trial.spec.stoppable and not goes_on:
             self._end(trial, "pruned", f"stopped by successive halving at epoch {epoch}")
-        fault_point("engine.decision.after")
+        fault_point("scheduler.decision.after")
         return trial.state == "running"
 
     def worker_lost(self, number: int, message: str) -> None:
@@ -312,10 +315,18 @@ class Engine:
             return True
         return self._ladder.reach(trial.number, epoch, value)
 
-    def _end(self, trial: TrialRecord, state: State, reason: str, test: dict[str, Any] | None = None) -> None:
-        self.record.end(trial.number, state, reason, test)
+    def _end(
+        self,
+        trial: TrialRecord,
+        state: State,
+        reason: str,
+        *,
+        test: dict[str, Any] | None = None,
+        diverged: bool = False,
+    ) -> None:
+        self.record.end(trial.number, state, reason, test=test, diverged=diverged)
         self._tidy(trial)
-        self.watcher.ended(trial)
+        self.callback.ended(trial)
         if len(self._first_ends) < SAME_FAILURES:
             # Figures in a message (sizes, addresses) may differ from one configuration to the next.
             self._first_ends.append(
@@ -336,38 +347,38 @@ class Engine:
 
 
 @contextmanager
-def guarded(engine: Engine) -> Iterator[None]:
+def guarded(scheduler: StudyScheduler) -> Iterator[None]:
     """Stop the study where the driver itself fails; Tune would log the error and go on without us."""
     try:
         yield
     except Exception as error:
-        engine.error = engine.error or error
+        scheduler.error = scheduler.error or error
         if not isinstance(error, RecordLost):
             logger.debug("%s", traceback.format_exc())
-        engine.stop(str(error))
+        scheduler.stop(str(error))
 
 
 class _Unsaved:
-    """Tune pickles what it is given into its own experiment state, which nobody reads: the engine stays out of it."""
+    """Tune pickles what it is given into its own experiment state, which nobody reads: the scheduler stays out of it."""
 
-    _engine: Engine
+    _scheduler: StudyScheduler
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_engine"}
+        return {name: value for name, value in self.__dict__.items() if name != "_scheduler"}
 
 
 class TuneSearcher(_Unsaved, Searcher):
     """Answers Tune's question for a configuration with a job."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, scheduler: StudyScheduler) -> None:
         super().__init__(metric="training_iteration", mode="max")  # Tune wants one; it is not looked at
-        self._engine = engine
+        self._scheduler = scheduler
 
     def suggest(self, trial_id: str) -> Any:
         """A job as plain data; FINISHED when no more will come."""
         job = None
-        with guarded(self._engine):
-            job = self._engine.next_job()
+        with guarded(self._scheduler):
+            job = self._scheduler.next_job()
         return Searcher.FINISHED if job is None else job.to_dict()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -381,11 +392,11 @@ class TuneSearcher(_Unsaved, Searcher):
 
 
 class TuneScheduler(_Unsaved, FIFOScheduler):
-    """Hands every report to the engine, also the one after which a trial stops (which Tune hides from searchers)."""
+    """Hands every report to the scheduler, also the one after which a trial stops (which Tune hides from searchers)."""
 
-    def __init__(self, engine: Engine, slots: int) -> None:
+    def __init__(self, scheduler: StudyScheduler, slots: int) -> None:
         super().__init__()
-        self._engine = engine
+        self._scheduler = scheduler
         self._slots = slots
         self._release: Callable[[], None] | None = None  # takes back what `on_trial_add` did, once
         self._epochs_at_death: dict[int, int] = {}  # of each trial whose worker died, at the last time
@@ -407,7 +418,7 @@ class TuneScheduler(_Unsaved, FIFOScheduler):
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """As ever; once nothing is left to hand out, idle workers go, and with them the machines of a cluster."""
-        if self._release is not None and self._engine.handed_out:
+        if self._release is not None and self._scheduler.handed_out:
             self._release()
             self._release = None
         return super().choose_trial_to_run(tune_controller)
@@ -415,26 +426,26 @@ class TuneScheduler(_Unsaved, FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Record, decide."""
         goes_on = True
-        with guarded(self._engine):
+        with guarded(self._scheduler):
             if "result" in result:
-                goes_on = self._engine.report(trial.config["number"], json.loads(result["result"]))
+                goes_on = self._scheduler.report(trial.config["number"], json.loads(result["result"]))
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """Its worker died, or never came up: it is tried again, on another node if need be, up to a point."""
-        with guarded(self._engine):
+        with guarded(self._scheduler):
             number = trial.config["number"]
             by_tune = trial.status == Trial.ERROR  # it has been stopped by now, and is queued again
-            epochs = len(self._engine.record.trials[number].epochs)
+            epochs = len(self._scheduler.record.trials[number].epochs)
             if epochs > self._epochs_at_death.get(number, 0):  # it comes on, so it is not what kills workers
                 trial.run_metadata.num_failures = 1
             self._epochs_at_death[number] = epochs
             if not trial.should_recover():
-                self._engine.worker_lost(number, f"its worker died {trial.num_failures} times; {_last_line(trial)}")
+                self._scheduler.worker_lost(number, f"its worker died {trial.num_failures} times; {_last_line(trial)}")
                 return
             if not by_tune:  # Tune gives up what had not begun, and what died often however far it came
-                self._engine.hand_out_again(number)
-            self._engine.watcher.note(f"trial {number:04d}: its worker died; it is started again")
+                self._scheduler.hand_out_again(number)
+            self._scheduler.callback.note(f"trial {number:04d}: its worker died; it is started again")
 
 
 def _last_line(trial: Any) -> str:
@@ -449,8 +460,8 @@ def _last_line(trial: Any) -> str:
 class TuneStopper(_Unsaved, tune.Stopper):
     """Lets signals, budgets and errors end the experiment between two reports."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, scheduler: StudyScheduler) -> None:
+        self._scheduler = scheduler
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """No trial is stopped here."""
@@ -458,4 +469,4 @@ class TuneStopper(_Unsaved, tune.Stopper):
 
     def stop_all(self) -> bool:
         """Whether to stop everything."""
-        return self._engine.should_stop()
+        return self._scheduler.should_stop()

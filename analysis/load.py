@@ -1,6 +1,6 @@
 """The only reader: what MLflow (or a folder that `analysis.export` wrote) holds of a study, as tidy DataFrames.
 
-`read_study` gives one row a trial (`trials`) and one row a trial, seed and epoch (`epochs`). Nothing is dropped here:
+`load_study` gives one row a trial (`trials`) and one row a trial, seed and epoch (`epochs`). Nothing is dropped here:
 failed, stopped and diverged trials stay in, with their state and the reason the study wrote down.
 """
 
@@ -30,32 +30,20 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.rest_utils import http_request
 from sqlalchemy.exc import SQLAlchemyError
 
-from analysis.space import Space, SpaceError, parse_space
+from ramcore.errors import UserError
+from ramcore.space import Space
+from study import schema
 
-EXPERIMENT = "ram-study"
-DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
-SEED_METRIC = "val_accuracy.seed_"
-EPOCH_METRICS = (
-    "val_loss",
-    "train_loss",
-    "train_accuracy",
-    "reward",
-    "baseline_error",
-    "gradient_norm",
-    "epoch_seconds",
-)
+EPOCH_METRICS = (*schema.EPOCH_MEANS, schema.EPOCH_SECONDS)
 RUNS_PER_REQUEST = 100  # MLflow's limit for one bulk request
 ROWS_PER_REQUEST = 25_000  # MLflow's limit for one bulk answer
+_OLD_OFAT_ROW = re.compile(r"^baseline (?P<baseline>[^:]+?)(?:: (?P<parameter>\w+)=.+)?$")
 READERS = 8  # threads; reading waits for the server, not for this machine
 
 Progress = Callable[[int, int], None]  # called with what is done and how much there is
 
 
-class RecordsError(ValueError):
-    """The records asked for cannot be had; the message says rule, fact and fix in one line."""
-
-
-class NoTrials(RecordsError):
+class NoTrials(UserError):
     """The study has no trial yet."""
 
 
@@ -70,13 +58,13 @@ class StudyRun(NamedTuple):
     params: dict[str, str]
 
 
-class Records(NamedTuple):
+class StudyData(NamedTuple):
     """A study as tables.
 
-    trials: index trial number; columns arm, row, state, stop_reason, seeds (tuple), macs, parameters, epochs_seen,
+    trials: index trial number; columns origin, row, state, stop_reason, seeds (tuple), macs, parameters, epochs_seen,
         test_accuracy (fraction or NaN), started (seconds), and every configuration field by its name.
     epochs: one row a trial, seed and epoch (from 1): trial, seed, epoch, val_accuracy (fraction, of that seed), then
-        the trial's mean metrics of that epoch, arm, state, stop_reason and the configuration.
+        the trial's mean metrics of that epoch, origin, state, stop_reason and the configuration.
     """
 
     study: StudyRun
@@ -87,18 +75,24 @@ class Records(NamedTuple):
     settings: dict[str, Any]  # study.json, empty where it is missing
     raw_space: dict[str, Any] | None = None  # space.json, as saved
 
+    @property
+    def budget(self) -> int:
+        """Epochs of a trial that is not stopped early."""
+        known = (self.raw_space or {}).get("epochs") or self.settings.get("epochs")
+        return int(known) if known else int(self.epochs["epoch"].max())
+
 
 def tracking_uri(given: str | None) -> str:
     """The tracking server to read: as given, else MLFLOW_TRACKING_URI, else MLflow's own local file."""
-    return given or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
+    return given or os.environ.get("MLFLOW_TRACKING_URI") or schema.DEFAULT_TRACKING_URI
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client for a tracking server that exists. Raises RecordsError otherwise (MLflow would create an empty file)."""
+    """A client for a tracking server that exists. Raises UserError otherwise (MLflow would create an empty file)."""
     if uri.startswith("sqlite:///"):
         path = Path(uri.removeprefix("sqlite:///").split("?")[0])
         if not path.is_file():
-            raise RecordsError(
+            raise UserError(
                 f"the tracking database must exist; there is no {path}. Run a study first (python -m study.run), or "
                 "name "
                 "the right one with --tracking-uri"
@@ -107,7 +101,7 @@ def connect(uri: str) -> MlflowClient:
         client = MlflowClient(uri)
         client.search_experiments(max_results=1)
     except (MlflowException, SQLAlchemyError, requests.RequestException, OSError) as error:
-        raise RecordsError(
+        raise UserError(
             f"the tracking server must answer; {uri} does not ({_first_line(error)}). Check --tracking-uri"
         ) from error
     return client
@@ -115,7 +109,7 @@ def connect(uri: str) -> MlflowClient:
 
 def open_source(uri: str, folder: Path | None) -> Source:
     """Where to read: the exported records in a folder if one is given, else the tracking server. Raises
-    RecordsError.
+    UserError.
     """
     return connect(uri) if folder is None else Exported(folder)
 
@@ -132,19 +126,21 @@ def quieten() -> None:
 
 
 def list_studies(source: Source) -> list[StudyRun]:
-    """Every study there is, newest first. Raises RecordsError if there is none."""
+    """Every study there is, newest first. Raises UserError if there is none."""
     if isinstance(source, Exported):
         return source.studies()
     client = source
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    runs = _search(client, experiment.experiment_id, "tags.`ram.kind` = 'study'") if experiment else []
+    experiment = client.get_experiment_by_name(schema.EXPERIMENT)
+    runs = _search(client, experiment.experiment_id, f"tags.`{schema.KIND}` = 'study'") if experiment else []
     if not runs:
-        raise RecordsError(f"a study must have been run; experiment {EXPERIMENT!r} holds none. Run python -m study.run")
+        raise UserError(
+            f"a study must have been run; experiment {schema.EXPERIMENT!r} holds none. Run python -m study.run"
+        )
     studies = [
         StudyRun(
             run_id=run.info.run_id,
-            name=run.data.tags.get("ram.study") or str(run.info.run_name),
-            status=run.data.tags.get("ram.status", "running"),
+            name=run.data.tags.get(schema.STUDY) or str(run.info.run_name),
+            status=run.data.tags.get(schema.STATUS, "running"),
             started=(run.info.start_time or 0) / 1000,
             tags=dict(run.data.tags),
             params=dict(run.data.params),
@@ -155,7 +151,7 @@ def list_studies(source: Source) -> list[StudyRun]:
 
 
 def find_study(studies: Sequence[StudyRun], name: str | None) -> StudyRun:
-    """The study of that name (the newest of several) or run id, or the newest of all. Raises RecordsError with what
+    """The study of that name (the newest of several) or run id, or the newest of all. Raises UserError with what
     exists if there is none.
     """
     if name is None:
@@ -164,27 +160,31 @@ def find_study(studies: Sequence[StudyRun], name: str | None) -> StudyRun:
         if name in (study.name, study.run_id):
             return study
     known = ", ".join(study.name for study in studies[:8]) + (", ..." if len(studies) > 8 else "")
-    raise RecordsError(f"--study must name a study that exists; got {name!r}. There is: {known}")
+    raise UserError(f"--study must name a study that exists; got {name!r}. There is: {known}")
 
 
-def read_study(source: Source, study: StudyRun, progress: Progress | None = None) -> Records:
+def load_study(source: Source, study: StudyRun, progress: Progress | None = None) -> StudyData:
     """Read a study whole: its trials, every epoch of every seed, its space and settings.
 
-    Raises RecordsError if the study has no trial yet or the server fails on the way.
+    Raises UserError if the study has no trial yet or the server fails on the way.
     """
+    _check_schema(study)
     if isinstance(source, Exported):
         return source.read(study)
     client = source
-    experiment = client.get_experiment_by_name(EXPERIMENT)
+    experiment = client.get_experiment_by_name(schema.EXPERIMENT)
     if experiment is None:
-        raise RecordsError(f"experiment {EXPERIMENT!r} must exist; it does not. Run python -m study.run")
+        raise UserError(f"experiment {schema.EXPERIMENT!r} must exist; it does not. Run python -m study.run")
     try:
-        runs = _search(client, experiment.experiment_id, f"tags.`mlflow.parentRunId` = '{study.run_id}'")
-        runs = [run for run in runs if run.data.tags.get("ram.kind", "trial") == "trial"]
+        runs = _search(client, experiment.experiment_id, f"tags.`{schema.PARENT}` = '{study.run_id}'")
+        runs = [run for run in runs if run.data.tags.get(schema.KIND, "trial") == "trial"]
         history = _read_history(client, runs, progress or _silent)
-        raw_space, settings = _read_json(client, study, "space.json"), _read_json(client, study, "study.json")
+        raw_space, settings = (
+            _read_json(client, study, schema.SPACE_FILE),
+            _read_json(client, study, schema.SETTINGS_FILE),
+        )
     except (MlflowException, SQLAlchemyError, requests.RequestException, OSError) as error:
-        raise RecordsError(f"the records of {study.name} must be readable; {_first_line(error)}") from error
+        raise UserError(f"the records of {study.name} must be readable; {_first_line(error)}") from error
     if not runs:
         raise NoTrials(
             f"a study needs trials to be analysed; {study.name} ({study.status}) has none yet. Wait for it, or choose "
@@ -194,7 +194,16 @@ def read_study(source: Source, study: StudyRun, progress: Progress | None = None
     trials = _trial_table(runs)
     epochs = _epoch_table(trials, history)
     trials["epochs_seen"] = epochs.groupby("trial")["epoch"].max().reindex(trials.index).fillna(0).astype(int)
-    return Records(study, trials.drop(columns="run_id"), epochs, space, problem, settings or {}, raw_space)
+    return StudyData(study, trials.drop(columns="run_id"), epochs, space, problem, settings or {}, raw_space)
+
+
+def _check_schema(study: StudyRun) -> None:
+    found = study.tags.get(schema.SCHEMA, "1")
+    if not found.isdigit() or int(found) > schema.VERSION:
+        raise UserError(
+            f"this version reads tracked studies of schema 1 to {schema.VERSION}; {study.name} has schema {found}: "
+            "use the version of the project that wrote it, or a newer one"
+        )
 
 
 class Exported:
@@ -203,10 +212,10 @@ class Exported:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Raises RecordsError if no study lies there."""
+        """Raises UserError if no study lies there."""
         self.folder = folder
         if not next(folder.glob("*/study.json"), None):
-            raise RecordsError(
+            raise UserError(
                 f"--records must be a folder that analysis.export wrote; {folder} holds no study. Run python -m "
                 f"analysis.export --out {folder}, or leave --records out to read MLflow"
             )
@@ -216,8 +225,8 @@ class Exported:
         found = [StudyRun(**self._described(path.parent)["study"]) for path in self.folder.glob("*/study.json")]
         return sorted(found, key=lambda study: (study.started, study.name), reverse=True)
 
-    def read(self, study: StudyRun) -> Records:
-        """A study as it was exported. Raises RecordsError if a file is missing or damaged."""
+    def read(self, study: StudyRun) -> StudyData:
+        """A study as it was exported. Raises UserError if a file is missing or damaged."""
         own = self.folder / folder_name(study.name)
         described = self._described(own)
         try:
@@ -225,24 +234,26 @@ class Exported:
             epochs = pd.read_csv(own / "epochs.csv")
             for column, kind in (("seeds", int), ("test_accuracies", float)):
                 trials[column] = [tuple(kind(v) for v in str(text).split()) for text in trials[column]]
-            trials = trials.astype({c: str for c in ("arm", "row", "state", "stop_reason")}).set_index("trial")
+            trials = _older_fields(trials.set_index("trial"))
+            texts = ("origin", "row", "baseline", "parameter", "state", "stop_reason")
+            trials = trials.astype({c: str for c in texts})
             for column in ("macs", "parameters", "test_accuracy", "started"):
                 trials[column] = pd.to_numeric(trials[column], errors="coerce")
         except (OSError, ValueError, KeyError) as error:
-            raise RecordsError(f"exported records must be whole; {own}: {_first_line(error)}. Export again") from error
+            raise UserError(f"exported records must be whole; {own}: {_first_line(error)}. Export again") from error
         space, problem = _space_of(described["space"])
-        return Records(
+        return StudyData(
             study, trials, _with_context(epochs, trials), space, problem, described["settings"], described["space"]
         )
 
     @staticmethod
-    def write_to(folder: Path, records: Records) -> Path:
+    def write_to(folder: Path, records: StudyData) -> Path:
         """Write a study's folder among those in `folder`; gives it."""
         own = folder / folder_name(records.study.name)
         if (own / "study.json").is_file() and (there := Exported._described(own)["study"])["run_id"] != (
             records.study.run_id
         ):
-            raise RecordsError(
+            raise UserError(
                 f"a folder holds one study; {own} holds another of that name (MLflow run {there['run_id']}). Choose "
                 "another folder with --out"
             )
@@ -261,7 +272,7 @@ class Exported:
         try:
             return json.loads((own / "study.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise RecordsError(f"exported records must be whole; {own}: {_first_line(error)}. Export again") from error
+            raise UserError(f"exported records must be whole; {own}: {_first_line(error)}. Export again") from error
 
 
 Source = MlflowClient | Exported
@@ -333,8 +344,8 @@ def _space_of(raw: dict[str, Any] | None) -> tuple[Space | None, str | None]:
     if raw is None:
         return None, "the study's space.json is missing or unreadable, so bounds and scales are unknown"
     try:
-        return parse_space(raw), None
-    except SpaceError as error:
+        return Space.from_dict(raw), None
+    except UserError as error:
         return None, str(error)
 
 
@@ -359,20 +370,25 @@ def _trial_table(runs: Iterable[Run]) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for run in runs:
         tags, metrics = run.data.tags, run.data.metrics
-        seeds = tuple(int(s) for s in tags.get("ram.seeds", "").split(",") if s.strip().lstrip("-").isdigit())
+        seeds = tuple(int(s) for s in tags.get(schema.SEEDS, "").split(",") if s.strip().lstrip("-").isdigit())
         row: dict[str, Any] = {
-            "trial": int(_number(tags.get("ram.trial"), -1)),
+            "trial": int(_number(tags.get(schema.TRIAL), -1)),
             "run_id": run.info.run_id,
-            "arm": tags.get("ram.arm", "unknown"),
-            "row": tags.get("ram.row", ""),
-            "state": tags.get("ram.state", "running"),
-            "stop_reason": tags.get("ram.stop_reason", ""),
+            "origin": tags.get(schema.ORIGIN, tags.get("ram.arm", "unknown")),
+            "row": tags.get(schema.ROW, ""),
+            "baseline": tags.get(schema.BASELINE, ""),
+            "parameter": tags.get(schema.PARAMETER, ""),
+            "state": tags.get(schema.STATE, "running"),
+            "stop_reason": tags.get(schema.STOP_REASON, ""),
+            "diverged": tags.get(schema.DIVERGED) == "true",
             "seeds": seeds,
-            "macs": metrics.get("macs", math.nan),
-            "parameters": metrics.get("parameters", math.nan),
-            "test_accuracy": metrics.get("test_accuracy", math.nan),
+            "macs": metrics.get(schema.MACS, math.nan),
+            "parameters": metrics.get(schema.PARAMETERS, math.nan),
+            "test_accuracy": metrics.get(schema.TEST_ACCURACY, math.nan),
             "test_accuracies": tuple(
-                metrics[f"test_accuracy.seed_{s}"] for s in seeds if f"test_accuracy.seed_{s}" in metrics
+                metrics[f"{schema.SEED_TEST_ACCURACY}{s}"]
+                for s in seeds
+                if f"{schema.SEED_TEST_ACCURACY}{s}" in metrics
             ),
             "started": (run.info.start_time or 0) / 1000,
         }
@@ -383,7 +399,23 @@ def _trial_table(runs: Iterable[Run]) -> pd.DataFrame:
         return table
     # A trial that was re-run after a fault keeps its number: the newest record counts.
     table = table.sort_values(["trial", "started", "run_id"]).drop_duplicates("trial", keep="last")
-    return table.set_index("trial")
+    return _older_fields(table.set_index("trial"))
+
+
+def _older_fields(trials: pd.DataFrame) -> pd.DataFrame:
+    """Fill in what records of schema 1 only say in words: the origin's old name, divergence, the OFAT rows."""
+    trials = trials.rename(columns={"arm": "origin"})
+    for name in ("baseline", "parameter"):
+        if name not in trials:
+            trials[name] = ""
+    if "diverged" not in trials:
+        trials["diverged"] = False
+    trials["diverged"] |= (trials["state"] == "failed") & trials["stop_reason"].str.startswith("diverged")
+    old = (trials["origin"] == "ofat") & (trials["baseline"] == "")
+    found = trials.loc[old, "row"].str.extract(_OLD_OFAT_ROW).fillna("")
+    for name in ("baseline", "parameter"):
+        trials.loc[old, name] = found[name].to_numpy()
+    return trials
 
 
 def _epoch_table(trials: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
@@ -392,10 +424,12 @@ def _epoch_table(trials: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
     history["trial"] = history["run_id"].map(numbers)
     wide = history.pivot_table(index=["trial", "step"], columns="key", values="value", aggfunc="last", dropna=False)
     wide = wide.dropna(how="all").reset_index().rename(columns={"step": "epoch"})
-    seeded = [c for c in wide.columns if str(c).startswith(SEED_METRIC)]
+    seeded = [c for c in wide.columns if str(c).startswith(schema.SEED_ACCURACY)]
     means = [c for c in EPOCH_METRICS if c in wide.columns]
     parts = [
-        wide[["trial", "epoch", *means]].assign(seed=int(str(c).removeprefix(SEED_METRIC)), val_accuracy=wide[c])
+        wide[["trial", "epoch", *means]].assign(
+            seed=int(str(c).removeprefix(schema.SEED_ACCURACY)), val_accuracy=wide[c]
+        )
         for c in seeded
     ]
     if not parts and "val_accuracy" in wide.columns:

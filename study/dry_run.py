@@ -4,7 +4,7 @@ The time is an estimate. How long an epoch takes is read from the study's own tr
 configurations (a quarter, half and three quarters up in multiply-adds) are timed for a few seconds where the trials
 would run: on this machine, or on a node that can run a trial (while a cluster has none, on its head, which the plan
 says). Each is timed alone, on 1/25 or less of the images. How many epochs there will be is uncertain too, because early
-stopping decides: see `study.progress.time_left`.
+stopping decides: see `study.display.time_left`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from ramcore.config import Config
 from ramcore.cost import cost
+from ramcore.errors import UserError
 from study import cluster
-from study.cluster import ClusterError
-from study.designs import Plan, published, search_arms
+from study.designs import TrialSpec, published, search_origins
 from study.prepare import Prepared
 from study.record import TrialRecord, read_totals, read_trials
+from study.search_space import configuration
+from study.sobol import SobolSequence
 
 if TYPE_CHECKING:
     from study.pool import Pool
@@ -32,22 +34,23 @@ _POINTS = 200  # of the space, to say how large its networks are
 
 
 def plan_lines(flags: Flags, prepared: Prepared, uri: str, pool: Pool) -> list[str]:
-    """What --dry-run prints. Raises ClusterError, PoolError."""
+    """What --dry-run prints. Raises UserError."""
     settings, space = prepared.settings, prepared.space
     trials, rows = read_trials(prepared.folder / "study.db") if prepared.exists else ([], None)
     if rows is None and prepared.rows is not None:
         rows = prepared.rows()
     if rows is not None:
         rows = rows[: prepared.total]
-        configs = [plan.config for plan in rows]
-        arms: Sequence[str] = [plan.arm for plan in rows]
+        configs = [spec.config for spec in rows]
+        origins: Sequence[str] = [spec.origin for spec in rows]
     else:
         assert space is not None
-        configs = [space.config(space.sobol(i, 0)) for i in range(_POINTS)]
+        points = SobolSequence(space, settings.seed)
+        configs = [configuration(space, points[i]) for i in range(_POINTS)]
         totals = read_totals(prepared.folder / "study.db") if prepared.exists else []
         if (prepared.total or 0) > (totals[-1] if totals else 0):
             totals.append(prepared.total or 0)
-        arms = search_arms(totals, len(published(space)), settings.sobol_share)
+        origins = search_origins(totals, len(published(space)), settings.sobol_share)
     place = _on_cluster if flags.address is not None else _here
     slots, machines, where, seconds, timed = place(flags, prepared, uri, pool, trials, configs)
     lines = [
@@ -58,15 +61,15 @@ def plan_lines(flags: Flags, prepared: Prepared, uri: str, pool: Pool) -> list[s
         f"  slots      {slots}, one trial each ({flags.cpus_per_trial:g} CPU, {flags.gpus_per_trial or 0:g} GPU each)",
         f"  storage    {prepared.folder if '://' not in prepared.storage else prepared.storage}",
         f"  tracking   {uri}",
-        *_time_and_cost(flags, trials, arms, settings.epochs, slots, machines, seconds, timed),
+        *_time_and_cost(flags, trials, origins, settings.epochs, slots, machines, seconds, timed),
     ]
-    return lines + (_search_lines(prepared, arms, configs) if rows is None else _row_lines(rows))
+    return lines + (_search_lines(prepared, origins, configs) if rows is None else _row_lines(rows))
 
 
-def _search_lines(prepared: Prepared, arms: Sequence[str], configs: list[Config]) -> list[str]:
+def _search_lines(prepared: Prepared, origins: Sequence[str], configs: list[Config]) -> list[str]:
     assert prepared.space is not None
-    counts = ", ".join(f"{arms.count(arm)} {arm}" for arm in dict.fromkeys(arms))
-    lines = [f"  trials     {len(arms)}: {counts} (only tpe trials are stopped early)"]
+    counts = ", ".join(f"{origins.count(origin)} {origin}" for origin in dict.fromkeys(origins))
+    lines = [f"  trials     {len(origins)}: {counts} (only tpe trials are stopped early)"]
     for d in prepared.space.dimensions:
         scale = ", log" if d.log else ""
         lines.append(f"  {d.name:17s} {d.type} {d.low:g} to {d.high:g}{scale} ({d.unit}): {d.reason}")
@@ -78,28 +81,28 @@ def _search_lines(prepared: Prepared, arms: Sequence[str], configs: list[Config]
     ]
 
 
-def _row_lines(rows: list[Plan]) -> list[str]:
+def _row_lines(rows: list[TrialSpec]) -> list[str]:
     lines = [f"  trials     {len(rows)}:"]
-    for plan in rows:
-        size = cost(plan.config)
-        lines.append(f"    {plan.row:45s} {size.parameters:>10,} parameters {size.macs:>12,} multiply-adds")
+    for spec in rows:
+        size = cost(spec.config)
+        lines.append(f"    {spec.row:45s} {size.parameters:>10,} parameters {size.macs:>12,} multiply-adds")
     return lines
 
 
 def _time_and_cost(
     flags: Flags,
     trials: list[TrialRecord],
-    arms: Sequence[str],
+    origins: Sequence[str],
     epochs: int,
     slots: int,
     machines: int,
     seconds: list[float],
     timed: str,
 ) -> list[str]:
-    from study.progress import duration, time_left
+    from study.display import duration, time_left
 
-    one_by_one = time_left(trials, arms, epochs, 1, seconds)
-    side_by_side = time_left(trials, arms, epochs, slots, seconds)
+    one_by_one = time_left(trials, origins, epochs, 1, seconds)
+    side_by_side = time_left(trials, origins, epochs, slots, seconds)
     if one_by_one is None or side_by_side is None:
         return [f"  time       unknown: {timed}"]
     low, high = (s / 3600 for s in one_by_one)
@@ -150,7 +153,7 @@ def _on_cluster(
     with ray_running(flags.address):
         present = cluster.nodes()
         if problem := cluster.Check(prepared.storage)(present):
-            raise ClusterError(problem)
+            raise UserError(problem)
         able = [node for node in present if need.fits(node.resources)]
         slots = pool.slots
         sizes = [f"{n}: {n.resources.get('CPU', 0):g} CPUs, {n.resources.get('GPU', 0):g} GPUs" for n in present]

@@ -1,0 +1,97 @@
+"""The ranges that `--design search` tries. A range is changed, and a dimension added, here and nowhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ramcore.config import Config
+from ramcore.space import Dimension, Space
+
+
+def search_space(base: Config) -> Space:
+    """The space for the task of a base configuration, which gives every field its default."""
+    dimensions = (
+        Dimension(
+            name="num_glimpses",
+            type="int",
+            low=2,
+            high=8,
+            step=1,
+            unit="glimpses",
+            reason="published: 2 to 8; with one glimpse there is nothing to decide",
+        ),
+        Dimension(
+            name="patch_size",
+            type="int",
+            low=4,
+            high=20 if base.canvas_size >= 60 else base.canvas_size // 2,
+            step=1,
+            unit="pixels",
+            reason="published: 8 to 20; below 4 a stroke is lost, above half the canvas nothing is hidden",
+        ),
+        Dimension(
+            name="num_scales",
+            type="int",
+            low=1,
+            high=4,
+            step=1,
+            unit="scales",
+            reason="published: 1 to 4",
+        ),
+        Dimension(
+            name="location_std",
+            type="float",
+            low=0.03,
+            high=0.5,
+            log=True,
+            unit="half-canvas units",
+            reason="below 0.03 (1 pixel of 60) nothing is explored, above 0.5 the policy's mean hardly matters",
+        ),
+        Dimension(
+            name="learning_rate",
+            type="float",
+            low=1e-4,
+            high=1e-2,
+            log=True,
+            unit="per step (Adam)",
+            reason="the published 3e-4 lies inside; above 1e-2 Adam diverges on these networks",
+        ),
+        Dimension(
+            name="reinforce_weight",
+            type="float",
+            low=0.01,
+            high=10.0,
+            log=True,
+            unit="ratio",
+            reason="the published 1 in the middle, from hardly any policy learning to policy first",
+        ),
+        Dimension(
+            name="loss_mixing",
+            type="float",
+            low=0.0,
+            high=1.0,
+            unit="share",
+            reason="from REINFORCE alone to cross-entropy alone: the case study asks which is better",
+        ),
+        Dimension(
+            name="step_supervision",
+            type="float",
+            low=0.0,
+            high=1.0,
+            unit="share",
+            reason="from the last step alone to every step alike: the case study's 'alternative choice'",
+        ),
+    )
+    searched = [dimension.name for dimension in dimensions]
+    values = dataclasses.asdict(base)
+    return Space(
+        dimensions=dimensions,
+        default={name: values[name] for name in searched},
+        fixed={name: value for name, value in values.items() if name not in searched},
+        widest_scale=2 * base.canvas_size,  # a square that wide sees the whole canvas from anywhere
+    )
+
+
+def configuration(space: Space, values: dict[str, object]) -> Config:
+    """The whole configuration of a point of a space."""
+    return Config(**{**space.fixed, **space.default, **values})
