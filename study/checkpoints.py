@@ -10,19 +10,15 @@ crash.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import logging
-import os
 import re
-from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
-import pyarrow.fs
 import torch
 
-from study.faults import fault_point
+from study.storage import Folder, LocalFolder, RemoteFolder, Storage  # noqa: F401  (until all callers moved)
 
 logger = logging.getLogger(__name__)
 
@@ -31,114 +27,9 @@ _DIGEST_SIZE = 32  # bytes of a SHA-256
 _EPOCH_FILE = re.compile(r"epoch_(\d{4,})\.pt")
 
 
-class Folder(Protocol):
-    """Files by relative name. `write` is atomic: a reader sees all of the new content or none of it."""
-
-    def write(self, name: str, content: bytes) -> None: ...
-
-    def read(self, name: str) -> bytes:
-        """Raises FileNotFoundError."""
-        ...
-
-    def names(self, folder: str) -> list[str]:
-        """The files right inside a folder, by base name; none if there is no such folder."""
-        ...
-
-    def delete(self, name: str) -> None:
-        """Delete a file; none there is fine."""
-        ...
-
-    def delete_folder(self, folder: str) -> None:
-        """Delete an empty folder; none there, or not empty, is fine."""
-        ...
-
-
-class LocalFolder:
-    """A folder of this machine, or one that all nodes mount."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def write(self, name: str, content: bytes) -> None:
-        path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        fault_point("file.write.before")
-        try:
-            with temporary.open("wb") as file:
-                file.write(content[: len(content) // 2])
-                fault_point("file.write.half")
-                file.write(content[len(content) // 2 :])
-                file.flush()
-                os.fsync(file.fileno())
-            fault_point("file.rename.before")
-            temporary.replace(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-        fault_point("file.rename.after")
-        _sync_folder(path.parent)
-
-    def read(self, name: str) -> bytes:
-        return (self.root / name).read_bytes()
-
-    def names(self, folder: str) -> list[str]:
-        try:
-            return sorted(entry.name for entry in os.scandir(self.root / folder) if entry.is_file())
-        except FileNotFoundError:
-            return []
-
-    def delete(self, name: str) -> None:
-        (self.root / name).unlink(missing_ok=True)
-
-    def delete_folder(self, folder: str) -> None:
-        with contextlib.suppress(OSError):
-            (self.root / folder).rmdir()
-
-
-class RemoteFolder:
-    """A folder in an object store, through pyarrow: an object appears whole or not at all."""
-
-    def __init__(self, uri: str) -> None:
-        self._fs, self._root = pyarrow.fs.FileSystem.from_uri(uri)
-
-    def _path(self, name: str) -> str:
-        return str(PurePosixPath(self._root) / name)
-
-    def write(self, name: str, content: bytes) -> None:
-        try:
-            stream = self._fs.open_output_stream(self._path(name))
-        except FileNotFoundError:  # not an object store but a file:// URI, whose folders have to be made
-            self._fs.create_dir(str(PurePosixPath(self._path(name)).parent), recursive=True)
-            stream = self._fs.open_output_stream(self._path(name))
-        with stream:
-            stream.write(content)
-
-    def read(self, name: str) -> bytes:
-        with self._fs.open_input_stream(self._path(name)) as stream:
-            return stream.read()
-
-    def names(self, folder: str) -> list[str]:
-        selector = pyarrow.fs.FileSelector(self._path(folder), allow_not_found=True)
-        return sorted(info.base_name for info in self._fs.get_file_info(selector) if info.is_file)
-
-    def delete(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self._fs.delete_file(self._path(name))
-
-    def delete_folder(self, folder: str) -> None:
-        # An object store has no folders, but pyarrow leaves an empty object in the place of one.
-        selector = pyarrow.fs.FileSelector(self._path(folder), allow_not_found=True)
-        with contextlib.suppress(OSError):
-            if not self._fs.get_file_info(selector):
-                self._fs.delete_dir(self._path(folder))
-
-
 def open_folder(storage: str, study: str) -> Folder:
-    """The folder of a study in a storage (a path, or a URI that pyarrow understands)."""
-    if "://" in storage:
-        return RemoteFolder(f"{storage.rstrip('/')}/{study}")
-    return LocalFolder(Path(storage).absolute() / study)
+    """For callers that still have the text."""
+    return Storage.parse(storage).folder(study)
 
 
 class Checkpoints:
@@ -206,11 +97,3 @@ def _pack(content: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -11,7 +11,6 @@ another machine's driver waits until that stands still, or is refused.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import socket
@@ -23,11 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs
+from study.storage import RECORD, Folder, Storage
 
-from study.checkpoints import Folder, open_folder
-
-NAME = "study.db"
 LEASE = "driver.json"
 _COPY = "copy-id"  # names a working copy
 _PUSHED = "in-storage"  # marks a working copy of which the storage has had a state
@@ -40,35 +36,30 @@ logger = logging.getLogger(__name__)
 
 
 def is_remote(storage: str) -> bool:
-    """Whether a storage is a URI, and not a folder that this machine sees."""
-    return "://" in storage
+    """For callers that still have the text."""
+    return Storage.parse(storage).is_remote
 
 
 def record_folder(storage: str, study: str) -> Path:
-    """Where the driver works on a study's record: in the storage itself, or in this user's cache."""
-    if not is_remote(storage):
-        return Path(storage).absolute() / study
-    import pooch
-
-    name = hashlib.sha256(storage.rstrip("/").encode()).hexdigest()[:16]
-    return Path(pooch.os_cache("ram-study")) / "studies" / name / study
+    """For callers that still have the text."""
+    return Storage.parse(storage).record_folder(study)
 
 
-def fetch(storage: str, study: str) -> None:
+def fetch(storage: Storage | str, study: str) -> None:
     """Bring the working copy up to the storage, unless it is further. Raises OSError if the storage cannot be
     reached.
     """
-    if not is_remote(storage):
+    storage = Storage.parse(str(storage))
+    if not storage.is_remote:
         return
+    path = storage.record_folder(study) / RECORD
     try:
-        content = open_folder(storage, study).read(NAME)
+        content = storage.folder(study).read(RECORD)
     except FileNotFoundError:
-        path = record_folder(storage, study) / NAME
         if (path.parent / _PUSHED).exists():  # it was there once: whoever deleted it meant the whole study
             _set_aside(path)
             (path.parent / _PUSHED).unlink()
         return
-    path = record_folder(storage, study) / NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     fetched = path.with_suffix(".fetched")
     fetched.write_bytes(content)
@@ -82,21 +73,16 @@ def fetch(storage: str, study: str) -> None:
 
 
 def studies(storage: str) -> list[str]:
-    """The names of the studies in a storage. Raises OSError if it cannot be reached."""
-    if not is_remote(storage):
-        return sorted(path.parent.name for path in Path(storage).glob(f"*/{NAME}"))
-    system, root = pyarrow.fs.FileSystem.from_uri(storage.rstrip("/"))
-    found = system.get_file_info(pyarrow.fs.FileSelector(root, allow_not_found=True))
-    folders = (info.base_name for info in found if info.type == pyarrow.fs.FileType.Directory)
-    return sorted(name for name in folders if not name.startswith("."))
+    """For callers that still have the text."""
+    return Storage.parse(storage).studies()
 
 
 def _set_aside(path: Path) -> None:
     """Make room for another record; nothing computed is deleted."""
-    aside = f"{NAME}.{time.strftime('%Y%m%d-%H%M%S')}"
-    for leftover in (path, path.with_name(f"{NAME}-wal"), path.with_name(f"{NAME}-shm")):
+    aside = f"{RECORD}.{time.strftime('%Y%m%d-%H%M%S')}"
+    for leftover in (path, path.with_name(f"{RECORD}-wal"), path.with_name(f"{RECORD}-shm")):
         if leftover.exists():
-            leftover.replace(leftover.with_name(leftover.name.replace(NAME, aside)))
+            leftover.replace(leftover.with_name(leftover.name.replace(RECORD, aside)))
 
 
 def _extent(path: Path) -> tuple[str, int, int, int] | None:
@@ -210,7 +196,7 @@ class Snapshots:
             ):
                 source.backup(copy)
                 content = copy.serialize()
-            self._folder.write(NAME, content)
+            self._folder.write(RECORD, content)
             (self._path.parent / _PUSHED).touch()
             self._written = time.monotonic()
 

@@ -1,0 +1,199 @@
+"""The storage of studies: a folder, or an object store such as s3://bucket/folder.
+
+<storage>/<study>/study.db          the record (study.record)
+<storage>/<study>/trials/0007/      the checkpoints of a trial (study.checkpoints)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+import pooch
+import pyarrow.fs
+
+from ramcore.errors import UserError, first_line
+from study.faults import fault_point
+
+RECORD = "study.db"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where studies are kept. Made by `Storage.parse`."""
+
+    place: str  # an absolute path, or a URI that pyarrow understands
+
+    @staticmethod
+    def parse(text: str) -> Storage:
+        """The storage that a user or a job names: a path, or a URI."""
+        return Storage(text.rstrip("/") if "://" in text else str(Path(text).absolute()))
+
+    def __str__(self) -> str:
+        return self.place
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is a URI, and not a folder that this machine sees."""
+        return "://" in self.place
+
+    def folder(self, study: str) -> Folder:
+        """The folder of a study. Raises OSError or ValueError for a URI that pyarrow cannot open."""
+        if self.is_remote:
+            return RemoteFolder(f"{self.place}/{study}")
+        return LocalFolder(Path(self.place) / study)
+
+    def record_folder(self, study: str) -> Path:
+        """Where the driver works on a study's record: in the storage itself, or in this user's cache."""
+        if not self.is_remote:
+            return Path(self.place) / study
+        name = hashlib.sha256(self.place.encode()).hexdigest()[:16]
+        return Path(pooch.os_cache("ram-study")) / "studies" / name / study
+
+    def studies(self) -> list[str]:
+        """The names of the studies. Raises OSError if the storage cannot be reached."""
+        if not self.is_remote:
+            return sorted(path.parent.name for path in Path(self.place).glob(f"*/{RECORD}"))
+        system, root = pyarrow.fs.FileSystem.from_uri(self.place)
+        found = system.get_file_info(pyarrow.fs.FileSelector(root, allow_not_found=True))
+        folders = (info.base_name for info in found if info.type == pyarrow.fs.FileType.Directory)
+        return sorted(name for name in folders if not name.startswith("."))
+
+    def check_writable(self) -> None:
+        """Raises UserError if nothing can be written here."""
+        if self.is_remote:
+            try:
+                folder = self.folder(".probe")
+                folder.write("probe", b"")
+                folder.delete("probe")
+                folder.delete_folder("")
+            except (OSError, ValueError) as error:  # pyarrow's ValueError: no such kind of storage
+                raise self.unreachable(error) from error
+            return
+        path = Path(self.place)
+        while not path.exists():
+            path = path.parent
+        if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+            raise UserError(f"--storage must be a folder that can be written; {path} cannot: pass another --storage")
+
+    def unreachable(self, error: Exception) -> UserError:
+        """The error to raise when the storage did not answer."""
+        return UserError(
+            f"--storage must be within reach; {self} did not answer ({first_line(error)}): check its name and its "
+            "credentials"
+        )
+
+
+class Folder(Protocol):
+    """Files by relative name. `write` is atomic: a reader sees all of the new content or none of it."""
+
+    def write(self, name: str, content: bytes) -> None: ...
+
+    def read(self, name: str) -> bytes:
+        """Raises FileNotFoundError."""
+        ...
+
+    def names(self, folder: str) -> list[str]:
+        """The files right inside a folder, by base name; none if there is no such folder."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Delete a file; none there is fine."""
+        ...
+
+    def delete_folder(self, folder: str) -> None:
+        """Delete an empty folder; none there, or not empty, is fine."""
+        ...
+
+
+class LocalFolder:
+    """A folder on a disk: of this machine, or one that all nodes mount."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def write(self, name: str, content: bytes) -> None:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        fault_point("file.write.before")
+        try:
+            with temporary.open("wb") as file:
+                file.write(content[: len(content) // 2])
+                fault_point("file.write.half")
+                file.write(content[len(content) // 2 :])
+                file.flush()
+                os.fsync(file.fileno())
+            fault_point("file.rename.before")
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        fault_point("file.rename.after")
+        _sync_folder(path.parent)
+
+    def read(self, name: str) -> bytes:
+        return (self.root / name).read_bytes()
+
+    def names(self, folder: str) -> list[str]:
+        try:
+            return sorted(entry.name for entry in os.scandir(self.root / folder) if entry.is_file())
+        except FileNotFoundError:
+            return []
+
+    def delete(self, name: str) -> None:
+        (self.root / name).unlink(missing_ok=True)
+
+    def delete_folder(self, folder: str) -> None:
+        with contextlib.suppress(OSError):
+            (self.root / folder).rmdir()
+
+
+class RemoteFolder:
+    """A folder in an object store, through pyarrow: an object appears whole or not at all."""
+
+    def __init__(self, uri: str) -> None:
+        self._fs, self._root = pyarrow.fs.FileSystem.from_uri(uri)
+
+    def _path(self, name: str) -> str:
+        return str(PurePosixPath(self._root) / name)
+
+    def write(self, name: str, content: bytes) -> None:
+        try:
+            stream = self._fs.open_output_stream(self._path(name))
+        except FileNotFoundError:  # not an object store but a file:// URI, whose folders have to be made
+            self._fs.create_dir(str(PurePosixPath(self._path(name)).parent), recursive=True)
+            stream = self._fs.open_output_stream(self._path(name))
+        with stream:
+            stream.write(content)
+
+    def read(self, name: str) -> bytes:
+        with self._fs.open_input_stream(self._path(name)) as stream:
+            return stream.read()
+
+    def names(self, folder: str) -> list[str]:
+        selector = pyarrow.fs.FileSelector(self._path(folder), allow_not_found=True)
+        return sorted(info.base_name for info in self._fs.get_file_info(selector) if info.is_file)
+
+    def delete(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.delete_file(self._path(name))
+
+    def delete_folder(self, folder: str) -> None:
+        # An object store has no folders, but pyarrow leaves an empty object in the place of one.
+        selector = pyarrow.fs.FileSelector(self._path(folder), allow_not_found=True)
+        with contextlib.suppress(OSError):
+            if not self._fs.get_file_info(selector):
+                self._fs.delete_dir(self._path(folder))
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
