@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from analysis.fixed_designs import Companions
 from analysis.importance import DUMMY, Analysis, Curve, PairSurface
-from ramcore.space import Dimension, words
+from ramcore.space import Dimension, shown, words
 
 # Okabe and Ito's palette: told apart in every common colour blindness, and in grey by lightness.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, BLACK = (
@@ -179,8 +179,8 @@ def pair_surface(surface: PairSurface, ax: Axes | None = None) -> Axes:
                     fontsize=8.5,
                     color="white" if light else "black",
                 )
-    ax.set_xticks(np.arange(len(values_x)) + 0.5, [_short(v) for v in values_x], fontsize=9)
-    ax.set_yticks(np.arange(len(values_y)) + 0.5, [_short(v) for v in values_y], fontsize=9)
+    ax.set_xticks(np.arange(len(values_x)) + 0.5, [shown(v) for v in values_x], fontsize=9)
+    ax.set_yticks(np.arange(len(values_y)) + 0.5, [shown(v) for v in values_y], fontsize=9)
     ax.set_xlabel(surface.x.label)
     ax.set_ylabel(surface.y.label)
     ax.spines[:].set_visible(False)
@@ -274,7 +274,7 @@ def ablation(analysis: Analysis, ax: Axes | None = None) -> Axes:
     """From the default to the best configuration, one change at a time, in the order that gains most."""
     ax = ax or new_axes(6.6, 1.4 + 0.42 * (len(analysis.ablation) + 1))
     rows = [("default", analysis.default_accuracy)]
-    rows += [(f"{words(s.name)}: {_short(s.before)} to {_short(s.after)}", s.accuracy) for s in analysis.ablation]
+    rows += [(f"{words(s.name)}: {shown(s.before)} to {shown(s.after)}", s.accuracy) for s in analysis.ablation]
     for y, (_, value) in enumerate(rows[::-1]):
         ax.plot([value.low, value.high], [y, y], color=BLUE, lw=3, solid_capstyle="butt")
         ax.plot(value.mid, y, "o", color=BLUE, ms=7, mec="white")
@@ -455,7 +455,3 @@ def replicates(companions: Companions, ax: Axes | None = None) -> Axes:
     ax.xaxis.grid(True, color=PALE, lw=0.6)
     ax.set_axisbelow(True)
     return ax
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

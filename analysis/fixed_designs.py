@@ -19,6 +19,7 @@ from scipy.stats import studentized_range
 
 from analysis.importance import INTERVAL, count_trials, mean_interval
 from analysis.load import NoTrials, Source, StudyData, StudyRun, load_study
+from ramcore.space import shown
 from study.designs import DESIGNS
 
 
@@ -80,8 +81,7 @@ def final_accuracies(records: StudyData) -> dict[int, np.ndarray]:
 def _ofat_row(trial: pd.Series, values: np.ndarray) -> tuple[str, str, str, float, float, int]:
     parameter = str(trial["parameter"])
     value = trial[parameter] if parameter else ""
-    shown = f"{value:.3g}" if isinstance(value, float) else str(value)
-    return str(trial["baseline"]), parameter, shown, float(values.mean()), _sd(values), len(values)
+    return str(trial["baseline"]), parameter, shown(value), float(values.mean()), _sd(values), len(values)
 
 
 def _replicate_row(

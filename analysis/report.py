@@ -38,7 +38,8 @@ from analysis.importance import (
 )
 from analysis.load import StudyData, StudyRun, plain_trials
 from analysis.verdicts import THRESHOLDS, Verdict
-from ramcore.space import words
+from ramcore.cost import pareto_front
+from ramcore.space import shown, words
 
 
 class Section(NamedTuple):
@@ -162,14 +163,9 @@ def trial_points(records: StudyData, analysis: Analysis) -> pd.DataFrame:
     points["accuracy"], points["sd"] = 100 * points["mean"], 100 * points["std"]
     points["complete"] = (points["state"] == "complete") & (points["epochs_seen"] >= 0.9 * analysis.budget)
     points["pareto"] = False
-    best = -math.inf
-    full = points[points["complete"] & points["macs"].notna()].sort_values(
-        ["macs", "accuracy"], ascending=[True, False]
-    )
-    for trial, row in full.iterrows():
-        if row["accuracy"] > best:
-            best = row["accuracy"]
-            points.loc[trial, "pareto"] = True  # pyright: ignore[reportArgumentType,reportCallIssue]
+    full = points[points["complete"] & points["macs"].notna()]
+    front = pareto_front(full["macs"].tolist(), full["accuracy"].tolist())
+    points.loc[full.index[front], "pareto"] = True
     return points.rename_axis("trial").reset_index()
 
 
@@ -613,7 +609,7 @@ def _epoch_section(analysis: Analysis) -> Section:
 
 
 def _tuning_section(analysis: Analysis, companions: Companions | None) -> Section:
-    rows = [(words(g.name), _value(g.default), _value(g.best), span(g.gain)) for g in analysis.tunability]
+    rows = [(words(g.name), shown(g.default), shown(g.best), span(g.gain)) for g in analysis.tunability]
     text = _paragraph(
         "What changing one parameter alone is expected to gain over the default, and the path from the default to the "
         "configuration tried that the surface expects most of, one change at a time, the one that gains most first."
@@ -748,9 +744,7 @@ def _runs_section(records: StudyData, analysis: Analysis) -> Section:
     if len(reasons):
         body += _paragraph("Reasons of failure:") + table_html(("reason", "trials"), list(reasons.items()))
     best = records.trials.loc[analysis.best_trial]
-    held = [
-        (words(d.name), _value(best[d.name])) for d in analysis.space.dimensions if d.name in records.trials.columns
-    ]
+    held = [(words(d.name), shown(best[d.name])) for d in analysis.space.dimensions if d.name in records.trials.columns]
     tested = (
         f"; test accuracy, read once: {100 * best['test_accuracy']:.1f} points"
         if best["test_accuracy"] == best["test_accuracy"]
@@ -868,10 +862,6 @@ def _method_section(analysis: Analysis) -> Section:
         "How each number was computed",
         "<dl>" + "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in parts) + "</dl>",
     )
-
-
-def _value(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 _PAGE = """<!doctype html>

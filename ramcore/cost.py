@@ -7,6 +7,7 @@ do not contain the canvas, which is the papers' claim; a convolutional network's
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ramcore.config import NUM_CLASSES, Config
@@ -67,3 +68,12 @@ def _ram_cost(config: Config) -> Cost:
         + decisions * sum(i * o for i, o in location)
         + action[0] * action[1],
     )
+
+
+def pareto_front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
+    """Positions of the points that are better than every cheaper one, cheapest first; of equals, the first."""
+    front: list[int] = []
+    for i in sorted(range(len(costs)), key=lambda i: (costs[i], -values[i])):
+        if not front or values[i] > values[front[-1]]:
+            front.append(i)
+    return front

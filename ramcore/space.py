@@ -33,6 +33,11 @@ def words(name: str) -> str:
     return re.sub(r"^num_", "number of ", name).replace("_", " ")
 
 
+def shown(value: object, digits: int = 3) -> str:
+    """A value for people: a float with this many significant digits, anything else as it is."""
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Dimension:
     """One searched field of `Config`. Numeric dimensions have bounds, both included; categorical ones have choices.

@@ -20,7 +20,7 @@ from ramcore.config import TASKS, Config
 from ramcore.errors import UserError
 from ramcore.published import CASE_STUDY, MNIH, Published, first_points, published_rows
 from ramcore.recipes import PAPER, TUNED
-from ramcore.space import Space, Values
+from ramcore.space import Space, Values, shown
 from study.search_space import configuration
 
 SEARCH_ORIGINS = ("published", "sobol", "tpe")
@@ -179,8 +179,7 @@ def ofat(inputs: DesignInputs) -> list[TrialSpec]:
                 values = baseline | {dimension.name: level}
                 if level == baseline[dimension.name] or not space.feasible(values):
                     continue
-                shown = f"{level:.3g}" if isinstance(level, float) else level
-                add(f"baseline {name}: {dimension.name}={shown}", values, name, dimension.name)
+                add(f"baseline {name}: {dimension.name}={shown(level)}", values, name, dimension.name)
     return specs
 
 

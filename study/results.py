@@ -1,4 +1,4 @@
-"""What a study found: its best configuration, read on the test images once, and accuracy against cost."""
+"""The results of a study: the best configuration, its accuracy on the test images, and accuracy against cost."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from mlflow.types import Schema, TensorSpec
 from torch import Tensor
 
 from ramcore.config import NUM_CLASSES, Config
-from ramcore.cost import cost
+from ramcore.cost import cost, pareto_front
 from ramcore.data import TaskData
 from ramcore.evaluation import build_model, evaluate
 from ramcore.pictures import draw_glimpses, glimpse_paths
+from ramcore.space import shown
+from study import schema
 from study.checkpoints import Checkpoints, Folder
 from study.display import accuracies, percent
 from study.record import Record, TrialRecord, best_trial
@@ -30,13 +32,13 @@ from study.tracking import Publish
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """The end of a study, for the screen and for MLflow."""
+    """The results of a study, for the screen and for MLflow."""
 
     best: TrialRecord
-    front: tuple[TrialRecord, ...]  # complete trials that none beats in both accuracy and MACs, cheapest first
+    front: tuple[TrialRecord, ...]  # see `pareto_trials`
 
     def best_config(self) -> dict[str, Any]:
-        """best_config.json: the configuration and how well it did."""
+        """The content of best_config.json: the configuration and its scores."""
         best = self.best
         return {
             "trial": best.number,
@@ -51,24 +53,25 @@ class Outcome:
 
 
 def conclude(record: Record) -> Outcome | None:
-    """What can be said now; None while no trial is complete."""
+    """The results so far; None while no trial is complete."""
     trials = list(record.trials.values())
     best = best_trial(trials)
-    return None if best is None else Outcome(best=best, front=pareto_front(trials))
+    return None if best is None else Outcome(best=best, front=pareto_trials(trials))
 
 
-def pareto_front(trials: list[TrialRecord]) -> tuple[TrialRecord, ...]:
+def pareto_trials(trials: list[TrialRecord]) -> tuple[TrialRecord, ...]:
     """Complete trials that are more accurate than every cheaper one; cheapest first."""
-    complete = [t for t in trials if t.value is not None]
-    front: list[TrialRecord] = []
-    for trial in sorted(complete, key=lambda t: (cost(t.spec.config).macs, -(t.value or 0.0))):
-        if not front or (trial.value or 0.0) > (front[-1].value or 0.0):
-            front.append(trial)
-    return tuple(front)
+    values = {t.number: t.value for t in trials if t.value is not None}
+    complete = [t for t in trials if t.number in values]
+    macs = [cost(t.spec.config).macs for t in complete]
+    return tuple(complete[i] for i in pareto_front(macs, list(values.values())))
 
 
 def read_best_test(record: Record, folder: Folder, data: TaskData) -> bool:
-    """Read the best trial's accuracy on the test images, unless that was done. Returns whether it is known now."""
+    """Evaluate the best trial on the test images, unless the record holds that already.
+
+    Returns whether the record holds it now; it does not if the best weights are lost.
+    """
     best = best_trial(list(record.trials.values()))
     if best is None:
         return False
@@ -93,8 +96,13 @@ def read_best_test(record: Record, folder: Folder, data: TaskData) -> bool:
     return True
 
 
-def describe(outcome: Outcome, searched: tuple[str, ...]) -> list[str]:
-    """The lines that a study ends with."""
+def summary_lines(outcome: Outcome, searched: tuple[str, ...]) -> list[str]:
+    """The lines that a study prints at its end.
+
+    Args:
+        outcome: of the study.
+        searched: fields of the best configuration to print; if empty, those that differ from the defaults.
+    """
     best = outcome.best
     config = asdict(best.spec.config)
     size = cost(best.spec.config)
@@ -109,7 +117,7 @@ def describe(outcome: Outcome, searched: tuple[str, ...]) -> list[str]:
             f"  test accuracy        {percent(tuple(best.test['accuracy']))} (weights of epochs {epochs}; read once)"
         )
     lines.append(f"  size                 {size.parameters:,} parameters, {size.macs:,} multiply-adds an image")
-    lines += [f"  {name:20s} {_shown(config[name])}" for name in searched or _differing(best.spec.config)]
+    lines += [f"  {name:20s} {shown(config[name], digits=4)}" for name in searched or _differing(best.spec.config)]
     lines.append("Accuracy against multiply-adds an image (none is both cheaper and better than these):")
     for trial in outcome.front:
         size, name = cost(trial.spec.config), trial.spec.row or _brief(trial.spec.config)
@@ -118,11 +126,11 @@ def describe(outcome: Outcome, searched: tuple[str, ...]) -> list[str]:
 
 
 def publisher(outcome: Outcome, folder: Folder, data: TaskData) -> Publish:
-    """What logs the end of a study: best_config.json, and the best model with its glimpses if its weights are there."""
+    """A call that logs best_config.json, and the best model and its glimpses if the weights are there."""
     best = outcome.best
 
     def publish(client: mlflow.MlflowClient, run_id: str) -> None:
-        client.log_text(run_id, json.dumps(outcome.best_config(), indent=1), "best_config.json")
+        client.log_text(run_id, json.dumps(outcome.best_config(), indent=1), schema.BEST_CONFIG_FILE)
         saved = Checkpoints(folder, best.number).load_best()
         if saved is None:
             return
@@ -137,8 +145,8 @@ def publisher(outcome: Outcome, folder: Folder, data: TaskData) -> Publish:
 
 
 def _log_model(run_id: str, trial: TrialRecord, weights: dict[str, Tensor], scratch: Path) -> None:
-    """The trial's networks as an MLflow model of the run; see `study.served` for how to load it."""
-    import mlflow.pyfunc  # takes seconds, at the end of a study only
+    """Log the trial's networks as an MLflow model of the run; see `study.served` for how to load it."""
+    import mlflow.pyfunc  # takes seconds, so it is imported at the end of a study only
 
     config = trial.spec.config
     torch.save({"weights": weights}, scratch / "weights.pt")
@@ -149,7 +157,7 @@ def _log_model(run_id: str, trial: TrialRecord, weights: dict[str, Tensor], scra
     with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*An input example was not provided", category=UserWarning)
         mlflow.pyfunc.log_model(
-            name="model",
+            name=schema.MODEL,
             python_model=Path(__file__).with_name("served.py"),
             artifacts={"weights": str(scratch / "weights.pt"), "config": str(scratch / "config.json")},
             signature=ModelSignature(inputs=Schema([canvas]), outputs=Schema([classes])),
@@ -158,7 +166,7 @@ def _log_model(run_id: str, trial: TrialRecord, weights: dict[str, Tensor], scra
 
 
 def _draw(trial: TrialRecord, weights: dict[str, Tensor], data: TaskData, path: Path) -> None:
-    """How the trial's best seed looks at the first test images."""
+    """Draw the glimpses of the trial's best seed on the first test images."""
     config = trial.spec.config
     best = max(range(len(trial.spec.seeds)), key=lambda r: accuracies(trial)[r])
     one = {name: value[best : best + 1] for name, value in weights.items()}
@@ -174,7 +182,3 @@ def _brief(config: Config) -> str:
 def _differing(config: Config) -> list[str]:
     default = asdict(Config())
     return [name for name, value in asdict(config).items() if value != default[name]]
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

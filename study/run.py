@@ -292,7 +292,7 @@ def _exit_code(scheduler: Any, received: list[int]) -> int:
 def _report(prepared: Prepared, scheduler: Any, found: Any, uri: str, untracked: str | None, code: int) -> None:
     """What a study ends with: the results on stdout, what is amiss on stderr."""
     from study import schema
-    from study.results import describe
+    from study.results import summary_lines
 
     record = scheduler.record
     states = [t.state for t in record.trials.values()]
@@ -308,7 +308,7 @@ def _report(prepared: Prepared, scheduler: Any, found: Any, uri: str, untracked:
         f"{states.count('failed')} failed, {states.count('running')} to be continued, of {scheduler.total}"
     )
     if found is not None:
-        print("\n".join(describe(found, prepared.space.names if prepared.space else ())))
+        print("\n".join(summary_lines(found, prepared.space.names if prepared.space else ())))
     failed = [t for t in record.trials.values() if t.state == "failed"]
     for trial in failed[:_FAILURES_SHOWN]:
         print(f"  failed: trial {trial.number:04d}: {trial.reason}")

@@ -23,7 +23,7 @@ from study import designs, pool, results, run
 from study.checkpoints import Checkpoints
 from study.display import Progress, duration, percent, time_left
 from study.record import Epoch, Record, TrialRecord, read_settings
-from study.results import pareto_front
+from study.results import pareto_trials
 from study.run import Flags, main
 from study.search_space import configuration, search_space
 from study.trainable import run_trial
@@ -128,7 +128,7 @@ def test_the_pareto_front_holds_what_nothing_beats_in_both():
         trial(3, 0.99, num_glimpses=2, state="pruned"),
         trial(4, 0.6, num_glimpses=2),
     ]
-    assert [t.number for t in pareto_front(trials)] == [4, 1, 0]
+    assert [t.number for t in pareto_trials(trials)] == [4, 1, 0]
 
 
 def test_the_time_left_is_a_range_that_knows_about_early_stopping():
