@@ -1,44 +1,71 @@
 """One-factor-at-a-time and replicate designs, summarised to stand beside the global indices.
 
-They answer narrower questions than a search: what one parameter does at one place, and how well a configuration does
-again on seeds that nothing was chosen by.
+They answer narrower questions than a search: how one parameter acts around one baseline, and how good a configuration
+is on fresh seeds that no choice was made by.
 """
 
 from __future__ import annotations
 
-# pandas' own annotations are unions that its indexing never returns here, so these checks only raise false alarms.
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportAssignmentType=false
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 from scipy.stats import studentized_range
 
-from analysis.importance import INTERVAL, count_trials, mean_interval
 from analysis.load import NoTrials, Source, StudyData, StudyRun, load_study
-from ramcore.space import shown
+from analysis.results import INTERVAL, mean_interval
+from analysis.selection import count_trials
+from ramcore.space import Array
 from study.designs import DESIGNS
 
 
-class Companions(NamedTuple):
-    """Other designs run on the same task, data and epochs; empty tables where there are none.
+class OfatRow(NamedTuple):
+    """One row of a one-factor-at-a-time design; accuracy in points."""
 
-    ofat: baseline, parameter ("" for the baseline itself), value, accuracy (points), sd (points), seeds.
-    ranges: baseline, parameter, low, high, baseline_accuracy, range, noise (points that seed noise alone exceeds
-        in one of ten such ranges, by the noise of the parameter's own levels).
-    replicates: row, accuracy, low, high (90% t interval of the mean), sd, seeds, test (points or NaN).
-    """
-
-    ofat: pd.DataFrame
-    ranges: pd.DataFrame
-    replicates: pd.DataFrame
-    studies: tuple[str, ...]
+    baseline: str
+    parameter: str  # the one that differs from the baseline; "" for the baseline itself
+    value: str  # of that parameter
+    accuracy: float  # mean over seeds
+    sd: float  # between seeds; NaN with one
+    seeds: int
 
 
-def read_companions(source: Source, studies: Sequence[StudyRun], study: StudyRun) -> Companions:
+class OfatRange(NamedTuple):
+    """The range of accuracy (points) over one parameter's levels around one baseline, the baseline among them."""
+
+    baseline: str
+    parameter: str
+    low: float
+    high: float
+    baseline_accuracy: float
+    range: float
+    noise: float  # range that seed noise alone exceeds in one of ten cases; NaN if unknown
+
+
+class Replicate(NamedTuple):
+    """One configuration run again on fresh seeds; accuracy in points, low and high of its mean's 90% t interval."""
+
+    row: str
+    accuracy: float
+    low: float
+    high: float
+    sd: float  # between seeds; NaN with one
+    seeds: int
+    test: float  # mean test accuracy; NaN if not tested
+
+
+class FixedDesigns(NamedTuple):
+    """Other designs run on the same task, data and epochs."""
+
+    ofat: tuple[OfatRow, ...]
+    ranges: tuple[OfatRange, ...]
+    replicates: tuple[Replicate, ...]
+    studies: tuple[str, ...]  # names of those that the rows come from
+
+
+def read_fixed_designs(source: Source, studies: Sequence[StudyRun], study: StudyRun) -> FixedDesigns:
     """The newest OFAT and replicate studies of the same task, data and epochs that have trials, summarised."""
     records: list[StudyData] = []
     for design in (name for name, one in DESIGNS.items() if one.report == "comparison"):
@@ -53,82 +80,70 @@ def read_companions(source: Source, studies: Sequence[StudyRun], study: StudyRun
     return summarise(records)
 
 
-def summarise(records: Sequence[StudyData]) -> Companions:
-    """Tables of OFAT and replicate trials among the records."""
-    ofat, replicates = [], []
+def summarise(records: Sequence[StudyData]) -> FixedDesigns:
+    """The OFAT and replicate trials among the records."""
+    ofat: list[OfatRow] = []
+    replicates: list[Replicate] = []
     for one in records:
-        ends = final_accuracies(one)
-        for trial, values in ends.items():
-            row = one.trials.loc[trial]
-            if row["origin"] == "ofat":
-                ofat.append(_ofat_row(row, values))
-            elif row["origin"] == "replicate":
-                replicates.append(_replicate_row(str(row["row"]), values, tuple(row["test_accuracies"])))
-    table = pd.DataFrame(ofat, columns=["baseline", "parameter", "value", "accuracy", "sd", "seeds"])
-    columns = ["row", "accuracy", "low", "high", "sd", "seeds", "test"]
-    return Companions(
-        table, _ranges(table), pd.DataFrame(replicates, columns=columns), tuple(r.study.name for r in records)
-    )
+        trials = one.trials.to_dict(orient="index")
+        for number, accuracies in final_accuracies(one).items():
+            trial = trials[number]
+            mean, sd, seeds = mean_interval(accuracies), _seed_sd(accuracies), len(accuracies)
+            if trial["origin"] == "ofat":
+                value = trial[trial["parameter"]] if trial["parameter"] else ""
+                shown = f"{value:.3g}" if isinstance(value, float) else str(value)
+                ofat.append(OfatRow(trial["baseline"], trial["parameter"], shown, mean.mid, sd, seeds))
+            elif trial["origin"] == "replicate":
+                test = 100 * float(np.mean(trial["test_accuracies"])) if trial["test_accuracies"] else math.nan
+                replicates.append(Replicate(trial["row"], mean.mid, mean.low, mean.high, sd, seeds, test))
+    return FixedDesigns(tuple(ofat), ranges(ofat), tuple(replicates), tuple(r.study.name for r in records))
 
 
-def final_accuracies(records: StudyData) -> dict[int, np.ndarray]:
+def final_accuracies(records: StudyData) -> dict[int, Array]:
     """Accuracy points of every seed at the last epoch of each complete trial."""
-    budget = records.budget
-    last = records.epochs[(records.epochs["epoch"] == budget) & records.epochs["val_accuracy"].notna()]
-    return {int(trial): 100 * part["val_accuracy"].to_numpy(dtype=float) for trial, part in last.groupby("trial")}
+    last = records.epochs[(records.epochs["epoch"] == records.budget) & records.epochs["val_accuracy"].notna()]
+    accuracies: dict[int, Array] = {}
+    for trial, part in last.groupby("trial")["val_accuracy"]:
+        accuracies[int(str(trial))] = 100 * part.to_numpy(dtype=float)
+    return accuracies
 
 
-def _ofat_row(trial: pd.Series, values: np.ndarray) -> tuple[str, str, str, float, float, int]:
-    parameter = str(trial["parameter"])
-    value = trial[parameter] if parameter else ""
-    return str(trial["baseline"]), parameter, shown(value), float(values.mean()), _sd(values), len(values)
-
-
-def _replicate_row(
-    row: str, values: np.ndarray, test: tuple[float, ...]
-) -> tuple[str, float, float, float, float, int, float]:
-    mean, tested = mean_interval(values), 100 * float(np.mean(test)) if test else math.nan
-    return row, mean.mid, mean.low, mean.high, _sd(values), len(values), tested
-
-
-def _sd(values: np.ndarray) -> float:
-    """Between seeds; NaN with one."""
-    return float(values.std(ddof=1)) if len(values) > 1 else math.nan
-
-
-def _ranges(table: pd.DataFrame) -> pd.DataFrame:
-    rows = []
-    for baseline, part in table.groupby("baseline"):
-        own = part[part["parameter"] == ""]
-        if own.empty:
+def ranges(rows: Sequence[OfatRow]) -> tuple[OfatRange, ...]:
+    """The range over every baseline's parameters, in the order of their names. A baseline that has not run has none."""
+    baselines = {row.baseline: row for row in reversed(rows) if not row.parameter}
+    ordered = sorted((row for row in rows if row.parameter), key=lambda row: (row.baseline, row.parameter))
+    found: list[OfatRange] = []
+    for (name, parameter), others in itertools.groupby(ordered, key=lambda row: (row.baseline, row.parameter)):
+        if name not in baselines:
             continue
-        start = float(own["accuracy"].iloc[0])
-        for parameter, others in part[part["parameter"] != ""].groupby("parameter"):
-            levels = pd.concat([own, others])
-            accuracy = levels["accuracy"].to_numpy(dtype=float)
-            low, high = accuracy.min(), accuracy.max()
-            rows.append((baseline, parameter, low, high, start, high - low, _noise_range(levels)))
-    columns = ["baseline", "parameter", "low", "high", "baseline_accuracy", "range", "noise"]
-    return pd.DataFrame(rows, columns=columns)
+        baseline = baselines[name]
+        levels = [baseline, *others]
+        low, high = min(row.accuracy for row in levels), max(row.accuracy for row in levels)
+        found.append(OfatRange(name, parameter, low, high, baseline.accuracy, high - low, _noise_range(levels)))
+    return tuple(found)
 
 
-def _noise_range(levels: pd.DataFrame) -> float:
-    """The range that seed noise alone exceeds in one of ten cases, by these levels' own noise; NaN with one seed each.
-
-    Other parameters' levels do not count: that some of them train shakily says nothing of these.
-    """
-    seeds = levels["seeds"].to_numpy(dtype=float)
-    df = float((seeds - 1).sum())
-    if not df:
-        return math.nan
-    pooled = math.sqrt(float(((seeds - 1) * levels["sd"].fillna(0) ** 2).sum()) / df)
-    return float(studentized_range.ppf(INTERVAL, len(levels), df)) * pooled / math.sqrt(float(seeds.mean()))
-
-
-def describe(records: StudyData) -> str:
-    """One line on how far a fixed design has come."""
+def completion_line(records: StudyData) -> str:
+    """One line on how many rows of a fixed design are complete."""
     counts = count_trials(records.trials)
     return (
         f"{counts.complete} of {counts.total} rows are complete, {counts.running} running, "
         f"{counts.failed + counts.diverged} failed"
     )
+
+
+def _seed_sd(accuracies: Array) -> float:
+    return float(accuracies.std(ddof=1)) if len(accuracies) > 1 else math.nan
+
+
+def _noise_range(levels: Sequence[OfatRow]) -> float:
+    """The range that seed noise alone exceeds in one of ten cases; NaN with one seed each.
+
+    The noise is that of these levels alone: other parameters' levels may train less reliably.
+    """
+    df = sum(row.seeds - 1 for row in levels)
+    if not df:
+        return math.nan
+    pooled = math.sqrt(sum((row.seeds - 1) * row.sd**2 for row in levels if row.seeds > 1) / df)
+    seeds = float(np.mean([row.seeds for row in levels]))
+    return float(studentized_range.ppf(INTERVAL, len(levels), df)) * pooled / math.sqrt(seeds)
