@@ -1,4 +1,4 @@
-"""What a person watches: a live display in a terminal, elsewhere a line a trial and one a minute meanwhile.
+"""The study's progress on the screen: a live display in a terminal, else a line for each trial and each minute.
 
 All of it goes to stderr.
 """
@@ -23,8 +23,8 @@ from study.designs import STOPPABLE
 from study.record import TrialRecord, best_trial
 
 _SHOWN_RUNNING = 8  # rows of running trials at most
-_QUIET = 60.0  # seconds without a plain line, at most, while epochs are reported
-_FULL_SPREAD = (0.8, 1.25)  # of the time left, when too little is known to tell
+_QUIET = 60.0  # seconds between plain lines, at most, while epochs are reported
+_FULL_SPREAD = (0.8, 1.25)  # factors of an epoch's time, while fewer than four trials have been timed
 
 
 def accuracies(trial: TrialRecord) -> tuple[float, ...]:
@@ -52,16 +52,16 @@ def time_left(
 ) -> tuple[float, float] | None:
     """Seconds until the study ends, as a range; None before the first epoch.
 
-    The lower end takes trials that may be stopped early to train as long as such trials did so far (a quarter of the
-    epochs before one has ended), and an epoch to take what the quicker half takes; the upper end takes none to be
-    stopped and the slower half.
+    Lower end: a trial that may be stopped early trains as many epochs as such trials did on average so far (a quarter
+    of all epochs until one has ended), and an epoch takes the first quartile of the trials' times.
+    Upper end: no trial is stopped early, and an epoch takes the third quartile.
 
     Args:
         trials: all so far.
-        origins: of all trials the study is to have, by number.
-        epochs: of a trial that is not stopped.
+        origins: of all trials of the study, by number.
+        epochs: of a trial that is not stopped early.
         slots: trials at a time.
-        timed: seconds of an epoch of some configurations, for want of trials.
+        timed: seconds of an epoch of some configurations, if no trial has an epoch yet.
     """
     seconds = list(timed) or sorted(
         statistics.fmean(e.metrics["seconds"] for e in t.epochs) for t in trials if t.epochs
@@ -84,19 +84,19 @@ def time_left(
         expected = max(short - trained, 0.0) if origin in STOPPABLE else epochs - trained
         low, high = low + expected, high + epochs - trained
         longest_low, longest_high = max(longest_low, expected), max(longest_high, epochs - trained)
-    # Neither can be shorter than the longest trial still to be trained.
+    # The study takes at least as long as its longest remaining trial.
     return max(low / slots, longest_low) * quick, max(high / slots, longest_high) * slow
 
 
-class Progress:
-    """Told by the scheduler what happens; see `study.scheduler.Callback`."""
+class Display:
+    """Shows what the scheduler reports; see `study.scheduler.Callback`."""
 
     def __init__(self, *, study: str, epochs: int) -> None:
         self.study = study
         self.epochs = epochs
         self.slots = 1  # trials at a time
-        self.origins: Sequence[str] = ()  # of all trials the study is to have
-        self.outage: Callable[[], str | None] = lambda: None  # why tracking is behind, if it is
+        self.origins: Sequence[str] = ()  # of all trials of the study
+        self.outage: Callable[[], str | None] = lambda: None  # why tracking is behind; None: it is not
         self._trials: dict[int, TrialRecord] = {}
         self._recent: deque[float] = deque(maxlen=200)  # when the last epochs were reported
         self._notes: deque[str] = deque(maxlen=4)
@@ -116,12 +116,12 @@ class Progress:
             self._live = None
 
     def resume(self, trials: list[TrialRecord], origins: Sequence[str]) -> None:
-        """Begin with what the record holds and the origins of all trials to come."""
+        """Begin with the trials of the record and the origins of all trials of the study."""
         self.origins = origins
         self._trials = {t.number: t for t in trials}
 
     def started(self, trial: TrialRecord) -> None:
-        """A trial is handed to a worker."""
+        """A trial starts on a worker."""
         self._trials[trial.number] = trial
 
     def reported(self, trial: TrialRecord) -> None:
@@ -130,7 +130,7 @@ class Progress:
         self._recent.append(now)
         if self._live is None and now - self._last_said >= _QUIET:
             epoch = f"epoch {len(trial.epochs)}/{trial.spec.config.epochs}, {percent(accuracies(trial))}"
-            self._say(f"{self._count()} trial {trial.number:04d}: {epoch}{self._left('; ')}")
+            self.note(f"{self._count()} trial {trial.number:04d}: {epoch}{self._left('; ')}")
 
     def ended(self, trial: TrialRecord) -> None:
         """A trial has ended."""
@@ -144,13 +144,10 @@ class Progress:
             trial.reason,
             shown + self._left(", "),
         ]
-        self._say("; ".join(parts))
+        self.note("; ".join(parts))
 
     def note(self, text: str) -> None:
-        """Something worth a line."""
-        self._say(text)
-
-    def _say(self, text: str) -> None:
+        """Show a line."""
         self._last_said = time.monotonic()
         if self._live is not None:
             self._notes.append(text)
@@ -158,7 +155,7 @@ class Progress:
             print(text, file=sys.stderr, flush=True)
 
     def _count(self) -> str:
-        """'[3/40]': trials that have ended, of those the study is to have."""
+        """'[3/40]': trials that have ended, of all trials of the study."""
         return f"[{sum(t.state != 'running' for t in self._trials.values())}/{len(self.origins)}]"
 
     def _left(self, before: str) -> str:
@@ -173,14 +170,14 @@ class Progress:
         states = [t.state for t in trials]
         ended = len(states) - states.count("running")
         now = time.monotonic()
-        recent = [t for t in list(self._recent) if now - t < 60]  # list: the driver adds to it meanwhile
+        recent = [t for t in list(self._recent) if now - t < 60]  # list: the driver thread appends meanwhile
         rate = f"{len(recent) / max(now - recent[0], 1):.2f} epochs/s" if len(recent) > 1 else "-"
         head = Table.grid(padding=(0, 2))
         head.add_row(Text(self.study, style="bold"), ProgressBar(total=len(self.origins), completed=ended, width=30))
         head.add_row(
             "trials",
-            f"{ended} of {len(self.origins)} ended: {states.count('complete')} finished, {states.count('pruned')} stopped "
-            f"early, {states.count('failed')} failed; {states.count('running')} running",
+            f"{ended} of {len(self.origins)} ended: {states.count('complete')} finished, {states.count('pruned')} "
+            f"stopped early, {states.count('failed')} failed; {states.count('running')} running",
         )
         best = best_trial(trials)
         head.add_row(

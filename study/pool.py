@@ -1,4 +1,4 @@
-"""Ray: where the trials run. Started or joined, asked for its slots, handed the scheduler, and left again."""
+"""Ray as the place where trials run: start or join it, count its slots, run the trials, leave it."""
 
 from __future__ import annotations
 
@@ -10,51 +10,46 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-from ramcore.errors import UserError
+import ray
+import torch
+from ray import tune
+from ray.exceptions import RayError
+from ray.tune.error import TuneError
+from ray.tune.search import ConcurrencyLimiter
 
-# Read by Ray when it is imported or started; whoever set them keeps them.
-_SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's own default from its next version on, without its warning
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no csv, json and tensorboard files a trial: MLflow has it all
-    "RAY_AIR_NEW_OUTPUT": "0",  # the newer console prints its tables even when told to be quiet
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours also knows SIGTERM and leaves trials to be continued
-    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # for a trial's thread to end; Tune loses the next trial after its 2 s
-    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # Tune's experiment state is not used
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-}
-for _name, _value in _SETTINGS.items():
-    os.environ.setdefault(_name, _value)
-
-import ray  # noqa: E402
-from ray import tune  # noqa: E402
-from ray.exceptions import RayError  # noqa: E402
-from ray.tune.error import TuneError  # noqa: E402
-from ray.tune.search import ConcurrencyLimiter  # noqa: E402
-
-from study.cluster import (  # noqa: E402
-    # noqa: E402     UserError,
+from ramcore.errors import UserError, first_line
+from study.cluster import (
     Growth,
-    Need,
+    TrialResources,
+    called_regularly,
     capacity,
     code_folder,
     find,
     in_shipped_code,
     nodes,
-    one_line,
-    watched,
+    ray_reason,
 )
-from study.scheduler import MAX_WORKER_DEATHS, StudyScheduler, TuneScheduler, TuneSearcher, TuneStopper  # noqa: E402
-from study.trainable import SharedData, tune_trial  # noqa: E402
+from study.scheduler import MAX_WORKER_DEATHS, StudyScheduler, TuneScheduler, TuneSearcher, TuneStopper
+from study.trainable import SharedData, tune_trial
 
-_PENDING = "1000"  # trials that may wait for a place; Tune's default would grow a cluster by one node at a time
+# For Ray and Tune, which read them when they start. A value that the user has set stays.
+_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's own default from its next version on, without its warning
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no csv, json and tensorboard files of each trial: MLflow has it all
+    "RAY_AIR_NEW_OUTPUT": "0",  # the newer console prints its tables even when told to be quiet
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours also handles SIGTERM and leaves trials to be continued
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # for a trial's thread to end; after its default of 2 s Tune loses a trial
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # Tune's experiment state is not used
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_MAX_PENDING_TRIALS_PG": "1000",  # trials that wait for a place; Tune's default grows a cluster node by node
+}
 _OBJECT_STORE = 512 * 2**20  # bytes on a single machine: the images of any task, with room
 
 
 class PoolLost(RuntimeError):
-    """Ray or Tune broke down; what it ran can be taken up again in a new one."""
+    """Ray or Tune broke down. Its trials can be continued in a new one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,45 +60,46 @@ class Pool:
     gpus_per_trial: float
     max_concurrent: int | None
     on_cluster: bool = False
-    growth: Growth | None = None  # of a cluster that says what it may grow to
+    growth: Growth | None = None  # of a cluster that declares it
 
     @property
-    def need(self) -> Need:
-        """What one trial takes."""
-        return Need(cpus=self.cpus_per_trial, gpus=self.gpus_per_trial)
+    def trial(self) -> TrialResources:
+        """The resources of one trial."""
+        return TrialResources(cpus=self.cpus_per_trial, gpus=self.gpus_per_trial)
 
     @property
     def slots(self) -> int:
-        """Trials at a time. Of a cluster: once it has grown, so that trials wait there and its autoscaler starts nodes
-        for them; --max-concurrent is believed where a cluster does not say what it may grow to.
+        """Trials at a time.
+
+        On a cluster: once it has grown, so that trials wait there and its autoscaler starts nodes for them. If a
+        cluster does not declare its growth, --max-concurrent counts as its size.
         """
         if not self.on_cluster:
             return count_slots(ray.cluster_resources(), self)
         if self.growth is None and self.max_concurrent is not None:
             return self.max_concurrent
-        return max(1, min(capacity(nodes(), self.growth, self.need), self.max_concurrent or 2**31))
+        return max(1, min(capacity(nodes(), self.growth, self.trial), self.max_concurrent or 2**31))
 
     @property
     def devices(self) -> dict[str, float]:
-        """What the cluster has, for the record of where a study ran."""
+        """The cluster's CPUs, GPUs and kinds of accelerators, for the record."""
         return {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU") or k.startswith("accelerator")}
 
 
 def local_resources() -> dict[str, float]:
     """CPUs and GPUs of this machine."""
-    import torch
-
     return {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}
 
 
 def count_slots(resources: Mapping[str, float], pool: Pool) -> int:
-    """How many trials fit at a time. Raises UserError if none does."""
-    slots = pool.need.fits(resources)
+    """How many trials fit on this machine at a time. Raises UserError if none fits."""
+    slots = pool.trial.fits(resources)
     if slots < 1:
-        kind = "CPU" if Need(cpus=pool.cpus_per_trial, gpus=0).fits(resources) < 1 and pool.cpus_per_trial else "GPU"
-        need = pool.cpus_per_trial if kind == "CPU" else pool.gpus_per_trial
+        kind, wanted = "CPU", pool.cpus_per_trial
+        if wanted <= resources.get("CPU", 0.0):
+            kind, wanted = "GPU", pool.gpus_per_trial
         raise UserError(
-            f"a trial must fit on the machine; --{kind.lower()}s-per-trial is {need:g} and there are "
+            f"a trial must fit on the machine; --{kind.lower()}s-per-trial is {wanted:g} and there are "
             f"{resources.get(kind, 0.0):g}: pass a smaller --{kind.lower()}s-per-trial"
         )
     return slots if pool.max_concurrent is None else min(slots, pool.max_concurrent)
@@ -111,48 +107,59 @@ def count_slots(resources: Mapping[str, float], pool: Pool) -> int:
 
 @contextmanager
 def ray_running(address: str | None) -> Iterator[None]:
-    """Ray, started on this machine alone or joined where it runs; left (and stopped, if started here) at the end.
+    """Start Ray on this machine or join a cluster; leave it at the end, and stop it if it was started here.
 
     Args:
-        address: of a cluster; None for this machine. A bare `ray.init` would join whatever happens to run here.
+        address: of a cluster; None for this machine alone. (A bare `ray.init` would join any Ray that runs here.)
 
     Raises:
-        UserError: no cluster there that takes us.
+        UserError: no cluster is there, or it refuses us.
+        PoolLost: Ray did not start in time on this machine.
     """
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": False}
     if address is None:
-        have = local_resources()
-        try:
-            ray.init(
-                address="local",
-                num_cpus=int(have["CPU"]),
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE,
-                **common,
-            )
-        except Exception as error:
-            if type(error) is not Exception:  # Ray's own for a start of more than 30 s, on a machine that is busy
-                raise
-            ray.shutdown()
-            raise PoolLost(one_line(error)) from error
+        _start_ray()
     else:
-        found = find(address)
-        with nullcontext() if in_shipped_code() else code_folder() as folder:
-            code = {} if folder is None else {"runtime_env": {"working_dir": str(folder)}}
-            try:
-                ray.init(address=found, **code, **common)
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                raise UserError(
-                    f"--address must be that of a Ray cluster that takes this driver; {address} does not "
-                    f"({one_line(error)}): mend that; from a machine outside of the cluster, forward its head's port "
-                    "8265 and pass --address http://127.0.0.1:8265; or pass --address local for this machine alone"
-                ) from error
+        _join_ray(address)
     try:
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there, which ends the process on the spot
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray replaces it with one that ends the process at once
         yield
     finally:
         ray.shutdown()
+
+
+def _start_ray() -> None:
+    have = local_resources()
+    try:
+        ray.init(
+            address="local",
+            num_cpus=int(have["CPU"]),
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        ray.shutdown()  # Ray raises a bare Exception if its start takes more than 30 s, on a busy machine
+        raise PoolLost(first_line(error)) from error
+
+
+def _join_ray(address: str) -> None:
+    found = find(address)
+    with nullcontext() if in_shipped_code() else code_folder() as folder:
+        code = None if folder is None else {"working_dir": str(folder)}
+        try:
+            ray.init(address=found, runtime_env=code, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"--address must be that of a Ray cluster that takes this driver; {address} does not "
+                f"({first_line(error)}): mend that; from a machine outside of the cluster, forward its head's port "
+                "8265 and pass --address http://127.0.0.1:8265; or pass --address local for this machine alone"
+            ) from error
 
 
 def run_trials(
@@ -162,25 +169,28 @@ def run_trials(
     work: Callable[..., None] = tune_trial,
     look: Callable[[], int] | None = None,
 ) -> None:
-    """Train what the scheduler wants trained; returns when it has no more or wants to stop. Raises what broke the
-    scheduler.
+    """Train the scheduler's trials; returns when it has no more or wants to stop.
 
     Args:
-        scheduler: decides.
-        data: for the trials; Ray brings it to each node once.
+        scheduler: chooses the trials and ends them.
+        data: for the trials; Ray copies it to each node once.
         pool: how much a trial takes.
-        work: what a trial does.
-        look: called every few seconds; returns the slots that there are now. Workers that join get trials.
+        work: runs one trial.
+        look: is called every few seconds and returns the current number of slots, so that workers that join get
+            trials.
+
+    Raises:
+        PoolLost: Ray or Tune broke down.
+        Exception: the error that stopped the scheduler, if one did.
     """
     slots = pool.slots
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = _PENDING
     limiter = ConcurrencyLimiter(TuneSearcher(scheduler), max_concurrent=slots)
 
     def grow() -> None:
-        with suppress(RayError, RuntimeError, OSError):  # a cluster that is gone: Tune meets it too, and says so
+        with suppress(RayError, RuntimeError, OSError):  # the cluster is gone: Tune notices it too and raises
             limiter.max_concurrent = max(limiter.max_concurrent, look() if look else 0)
 
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # its errors reach us as results
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # its errors come to us as results
     work = partial(work, cpus=pool.cpus_per_trial, gpus=pool.gpus_per_trial)
     trainable = tune.with_resources(
         tune.with_parameters(work, data=data), {"cpu": pool.cpus_per_trial, "gpu": pool.gpus_per_trial}
@@ -203,17 +213,10 @@ def run_trials(
             ),
         )
         try:
-            with watched(grow) if look else nullcontext():
+            with called_regularly(grow) if look else nullcontext():
                 tuner.fit()
         except (RuntimeError, TuneError, RayError) as error:
-            # Not every death of a worker is one that Tune survives: Ray's own killing of it for lack of memory is not.
-            raise PoolLost(_reason(error)) from error
+            # Tune survives most deaths of a worker, but not when Ray kills the worker for lack of memory.
+            raise PoolLost(ray_reason(str(error))) from error
     if scheduler.error is not None:
         raise scheduler.error
-
-
-def _reason(error: BaseException) -> str:
-    """The first telling line of what Ray says in pages."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "killed due to" in line or "Error" in line]
-    return ((telling or lines or [type(error).__name__])[0].removeprefix("Caught unexpected exception: "))[:300]
