@@ -41,7 +41,7 @@ from ramcore.data import Split, TaskData, make_task
 from ramcore.evaluation import evaluate
 from ramcore.retina import Retina
 from ramcore.rng import Stream, key
-from ramcore.train import Draws, Trainer
+from ramcore.trainer import Draws, Trainer
 
 CONFIG = Config()
 TRAIN_IMAGES = 50_000

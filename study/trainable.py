@@ -22,7 +22,7 @@ import torch
 
 from ramcore.config import Config
 from ramcore.data import Split, TaskData
-from ramcore.train import Trainer
+from ramcore.trainer import Trainer
 from study.checkpoints import Checkpoints, open_folder
 from study.faults import fault_point
 

@@ -11,7 +11,7 @@ import torch
 
 from ramcore.errors import UserError
 from ramcore.evaluation import evaluate
-from ramcore.train import EpochMetrics, Trainer
+from ramcore.trainer import EpochMetrics, Trainer
 
 VARIANTS = [
     {},
@@ -67,7 +67,7 @@ def test_continues_bit_for_bit_in_a_new_process(tiny, tmp_path, settings):
     program = f"""
 import dataclasses, json, sys, torch
 from ramcore.config import Config
-from ramcore.train import Trainer
+from ramcore.trainer import Trainer
 torch.set_num_threads(1)
 state = torch.load(r"{tmp_path / "state.pt"}", weights_only=True)
 data = torch.load(r"{tmp_path / "data.pt"}", weights_only=False)

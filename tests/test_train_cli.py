@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 
-from ramcore.cli import main
+from ramcore.train import main
 from ramcore.config import Config
 from ramcore.pictures import draw_glimpses, glimpse_paths, retina_view
-from ramcore.train import Trainer
+from ramcore.trainer import Trainer
 
 SMALL = "--data digits --task original --num-glimpses 2 --patch-size 8 --num-scales 1 --hidden-size 32 --epochs 2"
 
@@ -82,6 +82,6 @@ def test_retina_view_puts_fine_scales_over_coarse_ones():
 
 def test_paper_recipe_is_reachable(monkeypatch):
     seen = {}
-    monkeypatch.setattr("ramcore.cli.train", lambda args: seen.update(config=args.config) or 0)
+    monkeypatch.setattr("ramcore.train.train", lambda args: seen.update(config=args.config) or 0)
     assert main(["--recipe", "paper", "--patch-size", "8"]) == 0
     assert seen["config"] == Config(epochs=100, patch_size=8)

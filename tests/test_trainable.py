@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ramcore.train import Trainer
+from ramcore.trainer import Trainer
 from study.checkpoints import Checkpoints, open_folder
 from study.trainable import Job, SharedData, run_trial
 

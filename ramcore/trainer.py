@@ -1,0 +1,346 @@
+"""The trainer: R replicates of one configuration, one a seed, trained in one step.
+
+`Trainer.epoch()` trains one epoch and returns its metrics; what to do with them is the caller's affair. Everything
+random is a function of (seed, epoch, step) (see `ramcore.rng`), so the trainer's state is its weights, Adam's moments
+and the number of epochs done, and a replicate does not depend on those beside it.
+
+R replicates, B images of a batch, N training images.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ramcore.config import Config
+from ramcore.data import SplitName, TaskData
+from ramcore.errors import UserError
+from ramcore.evaluation import Evaluation, build_model, evaluate, policy_noise, whole_image_input, whole_image_rollout
+from ramcore.loss import Losses, hybrid_loss, needs_every_step
+from ramcore.model import RAM
+from ramcore.rng import Stream, key, permutation, uniform
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochMetrics:
+    """One epoch, a value per seed. A seed that diverged has NaN from then on."""
+
+    epoch: int  # 1 is the first
+    seconds: float  # training and validation
+    seeds: tuple[int, ...]
+    train_loss: tuple[float, ...]  # mean classification loss, nats
+    train_accuracy: tuple[float, ...]  # of sampled rollouts while training, fraction
+    reward: tuple[float, ...]  # mean, at the last glimpse
+    baseline_error: tuple[float, ...]  # mean squared
+    gradient_norm: tuple[float, ...]  # mean, before clipping
+    val_loss: tuple[float, ...]  # mean cross-entropy, nats
+    val_accuracy: tuple[float, ...]  # fraction
+    diverged: tuple[bool, ...]  # a loss or gradient was not finite, in this epoch or before
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EpochMetrics:
+        """The inverse of `to_dict`, also after a round trip through JSON."""
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values.items()}
+        return cls(**fields)
+
+
+_STEPS_DRAWN = 50  # steps whose random numbers are drawn at once, which is far cheaper than step by step
+_CNN_CHANNELS = 20  # dropped whole
+
+
+@contextmanager
+def _denormals_as_zero() -> Iterator[None]:
+    """Adam's moments of idle units decay into denormals, on which a CPU computes some 30 times slower (a step: 1.1)."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+class Draws(NamedTuple):
+    """Everything random in one step, each with leading dimension R; what the model does not use has no elements.
+
+    images: (R, B) their numbers. placement: (R,) keys. first: (R, B, 2). noise: (R, T - 1, B, 2). classes: (R, B) and
+    dropout: (R, B, channels), in [0, 1).
+    """
+
+    images: Tensor
+    placement: Tensor
+    first: Tensor
+    noise: Tensor
+    classes: Tensor
+    dropout: Tensor
+
+
+_METERS = ("train_loss", "train_accuracy", "reward", "baseline_error", "gradient_norm")
+
+
+class Trainer:
+    """Trains R replicates of one configuration."""
+
+    def __init__(
+        self, config: Config, data: TaskData, seeds: Sequence[int] = (0,), device: torch.device | str = "cpu"
+    ) -> None:
+        """Build untrained replicates.
+
+        Args:
+            config: what to train.
+            data: the task; moved to the device if it is elsewhere.
+            seeds: one replicate each; at least one, all different, none negative.
+            device: where to train.
+
+        Raises:
+            UserError: unusable seeds, another task's data, a batch larger than the training split.
+        """
+        if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+            raise UserError(f"seeds must be different whole numbers of at least 0; got {list(seeds)}")
+        if (data.data, data.task) != (config.data, config.task):
+            raise UserError(f"data must be {config.data} {config.task}; got {data.data} {data.task}: load_task(config)")
+        if config.batch_size > data.sizes["train"]:
+            raise UserError(
+                f"batch_size must be at most {data.sizes['train']}, the training images; got {config.batch_size}"
+            )
+        self.config = config
+        self.device = torch.device(device)
+        self.data = data if data.device == self.device else data.to(self.device)
+        self.seeds = tuple(seeds)
+        self.epochs_done = 0
+        self._seeds = torch.tensor(self.seeds, device=self.device)
+        self.model = build_model(config, self._seeds)
+        self._parameters = list(self.model.parameters())
+        captured = self.device.type == "cuda"
+        rate = torch.tensor(config.learning_rate, device=self.device) if captured else config.learning_rate
+        self._adam = torch.optim.Adam(self._parameters, lr=rate, fused=True, capturable=captured)
+        self._alive = torch.ones(len(seeds), dtype=torch.bool, device=self.device)
+        self._meters = torch.zeros(len(_METERS), len(seeds), device=self.device)
+        self._best_accuracy = torch.full((len(seeds),), -1.0)
+        self._best_epoch = torch.zeros(len(seeds), dtype=torch.int64)
+        self._best_weights = self._copy_weights()
+        self._run_step: Callable[[Draws], None] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches of the training split; each epoch leaves a different remainder out."""
+        return self.data.sizes["train"] // self.config.batch_size
+
+    def epoch(self) -> EpochMetrics:
+        """Train one epoch, then evaluate on the validation split and keep each seed's best weights."""
+        started = time.perf_counter()
+        steps = self.steps_per_epoch
+        if self._run_step is None:
+            self._run_step = self._capture() if self.device.type == "cuda" else self._step
+        self._meters.zero_()
+        with _denormals_as_zero():
+            for step, draws in enumerate(self._draws(self.epochs_done)):
+                self._follow_schedules(self.epochs_done * steps + step)
+                self._run_step(draws)
+        self.epochs_done += 1
+        evaluation = evaluate(self.model, self.config, self.seeds, self.data, "validation", every_step=False)
+        diverged = (~self._alive).tolist()
+        self._keep_best(evaluation, diverged)
+        meters = (self._meters / steps).tolist()
+
+        def alive_only(values: Sequence[float]) -> tuple[float, ...]:
+            return tuple(math.nan if dead else value for value, dead in zip(values, diverged, strict=True))
+
+        return EpochMetrics(
+            epoch=self.epochs_done,
+            seconds=time.perf_counter() - started,
+            seeds=self.seeds,
+            **{name: alive_only(values) for name, values in zip(_METERS, meters, strict=True)},
+            val_loss=alive_only(evaluation.loss),
+            val_accuracy=alive_only(evaluation.accuracy),
+            diverged=tuple(diverged),
+        )
+
+    def evaluate(self, split: SplitName, weights: Literal["best", "last"] = "best") -> Evaluation:
+        """Evaluate each seed with its weights of best validation accuracy, or the last ones."""
+        if weights == "last" or self.epochs_done == 0:
+            return evaluate(self.model, self.config, self.seeds, self.data, split)
+        model = build_model(self.config, self._seeds)
+        model.load_state_dict(self._best_weights)
+        return evaluate(model, self.config, self.seeds, self.data, split)
+
+    @property
+    def best_epoch(self) -> tuple[int, ...]:
+        """Epoch of each seed's best validation accuracy; 0 before the first."""
+        return tuple(self._best_epoch.tolist())
+
+    def best_weights(self, replicate: int | None = None) -> dict[str, Tensor]:
+        """Weights of best validation accuracy, on the CPU, leading dimension R (1 if one replicate is asked for)."""
+        chosen = slice(None) if replicate is None else slice(replicate, replicate + 1)
+        return {name: value[chosen].cpu().clone() for name, value in self._best_weights.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to continue as if never stopped; loads with torch.load(..., weights_only=True)."""
+        return {
+            "config": asdict(self.config),
+            "seeds": list(self.seeds),
+            "epochs_done": self.epochs_done,
+            "weights": self._copy_weights(),
+            "adam": copy.deepcopy(self._adam.state_dict()),
+            "alive": self._alive.clone(),
+            "best_accuracy": self._best_accuracy.clone(),
+            "best_epoch": self._best_epoch.clone(),
+            "best_weights": {name: value.clone() for name, value in self._best_weights.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`.
+
+        Raises:
+            UserError: the state is of another configuration or other seeds.
+        """
+        for name, found, mine in (
+            # A field that is newer than the checkpoint has its default there.
+            ("configuration", asdict(Config()) | state["config"], asdict(self.config)),
+            ("seeds", state["seeds"], list(self.seeds)),
+        ):
+            if found != mine:
+                raise UserError(f"a checkpoint continues the {name} it was made with, {found}; got {mine}")
+        self.model.load_state_dict(state["weights"])
+        self._adam.load_state_dict(state["adam"])
+        for group in self._adam.param_groups:  # a checkpoint may come from the other kind of device
+            rate = float(group["lr"])
+            group["capturable"] = self.device.type == "cuda"
+            group["lr"] = torch.tensor(rate, device=self.device) if group["capturable"] else rate
+        self._alive = state["alive"].to(self.device)
+        self._best_accuracy = state["best_accuracy"].clone()
+        self._best_epoch = state["best_epoch"].clone()
+        self._best_weights = {name: value.to(self.device) for name, value in state["best_weights"].items()}
+        self.epochs_done = state["epochs_done"]
+        self._run_step = None
+
+    def _draws(self, epoch: int) -> Iterator[Draws]:
+        """What is random in each step of an epoch, a function of (seed, epoch, step) alone."""
+        config, data, seeds = self.config, self.data, self._seeds[:, None]
+        batch, steps = config.batch_size, self.steps_per_epoch
+        order = permutation(key(self._seeds, Stream.BATCH_ORDER, epoch), data.sizes["train"])
+        placement = data.placement_keys("train", self._seeds, 0 if config.placements == "once" else epoch)
+        for start in range(0, steps, _STEPS_DRAWN):
+            step = torch.arange(start, min(start + _STEPS_DRAWN, steps), device=self.device)
+            count = len(step)
+            index = order[:, start * batch : (start + count) * batch].unflatten(1, (count, batch))
+            first = noise = classes = dropout = torch.empty(len(seeds), count, 0, device=self.device)
+            if config.is_recurrent:
+                first = uniform(key(seeds, Stream.FIRST_LOCATION, epoch, step), 2 * batch).unflatten(-1, (batch, 2))
+                first = torch.zeros_like(first) if config.first_glimpse == "center" else first * 2 - 1
+                noise = policy_noise(config, key(seeds, Stream.LOCATION_NOISE, epoch, step), batch)
+            if config.loss_mixing < 1:
+                classes = uniform(key(seeds, Stream.CLASS_SAMPLE, epoch, step), batch)
+            if config.model == "cnn":
+                dropout = uniform(key(seeds, Stream.DROPOUT, epoch, step), batch * _CNN_CHANNELS)
+                dropout = dropout.unflatten(-1, (batch, _CNN_CHANNELS))
+            for i in range(count):
+                yield Draws(index[:, i], placement, first[:, i], noise[:, i], classes[:, i], dropout[:, i])
+
+    def _step(self, draws: Draws) -> None:
+        """One optimisation step. Nothing in it waits for a GPU."""
+        losses = self._losses(draws)
+        self._adam.zero_grad(set_to_none=True)
+        losses.total.sum().backward()
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])
+        norm = torch.linalg.vector_norm(norms, dim=0)
+        self._alive &= torch.isfinite(norm) & torch.isfinite(losses.total)
+        # A diverged seed is not trained on. Whether there is one is cheap to ask, except of a GPU, which would stall.
+        mask = self.device.type != "cpu" or not self._alive.all()
+        clip = self.config.gradient_clip
+        scale = (clip / norm).clamp(max=1) if clip > 0 else None
+        for gradient in gradients:
+            shape = (-1,) + (1,) * (gradient.dim() - 1)
+            if scale is not None:
+                gradient *= scale.view(shape)
+            if mask:
+                gradient.masked_fill_(~self._alive.view(shape), 0)
+        self._adam.step()
+        self._meters += torch.stack([losses.classification, losses.accuracy, losses.reward, losses.baseline, norm])
+
+    def _losses(self, draws: Draws) -> Losses:
+        config, data = self.config, self.data
+        images = data.render("train", draws.images, draws.placement)
+        if isinstance(self.model, RAM):
+            looks = self.model.look(self.model.retina.pyramid(images), draws.first, draws.noise)
+            rollout = self.model.learn(looks, every_step=needs_every_step(config))
+        elif config.model == "cnn":
+            rollout = whole_image_rollout(self.model(whole_image_input(config, images), draws.dropout))
+        else:
+            rollout = whole_image_rollout(self.model(whole_image_input(config, images)))
+        return hybrid_loss(config, rollout, data.train.labels[draws.images], draws.classes)
+
+    def _follow_schedules(self, steps_done: int) -> None:
+        """Set the learning rate and the policy's standard deviation of the next step."""
+        config = self.config
+        progress = steps_done / (config.epochs * self.steps_per_epoch)
+        left = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        if isinstance(self.model, RAM) and config.location_std_end < 1:
+            end = config.location_std_end
+            self.model.location_std.fill_(config.location_std * (end + (1 - end) * left))
+        if config.schedule == "constant":
+            return
+        rate = config.learning_rate * left
+        for group in self._adam.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def _capture(self) -> Callable[[Draws], None]:
+        """The step as a CUDA graph: one launch instead of hundreds, and the same numbers."""
+        mine = Draws(*(t.clone() for t in next(self._draws(0))))
+        before = self.state_dict()
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):  # capture needs warm kernels and allocated Adam moments
+            for _ in range(3):
+                self._step(mine)
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        self._adam.zero_grad(set_to_none=True)
+        with torch.cuda.graph(graph):
+            self._step(mine)
+        self._restore_in_place(before)
+
+        def replay(draws: Draws) -> None:
+            for old, new in zip(mine, draws, strict=True):
+                old.copy_(new)
+            graph.replay()
+
+        return replay
+
+    @torch.no_grad()
+    def _restore_in_place(self, state: dict[str, Any]) -> None:
+        """Undo the warm-up steps without moving a tensor that the graph refers to."""
+        for name, value in self.model.state_dict().items():
+            value.copy_(state["weights"][name])
+        saved = state["adam"]["state"]
+        for i, parameter in enumerate(self._parameters):
+            for name, value in self._adam.state[parameter].items():
+                value.copy_(saved[i][name]) if i in saved else value.zero_()
+        self._alive.copy_(state["alive"])
+        self._meters.zero_()
+
+    def _copy_weights(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+
+    def _keep_best(self, evaluation: Evaluation, diverged: list[bool]) -> None:
+        weights = self.model.state_dict()
+        for r, accuracy in enumerate(evaluation.accuracy):
+            if accuracy > self._best_accuracy[r] and not diverged[r]:
+                self._best_accuracy[r] = accuracy
+                self._best_epoch[r] = self.epochs_done
+                for name, value in self._best_weights.items():
+                    value[r].copy_(weights[name][r])
