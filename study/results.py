@@ -10,6 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from study import mlflow_settings as mlflow_settings  # before MLflow, which reads them when it is imported
+
+# isort: split
 import mlflow
 import numpy as np
 import torch

@@ -41,6 +41,7 @@ STATES = ("running", "complete", "pruned", "failed")
 
 # Metrics.
 OBJECTIVE = "val_accuracy"  # mean over seeds, a fraction
+OBJECTIVE_SD = "val_accuracy_sd"  # standard deviation over seeds; only with two seeds or more
 SEED_ACCURACY = "val_accuracy.seed_"  # then the seed
 TEST_ACCURACY = "test_accuracy"
 SEED_TEST_ACCURACY = "test_accuracy.seed_"  # then the seed

@@ -1,11 +1,11 @@
-"""The only writer of tracked data: a thread that brings MLflow up to the record, however far behind it is.
+"""Tracking: a thread that brings MLflow up to date with the record. Nothing else writes tracked data.
 
-It reads no queue. The record says which trials changed; what MLflow lacks of them is logged in one call a trial, and
-each call can be repeated: metrics carry the record's own timestamps (to MLflow the same metric twice is one), params
-never change, runs are found again by their tags. So after an outage, a crash or in the next run of the command the
-same code brings everything there, once. Training never waits for it and never fails because of it.
+The thread has no queue. The record says which trials changed, and the thread logs what MLflow lacks of them in one call
+for each trial. Every call can be repeated: metrics carry the record's timestamps (MLflow stores the same metric once),
+params never change, and runs are found again by their tags. So the same code serves after an outage, after a crash and
+in the next run of the command. Training never waits for tracking and never fails because of it.
 
-One parent run a study, one child run a trial.
+A study is a parent run; each of its trials is a child run. `study.schema` has the names.
 """
 
 from __future__ import annotations
@@ -25,41 +25,31 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ramcore.errors import UserError
+from study import mlflow_settings as mlflow_settings  # before MLflow, which reads them when it is imported
+
+# isort: split
+import mlflow
+import sqlalchemy.exc
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+from ramcore.cost import cost
+from ramcore.errors import UserError, first_line
 from study import schema
 from study.faults import fault_point
 from study.record import Record, TrialRecord
 
 _METRICS_A_CALL = 900  # MLflow takes at most 1,000 in one call; some are not an epoch's
 _BACKOFF = (1.0, 2.0, 5.0, 10.0)  # seconds between tries during an outage
-_REST = 2.0  # times as long as writing took, between two writings: the driver's other threads have more urgent work
+_REST = 2.0  # the thread rests this many times as long as it wrote: the driver's other threads are more urgent
 _REST_MOST = 5.0  # seconds; epochs that come meanwhile share a call
-_PUBLISH_TRIES = 3  # before a study ends without what it was to publish
+_PUBLISH_TRIES = 3  # then a study ends without its published model
 _MEANS = (*schema.EPOCH_MEANS, schema.OBJECTIVE)
-
 _RUN_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+_SERVER_ERRORS = (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError)  # raised if the server is absent or broken
 
 logger = logging.getLogger(__name__)
-
-# MLflow's own patience is minutes and its own retries can create a run twice; ours are here. Whoever set these keeps
-# them.
-_CLIENT_SETTINGS = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "ERROR",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-}
-for _name, _value in _CLIENT_SETTINGS.items():
-    os.environ.setdefault(_name, _value)
-
-import mlflow  # noqa: E402
-import sqlalchemy.exc  # noqa: E402
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag  # noqa: E402
-from mlflow.exceptions import MlflowException  # noqa: E402
-
-_OUTAGE = (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError)  # what an absent or broken tracking server raises
 
 
 def tracking_uri(flag: str | None) -> str:
@@ -68,17 +58,17 @@ def tracking_uri(flag: str | None) -> str:
 
 
 def check_reachable(uri: str, timeout: float = 5.0) -> None:
-    """Refuse a tracking server that is not there, within seconds. Raises UserError."""
+    """Check within seconds that a tracking server or database can be used. Raises UserError."""
     if uri.startswith(("http://", "https://")):
         try:
             with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=timeout):
                 return
         except urllib.error.HTTPError:
-            return  # something answers; what it thinks of us shows later, and training does not depend on it
+            return  # a server answers; if it refuses us, that is a warning later, as training does not depend on it
         except (OSError, ValueError) as error:
-            reason = getattr(error, "reason", error)
+            why = getattr(error, "reason", error)
             raise UserError(
-                f"the tracking server must answer when a study starts; {uri} did not ({reason}): "
+                f"the tracking server must answer when a study starts; {uri} did not ({why}): "
                 "start it with `mlflow server`, or pass another --tracking-uri"
             ) from error
     if uri.startswith("sqlite:///"):
@@ -96,30 +86,30 @@ def check_reachable(uri: str, timeout: float = 5.0) -> None:
 
 
 @dataclass(kw_only=True)
-class _Child:
-    """What MLflow holds of a trial, as far as we know."""
+class _ChildRun:
+    """The run of a trial, and how much of the trial MLflow holds."""
 
     run_id: str
-    epochs: int = 0
+    epochs: int = -1  # logged; -1: not even the configuration
     ended: bool = False
     tested: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """What is needed to do a study again; goes into study.json and the tags."""
+    """The facts that are needed to repeat a study. They go into study.json, tags and params."""
 
     settings: dict[str, Any]  # flags and everything resolved from them, the command line, versions, devices
     commit: str
-    dirty: bool
-    params: dict[str, str] = field(default_factory=dict)  # the parent run's
+    dirty: bool  # whether the working tree differed from the commit
+    params: dict[str, str] = field(default_factory=dict)  # of the parent run
 
 
 class Publish(NamedTuple):
-    """What a finished study logs beside its metrics."""
+    """Artifacts that a finished study logs."""
 
-    key: str  # names it: logged once
-    call: Callable[[mlflow.MlflowClient, str], None]  # given client and parent run
+    key: str  # of this content, which is logged once
+    call: Callable[[mlflow.MlflowClient, str], None]  # logs them; takes the client and the parent run's id
 
 
 class Tracker:
@@ -131,56 +121,50 @@ class Tracker:
         self.provenance = provenance
         self.space = space
         self.run_id: str | None = None  # of the parent run, once known
-        self._children: dict[int, _Child] = {}
-        self._pending: set[int] = set()
+        self._children: dict[int, _ChildRun] = {}  # by trial number
+        self._pending: set[int] = set()  # numbers of trials that changed
         self._ends_logged = 0  # trials that the parent run's own metrics count
         self._status = "running"
         self._publish: Publish | None = None
+        self._published = ""  # the key of the Publish that MLflow holds
         self._publishing = False
         self._publish_failures: list[str] = []
-        self._interrupted = False  # whether there was an outage: a call that failed may have been carried out later
-        self._published = ""  # the key of what MLflow has of that
-        self._known = False  # whether what we believe MLflow holds is true; false at first and after each failed call
+        self._interrupted = False  # after an outage: the server may have carried out a call that seemed to fail
+        self._known = False  # whether the fields above agree with MLflow; false at first and after each failed call
         self._outage: str | None = None
-        self._progress = time.monotonic()  # when a call last succeeded
+        self._last_success = time.monotonic()  # of a call
         self._closing = threading.Event()
         self._idle = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="tracking", daemon=True)
 
     @property
     def outage(self) -> str | None:
-        """Why MLflow cannot be written at the moment; None if it can."""
+        """Why MLflow cannot be written at present; None if it can."""
         return self._outage
 
     def start(self) -> None:
-        """Begin to follow."""
+        """Start the thread."""
         self._thread.start()
 
-    def finish(
-        self,
-        status: str,
-        *,
-        patience: float = 30.0,
-        publish: Publish | None = None,
-    ) -> str | None:
-        """Log what is left and end the parent run.
+    def finish(self, status: str, *, patience: float = 30.0, publish: Publish | None = None) -> str | None:
+        """Log the rest and end the parent run.
 
         Args:
             status: finished, stopped or failed.
-            patience: give up after so many seconds without a successful call.
-            publish: what belongs to a finished study (best model, pictures).
+            patience: give up after this many seconds without a successful call.
+            publish: of a finished study (best model, pictures).
 
         Returns:
-            What is untracked, in words; None if MLflow holds everything.
+            A phrase that names what MLflow lacks; None if it holds everything.
         """
         self._status = status
         self._publish = publish
-        self._progress = time.monotonic()
+        self._last_success = time.monotonic()
         self._closing.set()
         with self.record.changed:
             self.record.changed.notify_all()
         while not self._idle.wait(0.05):
-            waited = 0.0 if self._publishing else time.monotonic() - self._progress
+            waited = 0.0 if self._publishing else time.monotonic() - self._last_success
             if waited > patience or not self._thread.is_alive():
                 return self._untracked()
         if len(self._publish_failures) == _PUBLISH_TRIES:
@@ -191,7 +175,7 @@ class Tracker:
         trials = epochs = 0
         for trial in self.record.trials.values():
             child = self._children.get(trial.number)
-            missing = len(trial.epochs) - (child.epochs if child else 0)
+            missing = len(trial.epochs) - (max(child.epochs, 0) if child else 0)
             trials += missing > 0 or child is None or (trial.state != "running" and not child.ended)
             epochs += missing
         what = f"{epochs} epochs of {trials} trials" if trials else "the end of the study"
@@ -202,15 +186,15 @@ class Tracker:
     def _follow(self) -> None:
         try:
             self._follow_until_closed()
-        except Exception as error:  # the boundary: tracking may fail, the study may not
-            self._outage = f"{type(error).__name__}: {_first_line(error)}"
+        except Exception as error:  # tracking may fail, the study may not
+            self._outage = f"{type(error).__name__}: {first_line(error)}"
             logger.exception("tracking has failed; the study goes on without it")
 
     def _follow_until_closed(self) -> None:
         client: mlflow.MlflowClient | None = None
         failures = 0
         while True:
-            # Read before the changes are taken: the record is not changed any more once this is set.
+            # Read this before the changes: once it is set, the record does not change any more.
             closing = self._closing.is_set()
             self._pending |= self.record.take_changed(timeout=0.0 if closing else 1.0)
             began = time.monotonic()
@@ -221,12 +205,12 @@ class Tracker:
                 if closing:
                     self._conclude(client)
                 fault_point("tracking.after")
-            except _OUTAGE as error:
+            except _SERVER_ERRORS as error:
                 if self._outage is None:
-                    logger.warning("tracking is interrupted (%s); training goes on", _first_line(error))
-                self._outage = _first_line(error)
+                    logger.warning("tracking is interrupted (%s); training goes on", first_line(error))
+                self._outage = first_line(error)
                 self._known, self._interrupted = False, True
-                # Woken early only by the study's end.
+                # Only the study's end ends the wait early.
                 self._closing.wait(_BACKOFF[min(failures, len(_BACKOFF) - 1)])
                 if self._closing.is_set():
                     time.sleep(min(1.0, _BACKOFF[0]))
@@ -241,7 +225,7 @@ class Tracker:
             self._closing.wait(min(_REST * (time.monotonic() - began), _REST_MOST))
 
     def _sync(self, client: mlflow.MlflowClient) -> None:
-        """Bring MLflow up to the record; what was done before an error is not repeated."""
+        """Bring MLflow up to date; after an error, go on with the trials that are left."""
         if not self._known:
             self._find_runs(client)
             self._known = True
@@ -252,7 +236,7 @@ class Tracker:
         self._sync_study(client)
 
     def _sync_study(self, client: mlflow.MlflowClient) -> None:
-        """The study's own metrics: a step for each trial that ended."""
+        """Log the study's own metrics, with a step for each trial that ended."""
         assert self.run_id is not None
         ended = [t for t in list(self.record.trials.values()) if t.ended is not None]
         ended.sort(key=lambda t: (t.ended, t.number))
@@ -267,11 +251,11 @@ class Tracker:
         for i in range(0, len(metrics), 1000):
             client.log_batch(self.run_id, metrics=metrics[i : i + 1000])
         self._ends_logged = max(self._ends_logged, len(ended))
-        self._progress = time.monotonic()
+        self._last_success = time.monotonic()
 
     def _conclude(self, client: mlflow.MlflowClient) -> None:
         """End the parent run."""
-        if self._interrupted:  # look for runs made twice
+        if self._interrupted:  # find runs that were created twice
             self._interrupted = self._known = False
             self._sync(client)
         assert self.run_id is not None
@@ -281,24 +265,24 @@ class Tracker:
         client.set_terminated(self.run_id, _RUN_STATUS[self._status])
 
     def _publish_now(self, client: mlflow.MlflowClient, publish: Publish) -> None:
-        """Log what belongs to a finished study; without it after some failures, which must not hold the end up."""
+        """Log the artifacts of a finished study; give up after some failures, so that the study can end."""
         assert self.run_id is not None
         if len(self._publish_failures) == _PUBLISH_TRIES:
             return
-        mlflow.set_tracking_uri(self.uri)  # a model can be logged in MLflow's global way only
-        self._publishing = True  # imports and drawing take as long as they take
+        mlflow.set_tracking_uri(self.uri)  # MLflow logs models to its global URI only
+        self._publishing = True  # imports and drawing have no time limit
         try:
             publish.call(client, self.run_id)
-        except _OUTAGE as error:
-            self._publish_failures.append(_first_line(error))
+        except _SERVER_ERRORS as error:
+            self._publish_failures.append(first_line(error))
             raise
         finally:
             self._publishing = False
-            self._progress = time.monotonic()
+            self._last_success = time.monotonic()
         client.set_tag(self.run_id, schema.PUBLISHED, publish.key)
 
     def _find_runs(self, client: mlflow.MlflowClient) -> None:
-        """Learn what MLflow holds of this study, make the parent run if there is none, mark all that lags behind."""
+        """Read what MLflow holds of this study, create the parent run if there is none, and mark trials that lag."""
         experiment = client.get_experiment_by_name(schema.EXPERIMENT)
         experiment_id = client.create_experiment(schema.EXPERIMENT) if experiment is None else experiment.experiment_id
         uid = f"tags.`{schema.UID}` = '{self.record.uid}'"
@@ -307,17 +291,8 @@ class Tracker:
         if parents:
             parent = _oldest(client, parents)
         else:
-            parent = client.create_run(
-                experiment_id,
-                start_time=self.record.created,
-                run_name=name,
-                tags={
-                    schema.KIND: "study",
-                    schema.STUDY: name,
-                    schema.SCHEMA: str(schema.VERSION),
-                    schema.UID: self.record.uid,
-                },
-            )
+            tags = {schema.KIND: "study", **self._study_tags()}
+            parent = client.create_run(experiment_id, start_time=self.record.created, run_name=name, tags=tags)
         self.run_id = parent.info.run_id
         self._published = parent.data.tags.get(schema.PUBLISHED, "")
         self._ends_logged = int(parent.data.metrics.get(schema.TRIALS_FINISHED, 0))
@@ -327,16 +302,21 @@ class Tracker:
         self._children = {}
         for number, runs in children.items():
             run = _oldest(client, runs)
-            self._children[number] = _Child(
+            self._children[number] = _ChildRun(
                 run_id=run.info.run_id,
                 epochs=int(run.data.tags.get(schema.TRACKED_EPOCHS, -1)),
                 ended=run.info.status in ("FINISHED", "FAILED"),
                 tested=schema.TEST_ACCURACY in run.data.metrics,
             )
-        # list: the driver adds trials meanwhile
+        # list: the driver thread adds trials meanwhile
         self._pending |= {t.number for t in list(self.record.trials.values()) if not self._is_tracked(t)}
         self._experiment_id = experiment_id
-        self._describe(client, parent)
+        self._log_study(client, parent)
+
+    def _study_tags(self) -> dict[str, str]:
+        """Tags that the parent run and its children share."""
+        record = self.record
+        return {schema.STUDY: record.settings.study, schema.SCHEMA: str(schema.VERSION), schema.UID: record.uid}
 
     def _is_tracked(self, trial: TrialRecord) -> bool:
         child = self._children.get(trial.number)
@@ -347,8 +327,8 @@ class Tracker:
             and child.tested == (trial.test is not None)
         )
 
-    def _describe(self, client: mlflow.MlflowClient, parent: Run) -> None:
-        """Params, tags, data set and settings of the study itself."""
+    def _log_study(self, client: mlflow.MlflowClient, parent: Run) -> None:
+        """Log params, tags, data set, settings and space of the study itself."""
         assert self.run_id is not None
         settings, provenance = self.record.settings, self.provenance
         if parent.info.status != "RUNNING":
@@ -359,10 +339,13 @@ class Tracker:
             tags=[
                 RunTag(schema.STATUS, "running"),
                 RunTag(schema.TRIALS, str(self.record.totals[-1])),
-                RunTag(schema.COMMIT, provenance.commit),
-                RunTag(schema.COMMIT_DIRTY, str(provenance.dirty).lower()),
+                *(RunTag(k, v) for k, v in _commit_tags(provenance.commit, provenance.dirty).items()),
                 RunTag("mlflow.source.git.commit", provenance.commit),
-                RunTag("mlflow.note.content", _note(settings.design, settings.task, settings.data)),
+                RunTag(
+                    "mlflow.note.content",
+                    f"RAM study: design {settings.design}, task {settings.task}, data {settings.data}. "
+                    "Trials are nested below.",
+                ),
             ],
         )
         if not parent.inputs or not parent.inputs.dataset_inputs:
@@ -371,86 +354,79 @@ class Tracker:
             client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
         client.log_text(self.run_id, json.dumps(provenance.settings, indent=1), schema.SETTINGS_FILE)
         client.log_text(self.run_id, json.dumps(self.space, indent=1), schema.SPACE_FILE)
-        self._progress = time.monotonic()
+        self._last_success = time.monotonic()
 
     def _sync_trial(self, client: mlflow.MlflowClient, trial: TrialRecord) -> None:
+        """Log what MLflow lacks of a trial."""
         child = self._children.get(trial.number)
         if child is None:
-            fault_point("tracking.run.before")
-            run = client.create_run(
-                self._experiment_id,
-                start_time=trial.started,
-                run_name=f"trial {trial.number:04d}",
-                tags={
-                    schema.PARENT: self.run_id,
-                    schema.KIND: "trial",
-                    schema.STUDY: self.record.settings.study,
-                    schema.UID: self.record.uid,
-                    schema.SCHEMA: str(schema.VERSION),
-                    schema.TRIAL: str(trial.number),
-                    schema.ORIGIN: trial.spec.origin,
-                    schema.ROW: trial.spec.row,
-                    schema.BASELINE: trial.spec.baseline,
-                    schema.PARAMETER: trial.spec.parameter,
-                    schema.SEEDS: ",".join(map(str, trial.spec.seeds)),
-                    **self._commit(trial.run),
-                },
-            )
-            fault_point("tracking.run.after")
-            child = self._children[trial.number] = _Child(run_id=run.info.run_id, epochs=-1)
-        # The record moves on while we log, so what is logged is fixed first.
+            child = self._children[trial.number] = self._create_child(client, trial)
+        # The driver thread may change the trial meanwhile, so read it once.
         state, reason, epochs, test = trial.state, trial.reason, list(trial.epochs), trial.test
-        metrics: list[Metric] = []
         params: list[Param] = []
+        metrics: list[Metric] = []
         if child.epochs < 0:
             params = [Param(name, _text(value)) for name, value in asdict(trial.spec.config).items()]
             metrics += _size_metrics(trial)
         start = max(child.epochs, 0)
         epochs_a_call = max(1, _METRICS_A_CALL // (len(_MEANS) + 2 + len(trial.spec.seeds)))
         while True:
-            # A record that came back older than it was has fewer epochs than MLflow, for a while.
+            # An older copy of the record may have fewer epochs than MLflow for a while.
             stop = max(start, min(start + epochs_a_call, len(epochs)))
             for number in range(start, stop):
                 metrics += _epoch_metrics(number + 1, epochs[number].time, epochs[number].metrics)
             last = stop >= len(epochs)
             tags = [RunTag(schema.TRACKED_EPOCHS, str(stop))]
             if last:
-                tags.append(RunTag(schema.STATE, state))
-                if trial.diverged:
-                    tags.append(RunTag(schema.DIVERGED, "true"))
-                if reason:
-                    tags.append(RunTag(schema.STOP_REASON, reason[:500]))
-                if test is not None:
-                    metrics += _test_metrics(test, trial)
+                tags += [RunTag(schema.STATE, state)]
+                tags += [RunTag(schema.STOP_REASON, reason[:500])] if reason else []
+                tags += [RunTag(schema.DIVERGED, "true")] if trial.diverged else []
+                metrics += _test_metrics(test, trial) if test is not None else []
             fault_point("tracking.call.before")
             client.log_batch(child.run_id, metrics=metrics, params=params, tags=tags)
             fault_point("tracking.call.after")
             child.epochs, metrics, params, start = stop, [], [], stop
-            self._progress = time.monotonic()
+            self._last_success = time.monotonic()
             if last:
                 break
         child.tested = test is not None
         if state != "running" and not child.ended:
             client.set_terminated(child.run_id, "FAILED" if state == "failed" else "FINISHED", trial.ended)
             child.ended = True
-        self._progress = time.monotonic()
+        self._last_success = time.monotonic()
 
-    def _commit(self, run: int | None) -> dict[str, str]:
-        """Tags: with what code a trial was begun."""
-        provenance = self.provenance.commit, self.provenance.dirty
-        if run is not None:
-            provenance = self.record.runs[run]["commit"], self.record.runs[run]["commit_dirty"]
-        return {schema.COMMIT: provenance[0], schema.COMMIT_DIRTY: str(provenance[1]).lower()}
+    def _create_child(self, client: mlflow.MlflowClient, trial: TrialRecord) -> _ChildRun:
+        assert self.run_id is not None
+        commit, dirty = self.provenance.commit, self.provenance.dirty
+        if trial.run is not None:  # the code that the trial began with
+            commit, dirty = (self.record.runs[trial.run][name] for name in ("commit", "commit_dirty"))
+        spec = trial.spec
+        tags = {
+            schema.PARENT: self.run_id,
+            schema.KIND: "trial",
+            **self._study_tags(),
+            schema.TRIAL: str(trial.number),
+            schema.ORIGIN: spec.origin,
+            schema.ROW: spec.row,
+            schema.BASELINE: spec.baseline,
+            schema.PARAMETER: spec.parameter,
+            schema.SEEDS: ",".join(map(str, spec.seeds)),
+            **_commit_tags(commit, dirty),
+        }
+        fault_point("tracking.run.before")
+        run = client.create_run(
+            self._experiment_id, start_time=trial.started, run_name=f"trial {trial.number:04d}", tags=tags
+        )
+        fault_point("tracking.run.after")
+        return _ChildRun(run_id=run.info.run_id)
 
 
 def _connect(uri: str) -> mlflow.MlflowClient:
-    """A client. A new SQLite database is made beside its place and put there whole.
+    """A client. A new SQLite database is made under another name and linked to its own once it is complete.
 
-    MLflow makes its tables in some fifty migrations; a process killed among them leaves a database that it never opens
-    again.
+    MLflow makes its tables in about fifty migrations, and cannot open a database whose process was killed in the middle
+    of them.
     """
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
     path = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not path.exists():
         for leftover in path.parent.glob(f".{path.name}.*.new*"):
@@ -477,9 +453,9 @@ def _search(client: mlflow.MlflowClient, experiment_id: str, query: str) -> list
 
 
 def _oldest(client: mlflow.MlflowClient, runs: list[Run]) -> Run:
-    """The first made of several runs of one trial, deleting the others.
+    """The oldest of several runs of one trial; deletes the others.
 
-    A creating call that timed out may have been carried out all the same, and then its repetition makes a second run.
+    A call that timed out may still have created a run, and then its repetition creates a second one.
     """
     kept, *others = sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
     for run in others:
@@ -487,8 +463,8 @@ def _oldest(client: mlflow.MlflowClient, runs: list[Run]) -> Run:
     return kept
 
 
-def _note(design: str, task: str, data: str) -> str:
-    return f"RAM study: design {design}, task {task}, data {data}. Trials are nested below."
+def _commit_tags(commit: str, dirty: bool) -> dict[str, str]:
+    return {schema.COMMIT: commit, schema.COMMIT_DIRTY: str(dirty).lower()}
 
 
 def _text(value: Any) -> str:
@@ -496,8 +472,6 @@ def _text(value: Any) -> str:
 
 
 def _size_metrics(trial: TrialRecord) -> list[Metric]:
-    from ramcore.cost import cost
-
     size = cost(trial.spec.config)
     return [
         Metric(schema.PARAMETERS, size.parameters, trial.started, 0),
@@ -510,10 +484,10 @@ def _epoch_metrics(epoch: int, timestamp: int, metrics: dict[str, Any]) -> list[
     values[schema.EPOCH_SECONDS] = metrics["seconds"]
     accuracies = metrics[schema.OBJECTIVE]
     if len(accuracies) > 1:
-        values["val_accuracy_sd"] = _deviation(accuracies)
+        values[schema.OBJECTIVE_SD] = statistics.stdev(accuracies) if all(map(math.isfinite, accuracies)) else math.nan
     for seed, accuracy in zip(metrics["seeds"], accuracies, strict=True):
         values[f"{schema.SEED_ACCURACY}{seed}"] = accuracy
-    # MLflow has no infinity and its NaN breaks charts; a diverged trial is told by its state and reason.
+    # MLflow has no infinity, and NaN breaks its charts. The tags of a trial say that it diverged.
     return [Metric(name, value, timestamp, epoch) for name, value in values.items() if math.isfinite(value)]
 
 
@@ -524,11 +498,3 @@ def _test_metrics(test: dict[str, Any], trial: TrialRecord) -> list[Metric]:
     for seed, accuracy, epoch in zip(trial.spec.seeds, test["accuracy"], test["epoch"], strict=True):
         found.append(Metric(f"{schema.SEED_TEST_ACCURACY}{seed}", accuracy, timestamp, epoch))
     return found
-
-
-def _deviation(values: list[float]) -> float:
-    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -32,7 +32,9 @@ SETTINGS = StudySettings(
     seed=0,
     space=SPACE.to_dict(),
 )
-ORIGIN = Provenance(settings={"command": "python -m study.run"}, commit="abc", dirty=False, params={"task": "original"})
+PROVENANCE = Provenance(
+    settings={"command": "python -m study.run"}, commit="abc", dirty=False, params={"task": "original"}
+)
 
 
 @pytest.fixture
@@ -64,11 +66,12 @@ def trial(
     for epoch, accuracy in enumerate(accuracies, start=1):
         record.add_epoch(index, epoch, metrics(epoch, *accuracy))
     if end is not None:
-        record.end(index, end, "finished" if end == "complete" else "diverged: seed 1 at epoch 2", test=test)
+        reason = "finished" if end == "complete" else "diverged: seed 1 at epoch 2"
+        record.end(index, end, reason, test=test, diverged=end == "failed")
 
 
 def track(record: Record, uri: str, status: str = "finished", patience: float = 30) -> str | None:
-    tracker = Tracker(record, uri, ORIGIN, {"schema": 1})
+    tracker = Tracker(record, uri, PROVENANCE, {"schema": 1})
     tracker.start()
     return tracker.finish(status, patience=patience)
 
@@ -86,7 +89,7 @@ def history(uri: str, run: mlflow.entities.Run, name: str) -> list[tuple[int, fl
     return sorted((m.step, m.value) for m in found)
 
 
-def test_the_layout_is_the_contract_with_the_analysis(record, uri):
+def test_tracked_study_has_the_names_that_analysis_reads(record, uri):
     trial(record, (0.2, 0.4), (0.5, 0.7), test={"accuracy": [0.5, 0.6], "epoch": [2, 1]})
     trial(record, (0.2, 0.4), (0.5, float("nan")), end="failed")
     trial(record, (0.1, 0.1), end=None)
@@ -95,7 +98,7 @@ def test_the_layout_is_the_contract_with_the_analysis(record, uri):
     assert sorted(found) == ["a study", "trial 0000", "trial 0001", "trial 0002"]
     parent, first, failed, running = (found[name] for name in sorted(found))
     tags = parent.data.tags
-    assert (tags["ram.kind"], tags["ram.study"], tags["ram.schema"]) == ("study", "a study", "1")
+    assert (tags["ram.kind"], tags["ram.study"], tags["ram.schema"]) == ("study", "a study", "2")
     assert (tags["ram.status"], tags["ram.commit"], tags["ram.commit_dirty"]) == ("stopped", "abc", "false")
     assert parent.data.metrics["trials_finished"] == 2 and parent.data.metrics["best_val_accuracy"] == pytest.approx(
         0.6
@@ -118,12 +121,13 @@ def test_the_layout_is_the_contract_with_the_analysis(record, uri):
     assert first.data.metrics["test_accuracy"] == pytest.approx(0.55)
     assert history(uri, first, "test_accuracy.seed_0") == [(2, 0.5)]
     assert (failed.info.status, failed.data.tags["ram.state"]) == ("FAILED", "failed")
+    assert failed.data.tags["ram.diverged"] == "true" and "ram.diverged" not in tags
     assert history(uri, failed, "val_accuracy") == [(1, pytest.approx(0.3))]  # a NaN is no metric
     assert history(uri, failed, "val_accuracy.seed_0") == [(1, 0.2), (2, 0.5)]
     assert (running.info.status, running.data.tags["ram.state"]) == ("RUNNING", "running")
 
 
-def test_metrics_carry_the_records_own_time(record, uri):
+def test_metric_has_the_time_of_its_epoch_in_the_record(record, uri):
     trial(record, (0.2, 0.4))
     track(record, uri)
     child = runs(uri)["trial 0000"]
@@ -131,11 +135,11 @@ def test_metrics_carry_the_records_own_time(record, uri):
     assert metric.timestamp == record.trials[0].epochs[0].time
 
 
-def test_everything_said_again_changes_nothing(record, uri, monkeypatch):
+def test_tracker_that_logs_everything_again_changes_nothing(record, uri, monkeypatch):
     trial(record, (0.2, 0.4), (0.5, 0.7))
     track(record, uri)
     before = {name: (r.data.metrics, r.data.params) for name, r in runs(uri).items()}
-    # A tracker that believes that nothing has been logged yet says everything again.
+    # A tracker that believes that MLflow holds nothing logs everything again.
     monkeypatch.setattr(Tracker, "_is_tracked", lambda *_: False)
     found = tracking._oldest
     monkeypatch.setattr(tracking, "_oldest", lambda client, all_runs: _forgetful(found(client, all_runs)))
@@ -150,7 +154,7 @@ def _forgetful(run):
     return run
 
 
-def test_the_next_run_brings_mlflow_up_to_date(record, uri):
+def test_next_run_logs_what_mlflow_lacks(record, uri):
     trial(record, (0.2, 0.4), end=None)
     track(record, uri, "stopped")
     record.add_epoch(0, 2, metrics(2, 0.5, 0.7))
@@ -165,19 +169,19 @@ def test_the_next_run_brings_mlflow_up_to_date(record, uri):
     assert found["trial 0000"].data.metrics["test_accuracy"] == 0.5
 
 
-def test_of_two_runs_of_one_trial_the_first_is_kept(record, uri):
+def test_trial_with_two_runs_keeps_the_older_one(record, uri):
     trial(record, (0.2, 0.4), end=None)
     track(record, uri, "stopped")
     client = mlflow.MlflowClient(uri)
     first = runs(uri)["trial 0000"]
-    # A creating call that came through twice.
+    # The server carried out the creating call twice.
     twin = client.create_run(first.info.experiment_id, run_name="trial 0000", tags=first.data.tags)
     track(record, uri)
     assert runs(uri)["trial 0000"].info.run_id == first.info.run_id
     assert client.get_run(twin.info.run_id).info.lifecycle_stage == "deleted"
 
 
-def test_an_outage_is_told_and_waits_for_no_longer_than_the_patience(record, caplog):
+def test_outage_is_reported_and_ends_after_the_patience(record, caplog):
     trial(record, (0.2, 0.4), (0.3, 0.3))
     trial(record, (0.2, 0.4))
     with socket.socket() as unused:
@@ -190,7 +194,7 @@ def test_an_outage_is_told_and_waits_for_no_longer_than_the_patience(record, cap
     assert "training goes on" in caplog.text
 
 
-def test_a_model_that_cannot_be_published_does_not_hold_the_end_up(record, uri, monkeypatch):
+def test_study_ends_when_its_model_cannot_be_published_and_next_run_publishes_it(record, uri, monkeypatch):
     monkeypatch.setattr(tracking, "_BACKOFF", (0.1,))
     trial(record, (0.2, 0.4))
     tries = []
@@ -199,7 +203,7 @@ def test_a_model_that_cannot_be_published_does_not_hold_the_end_up(record, uri, 
         tries.append(run_id)
         raise OSError(28, "No space left on device")
 
-    tracker = Tracker(record, uri, ORIGIN, {"schema": 1})
+    tracker = Tracker(record, uri, PROVENANCE, {"schema": 1})
     tracker.start()
     untracked = tracker.finish("finished", publish=Publish(key="trial 0", call=full))
     assert untracked is not None and "the best model" in untracked and "No space left on device" in untracked
@@ -207,13 +211,13 @@ def test_a_model_that_cannot_be_published_does_not_hold_the_end_up(record, uri, 
     parent = runs(uri)["a study"]
     assert parent.info.status == "FINISHED" and "ram.published" not in parent.data.tags
     # The next run of the command tries again.
-    tracker = Tracker(record, uri, ORIGIN, {"schema": 1})
+    tracker = Tracker(record, uri, PROVENANCE, {"schema": 1})
     tracker.start()
     assert tracker.finish("finished", publish=Publish(key="trial 0", call=lambda *_: None)) is None
     assert runs(uri)["a study"].data.tags["ram.published"] == "trial 0"
 
 
-def test_a_record_that_came_back_older_doubles_nothing(record, uri, tmp_path):
+def test_older_copy_of_the_record_logs_each_epoch_once(record, uri, tmp_path):
     trial(record, (0.2, 0.4), end=None)
     backup = tmp_path / "backup.db"
     with contextlib.closing(sqlite3.connect(tmp_path / "s" / "study.db")) as now:
@@ -238,17 +242,17 @@ def test_a_record_that_came_back_older_doubles_nothing(record, uri, tmp_path):
     assert len(history(uri, runs(uri)["a study"], "trials_finished")) == 1
 
 
-def test_a_trial_carries_the_commit_that_it_was_begun_with(record, uri):
+def test_trial_has_the_commit_that_it_began_with(record, uri):
     record.begin_run({"commit": "first", "commit_dirty": False})
     trial(record, (0.2, 0.4))
     record.begin_run({"commit": "second", "commit_dirty": True})
     trial(record, (0.2, 0.4))
-    track(record, uri)  # by somebody at the commit "abc"
+    track(record, uri)  # at the commit "abc"
     found = {name: (r.data.tags["ram.commit"], r.data.tags["ram.commit_dirty"]) for name, r in runs(uri).items()}
     assert found == {"a study": ("abc", "false"), "trial 0000": ("first", "false"), "trial 0001": ("second", "true")}
 
 
-def test_reports_that_come_while_mlflow_is_written_share_a_call(record, uri, monkeypatch):
+def test_epochs_reported_during_a_slow_call_share_the_next_call(record, uri, monkeypatch):
     calls: list[str] = []
     log_batch = mlflow.MlflowClient.log_batch
 
@@ -260,20 +264,20 @@ def test_reports_that_come_while_mlflow_is_written_share_a_call(record, uri, mon
 
     monkeypatch.setattr(mlflow.MlflowClient, "log_batch", slow)
     trial(record, (0.2, 0.4), end=None)
-    tracker = Tracker(record, uri, ORIGIN, {"schema": 1})
+    tracker = Tracker(record, uri, PROVENANCE, {"schema": 1})
     tracker.start()
     started = time.monotonic()
     for epoch in range(2, 42):
         record.add_epoch(0, epoch, metrics(epoch, 0.5, 0.5))
         time.sleep(0.05)
-    assert time.monotonic() - started < 10  # nobody waited for the tracker
+    assert time.monotonic() - started < 10  # the driver did not wait for the tracker
     assert tracker.finish("stopped") is None
     child = runs(uri)["trial 0000"]
     assert [step for step, _ in history(uri, child, "val_accuracy")] == list(range(1, 42))
     assert calls.count(child.info.run_id) < 20
 
 
-def test_two_studies_of_one_name_have_a_parent_each(record, uri, tmp_path):
+def test_two_studies_of_one_name_have_two_parent_runs(record, uri, tmp_path):
     trial(record, (0.2, 0.4))
     track(record, uri)
     with Record.open(tmp_path / "other", SETTINGS, total=3) as other:
@@ -284,13 +288,13 @@ def test_two_studies_of_one_name_have_a_parent_each(record, uri, tmp_path):
     assert len(client.search_runs([experiment.experiment_id], "tags.`ram.kind` = 'study'")) == 2
 
 
-def test_a_new_database_appears_whole(tmp_path):
+def test_new_database_appears_only_when_complete(tmp_path):
     client = tracking._connect(f"sqlite:///{tmp_path}/new.db")
     client.search_experiments()
     assert [p.name for p in tmp_path.glob("*new.db*") if "wal" not in p.name and "shm" not in p.name] == ["new.db"]
 
 
-def test_the_uri_is_the_flag_then_the_environment_then_a_file(monkeypatch):
+def test_tracking_uri_comes_from_flag_then_environment_then_default(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://env:5000")
     assert tracking_uri("http://flag:5000") == "http://flag:5000"
     assert tracking_uri(None) == "http://env:5000"
@@ -298,7 +302,7 @@ def test_the_uri_is_the_flag_then_the_environment_then_a_file(monkeypatch):
     assert tracking_uri(None) == "sqlite:///mlflow.db"
 
 
-def test_what_cannot_be_reached_is_refused_quickly(tmp_path):
+def test_unreachable_tracking_is_refused_within_seconds(tmp_path):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{unused.getsockname()[1]}"
@@ -310,7 +314,7 @@ def test_what_cannot_be_reached_is_refused_quickly(tmp_path):
     check_reachable(f"sqlite:///{tmp_path}/mlflow.db")
 
 
-def test_settings_are_artifacts(record, uri):
+def test_settings_are_logged_as_study_json(record, uri):
     trial(record, (0.2, 0.4))
     track(record, uri)
     parent = runs(uri)["a study"]
