@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from ramcore.config import Config
-from study.asha import Halving
-from study.checkpoints import open_folder
+from study.asha import ASHA
 from study.pool import Pool, ray_running, run_trials
 from study.record import Record, StudySettings, TrialRecord
 from study.scheduler import StudyScheduler
 from study.search_space import search_space
+from study.storage import Storage
 from study.tracking import Provenance, Tracker
 
 
-class NeverStops(Halving):
+class NeverStops(ASHA):
     """Early stopping that is computed and then ignored."""
 
     def stops(self, value: float, others: Collection[float]) -> bool:
@@ -110,8 +110,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="ram-study-driver-") as root:
         record = Record.open(Path(root) / "driver", settings, total=flags.trials)
         scheduler = StudyScheduler(
-            record, space=space, halving=NeverStops(min_epochs=2), folder=open_folder(root, "driver"), storage=root,
-            callback=Quiet(),
+            record, space=space, storage=Storage.parse(root), callback=Quiet(),
+            asha=NeverStops(flags.reports, min_epochs=2),
         )  # fmt: skip
         asked: list[float] = []
         ask = scheduler.next_job

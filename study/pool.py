@@ -30,8 +30,9 @@ from study.cluster import (
     nodes,
     ray_reason,
 )
-from study.scheduler import MAX_WORKER_DEATHS, StudyScheduler, TuneScheduler, TuneSearcher, TuneStopper
+from study.scheduler import StudyScheduler
 from study.trainable import SharedData, tune_trial
+from study.tune_adapters import MAX_WORKER_DEATHS, TuneScheduler, TuneSearcher, TuneStopper
 
 # For Ray and Tune, which read them when they start. A value that the user has set stays.
 _SETTINGS = {

@@ -24,7 +24,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,15 @@ import optuna
 import torch
 
 from ramcore.config import Config
-from ramcore.data import TaskData, load_source, make_task
+from ramcore.data import Split, SplitName, TaskData, load_source, make_task
 from ramcore.space import Space
-from ramcore.train import Trainer
+from ramcore.trainer import Trainer
 from study import designs, faults, results
-from study.asha import default_halving
-from study.checkpoints import open_folder
+from study.asha import ASHA
 from study.record import Record, RecordLost, StudySettings
 from study.scheduler import StudyScheduler, guarded
-from study.search_space import search_space
+from study.search_space import configuration, search_space
+from study.storage import Storage
 from study.tracking import Provenance, Tracker
 from study.trainable import SharedData, run_trial
 
@@ -63,7 +63,7 @@ OUTAGE = ("tracking.run.before", "tracking.run.after", "tracking.call.before", "
 
 
 class Silent:
-    """A callback that does not."""
+    """A callback that prints nothing."""
 
     def started(self, trial: Any) -> None: ...
     def reported(self, trial: Any) -> None: ...
@@ -85,7 +85,7 @@ class Study:
 
     @staticmethod
     def make(epochs: int = EPOCHS) -> Study:
-        splits = {n: type(s)(s.images[:120], s.labels[:120]) for n, s in load_source("digits").items()}
+        splits: dict[SplitName, Split] = {n: type(s)(s.images[:120], s.labels[:120]) for n, s in load_source("digits").items()}
         data = make_task("digits", "original", splits)
         base = Config(
             data="digits", task="original", epochs=epochs, batch_size=40, hidden_size=16, glimpse_size=8,
@@ -103,10 +103,8 @@ def work(study: Study, root: Path, trials: int = TOTALS[-1]) -> None:
     """One session: continue the study until it is finished or cannot go on."""
     shared = SharedData.of(study.data)
     record = Record.open(root / NAME, study.settings, total=trials)
-    folder = open_folder(str(root), NAME)
     scheduler = StudyScheduler(
-        record, space=study.space, halving=replace(default_halving(EPOCHS), eta=2), folder=folder, storage=str(root),
-        callback=Silent(),
+        record, space=study.space, storage=Storage.parse(str(root)), callback=Silent(), asha=ASHA(EPOCHS, eta=2)
     )  # fmt: skip
     provenance = Provenance(settings={}, commit="none", dirty=True, params={"task": "original"})
     tracker = Tracker(record, f"sqlite:///{root}/mlflow.db", provenance, study.settings.space)
@@ -132,7 +130,7 @@ def work(study: Study, root: Path, trials: int = TOTALS[-1]) -> None:
         raise scheduler.error
     with contextlib.suppress(RecordLost):
         if scheduler.finished:
-            results.read_best_test(record, folder, study.data)
+            results.read_best_test(record, scheduler.folder, study.data)
     untracked = tracker.finish("finished" if scheduler.finished else "stopped", patience=20)
     record.close()
     sys.stdout.flush()
@@ -345,7 +343,7 @@ def check(root: Path, faults_wanted: int, seed: int, say: Callable[[str], None] 
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = Study.make()
-    Trainer(study.space.base, study.data)  # imports what the forked sessions would each import again
+    Trainer(configuration(study.space, study.space.default), study.data)  # imports what the forked sessions would each import again
     template = new_database(root)
     expected = reference(study, root / "reference", template)
     trained = len((root / "reference" / "trained.log").read_text().split())

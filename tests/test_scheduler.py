@@ -9,11 +9,12 @@ from ray.tune.experiment import Trial
 from ray.tune.utils.object_cache import _ObjectCache
 
 from ramcore.config import Config
-from study.asha import Halving
-from study.checkpoints import LocalFolder
+from study.asha import ASHA
 from study.record import Record, StudySettings
-from study.scheduler import MAX_WORKER_DEATHS, SAME_FAILURES, FeasibleTPE, Seen, StudyScheduler, TuneScheduler
+from study.scheduler import SAME_FAILURES, StudyScheduler
 from study.search_space import search_space
+from study.storage import Storage
+from study.tune_adapters import MAX_WORKER_DEATHS, TuneScheduler
 
 EPOCHS = 4
 SPACE = search_space(Config(data="digits", task="original", epochs=EPOCHS))
@@ -32,24 +33,18 @@ SETTINGS = StudySettings(
 
 @pytest.fixture
 def opened(tmp_path):
-    """opened(total): an scheduler on the study's record; opening it again closes the one before, as a crash would."""
+    """opened(total): a scheduler on the study's record. Opening it again closes the record before, as a crash would."""
     records: list[Record] = []
 
-    def open_engine(total: int = 10) -> StudyScheduler:
+    def open_scheduler(total: int = 10) -> StudyScheduler:
         if records:
             records.pop().close()
         records.append(Record.open(tmp_path / "s", SETTINGS, total=total))
-        halving = Halving(min_epochs=1, eta=2)
-        return StudyScheduler(
-            records[-1],
-            space=SPACE,
-            halving=halving,
-            folder=LocalFolder(tmp_path / "s"),
-            storage=str(tmp_path),
-            callback=Silent(),
-        )
+        asha = ASHA(EPOCHS, min_epochs=1, eta=2)
+        storage = Storage.parse(str(tmp_path))
+        return StudyScheduler(records[-1], space=SPACE, storage=storage, callback=Silent(), asha=asha)
 
-    yield open_engine
+    yield open_scheduler
     records.pop().close()
 
 
@@ -77,7 +72,7 @@ def test_only_tpe_trials_are_stopped_and_only_they_are_told_as_pruned(opened):
         job = scheduler.next_job()
         assert job.number == n
         # Each worse than the one before: halving would stop all but the first, if it were asked.
-        assert train(scheduler, n, 0.9 - 0.05 * n) == (EPOCHS if job.origin != "tpe" else 1)
+        assert train(scheduler, n, 0.9 - 0.05 * n) == (EPOCHS if scheduler.record.trials[n].spec.origin != "tpe" else 1)
     assert scheduler.next_job() is None and scheduler.finished
     states = [
         (t.state.name, t.user_attrs["origin"], sorted(t.intermediate_values)) for t in scheduler.record.study.trials
@@ -254,27 +249,27 @@ def test_more_trials_are_added_to_a_finished_study(opened):
 def test_of_trials_that_end_at_once_every_worker_is_kept_for_the_next(opened):
     controller = SimpleNamespace(_actor_cache=_ObjectCache(may_keep_one=True))
     trial = SimpleNamespace(placement_group_factory="1 CPU")
-    scheduler = TuneScheduler(opened(), slots=3)
+    adapter = TuneScheduler(opened(), slots=3)
     for _ in range(2):  # more trials, once more room
-        scheduler.on_trial_add(controller, trial)
+        adapter.on_trial_add(controller, trial)
     assert [controller._actor_cache.cache_object("1 CPU", worker) for worker in "abcd"] == [True, True, True, False]
-    scheduler.on_trial_add(SimpleNamespace(), trial)  # a Ray without it is none the worse
+    adapter.on_trial_add(SimpleNamespace(), trial)  # a Ray without it is none the worse
 
 
 def test_idle_workers_go_once_nothing_is_left_to_hand_out(opened):
     cache = _ObjectCache(may_keep_one=True)
     controller = SimpleNamespace(_actor_cache=cache, get_trials=lambda: [])
     scheduler = opened(2)
-    scheduler = TuneScheduler(scheduler, slots=3)
-    scheduler.on_trial_add(controller, SimpleNamespace(placement_group_factory="1 CPU"))
+    adapter = TuneScheduler(scheduler, slots=3)
+    adapter.on_trial_add(controller, SimpleNamespace(placement_group_factory="1 CPU"))
     for worker in "ab":
         cache.cache_object("1 CPU", worker)
     scheduler.next_job()
-    scheduler.choose_trial_to_run(controller)
+    adapter.choose_trial_to_run(controller)
     assert cache.total_max_objects == 3 and list(cache.flush_cached_objects()) == []
     scheduler.next_job()
-    scheduler.choose_trial_to_run(controller)
-    scheduler.choose_trial_to_run(controller)
+    adapter.choose_trial_to_run(controller)
+    adapter.choose_trial_to_run(controller)
     assert cache.total_max_objects == 0 and sorted(cache.flush_cached_objects(force_all=True)) == ["a", "b"]
 
 
@@ -297,12 +292,12 @@ def dead(number: int, failures: int, status: str = "") -> SimpleNamespace:
 def test_a_trial_whose_worker_dies_again_and_again_without_an_epoch_fails(opened):
     scheduler = opened(3)
     scheduler.next_job()
-    scheduler = TuneScheduler(scheduler, slots=1)
+    adapter = TuneScheduler(scheduler, slots=1)
     for failures in range(1, MAX_WORKER_DEATHS + 1):
-        scheduler.on_trial_error(None, dead(0, failures))
+        adapter.on_trial_error(None, dead(0, failures))
         assert scheduler.record.trials[0].state == "running"
-        assert not scheduler._lost  # Tune has it
-    scheduler.on_trial_error(None, dead(0, MAX_WORKER_DEATHS + 1))
+        assert not scheduler._interrupted  # Tune has it
+    adapter.on_trial_error(None, dead(0, MAX_WORKER_DEATHS + 1))
     assert scheduler.record.trials[0].state == "failed"
     assert scheduler.record.trials[0].reason == "error: its worker died 6 times; no message"
 
@@ -310,14 +305,14 @@ def test_a_trial_whose_worker_dies_again_and_again_without_an_epoch_fails(opened
 def test_a_trial_that_comes_on_survives_any_number_of_worker_deaths(opened):
     scheduler = opened(3)
     scheduler.next_job()
-    scheduler = TuneScheduler(scheduler, slots=1)
+    adapter = TuneScheduler(scheduler, slots=1)
     report(scheduler, 0, 1, 0.5)
     for failures in range(1, MAX_WORKER_DEATHS + 1):
         trial = dead(0, failures)
-        scheduler.on_trial_error(None, trial)
+        adapter.on_trial_error(None, trial)
     report(scheduler, 0, 2, 0.5)
     trial = dead(0, MAX_WORKER_DEATHS + 1)  # Tune has given it up
-    scheduler.on_trial_error(None, trial)
+    adapter.on_trial_error(None, trial)
     assert trial.run_metadata.num_failures == 1 and scheduler.record.trials[0].state == "running"
     assert scheduler.next_job().number == 0
 
@@ -325,7 +320,7 @@ def test_a_trial_that_comes_on_survives_any_number_of_worker_deaths(opened):
 def test_a_trial_that_tune_loses_before_it_began_is_handed_out_again_once(opened):
     scheduler = opened(3)
     scheduler.next_job()
-    scheduler = TuneScheduler(scheduler, slots=1)
+    adapter = TuneScheduler(scheduler, slots=1)
     for _ in range(2):
-        scheduler.on_trial_error(None, dead(0, 1, status=Trial.PENDING))
+        adapter.on_trial_error(None, dead(0, 1, status=Trial.PENDING))
     assert [scheduler.next_job().number for _ in range(2)] == [0, 1]

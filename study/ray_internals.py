@@ -1,0 +1,88 @@
+"""Everything that reaches into Ray's private parts, as read in Ray 2.60.
+
+tests/test_ray_internals.py fails if another Ray has moved one of them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+
+def keep_idle_workers(tune_controller: Any, trial: Any, count: int) -> Callable[[], None] | None:
+    """Have Tune keep up to `count` idle workers for the next trials; returns a function that takes this back.
+
+    Tune keeps one: of two trials that end at once, it ends the second one's worker and starts another, which takes
+    seconds. Ray has no setting for it. Reaches into `TuneController._actor_cache`. Without it: None is returned, and
+    studies are slower.
+    """
+    controller = getattr(tune_controller, "_tune_controller", tune_controller)
+    cache = getattr(controller, "_actor_cache", None)
+    if cache is None:
+        return None
+    cache.increase_max(trial.placement_group_factory, by=count)
+    return partial(cache.decrease_max, trial.placement_group_factory, by=count)
+
+
+def forget_worker_deaths(trial: Any) -> None:
+    """Count the latest death of a trial's worker as its first one.
+
+    Tune counts the deaths of a whole trial, and gives up after `max_failures`. This writes
+    `Trial.run_metadata.num_failures`. Without it: a long trial fails on machines that are often taken away, although it
+    makes progress between the deaths.
+    """
+    trial.run_metadata.num_failures = 1
+
+
+def last_message(trial: Any) -> str:
+    """Ray's last line about the death of a trial's worker.
+
+    Tune hands no message to a scheduler, but writes one to `Trial.error_file`. Without it: "no message".
+    """
+    path = trial.error_file
+    text = Path(path).read_text() if path and Path(path).is_file() else ""
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    telling = [line for line in lines if "killed due to" in line]  # lack of memory, about which Ray writes a page
+    return (telling or lines or ["no message"])[-1][:300]
+
+
+def cluster_address(address: str) -> str:
+    """host:port of the running cluster at an address such as "auto".
+
+    `ray.init` finds the address in this way, and then tries for minutes if nobody answers there. Without it: a wrong
+    --address is refused after minutes. Raises ConnectionError or ValueError.
+    """
+    from ray._private.services import canonicalize_bootstrap_address_or_die  # puts off Ray
+
+    return canonicalize_bootstrap_address_or_die(address)
+
+
+def check_token(found: str) -> None:
+    """Connect to a cluster's control service at host:port, which answers only with the right token.
+
+    Without it: `ray.init` ends the process or waits, and says nothing of tokens. Raises
+    ray.exceptions.AuthenticationError (token missing or wrong), RuntimeError, ConnectionError or RayError.
+    """
+    from ray._raylet import GcsClient  # puts off Ray  # pyright: ignore[reportAttributeAccessIssue]
+
+    with _muted():
+        GcsClient(address=found)
+
+
+@contextmanager
+def _muted() -> Iterator[None]:
+    """Without the lines that Ray's C++ side writes to stderr; the error that it raises says the same."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
