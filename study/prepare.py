@@ -1,35 +1,39 @@
-"""From flags to everything a study needs, or to one line that says why not. Nothing here starts Ray or trains."""
+"""Turn flags into everything that a study needs, or into one line that says why not. Starts no Ray, trains nothing."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-from ramcore.config import Config, Data
+from ramcore.config import Config
 from ramcore.data import DataMissing, TaskData, load_task
 from ramcore.errors import UserError
 from ramcore.recipes import TUNED
-from ramcore.space import Space
-from study import designs
-from study.checkpoints import open_folder
-from study.designs import Design, DesignInputs, TrialSpec, get_design
-from study.record import RecordLost, StudySettings, best_trial, read_settings, read_trials
+from ramcore.space import Space, Values
+from study.designs import (
+    DEFAULT_SOBOL_SHARE,
+    DEFAULT_TRIALS,
+    DESIGNS,
+    SPREAD_POINTS,
+    SPREAD_SEED,
+    Design,
+    DesignInputs,
+    TrialSpec,
+)
+from study.flags import Flags, check_design
+from study.record import KnownStudy, RecordLost, StudySettings, best_trial, read_settings, read_trials
 from study.search_space import search_space
-from study.snapshots import fetch, is_remote, record_folder, studies
+from study.snapshots import fetch
 from study.sobol import SobolSequence
+from study.storage import RECORD, Storage
 
-if TYPE_CHECKING:
-    from study.run import Flags
-
-# What the bundled digits are studied with. Batches of 20 of 1,197 images, so that an epoch is 59 steps, not 11; and the
-# recipe of before location_input: in the 700 steps of a quick trial the tuned one finds better configurations, but what
-# 28 trials of it show supports no ranking (results/LOG.md, 2026-11-25).
+# How the bundled digits differ from the tuned recipe. Batches of 20 of the 1,197 images give 59 steps an epoch, not 11.
+# The rest is the recipe from before location_input. In the 700 steps of a quick trial the tuned recipe finds better
+# configurations, but 28 trials of it support no ranking (results/LOG.md, 2026-11-25).
 DIGITS: dict[str, Any] = {
     "batch_size": 20,
     "core": "gru",
@@ -40,9 +44,8 @@ DIGITS: dict[str, Any] = {
     "discount": 1.0,
     "learning_rate": 2e-3,
 }
-SEED = 0  # of Sobol and TPE in every study: two studies differ by what they are, not by luck
+SEED = 0  # of Sobol and TPE, the same in every study: studies differ by their settings, not by their random numbers
 _EMPTY_SPACE: dict[str, Any] = {"schema": 1, "dimensions": [], "constraints": [], "default": {}, "fixed": {}}
-
 
 logger = logging.getLogger(__name__)
 
@@ -52,190 +55,140 @@ class Prepared:
     """A study that can start."""
 
     settings: StudySettings
-    space: Space | None  # None: the paper's rows, which span two tasks and other models
+    space: Space | None  # None: the trials lie in no space; the published rows span two tasks and other models
     rows: Callable[[], list[TrialSpec]] | None  # of a fixed design
     total: int | None  # trials asked for; None: all rows
     data: TaskData  # the images; every task is made from the same
-    folder: Path  # of the record
-    storage: str  # where the checkpoints are: a path or a URI
-    exists: bool  # whether this is the continuation of a study
+    storage: Storage
+    exists: bool  # whether this continues a study
     warnings: tuple[str, ...]
+
+    @property
+    def record_path(self) -> Path:
+        """The SQLite file of the record."""
+        return _record_path(self.storage, self.settings.study)
 
     @property
     def trials_left(self) -> int:
         """Trials that have not ended."""
         if not self.exists:
             return self.total or len(self.rows() if self.rows else ())
-        trials, rows = read_trials(self.folder / "study.db")
+        trials, rows = read_trials(self.record_path)
         total = min(self.total or 0, len(rows)) if rows is not None else self.total or 0
         return total - sum(t.state != "running" for t in trials)
 
 
+class _Meant(NamedTuple):
+    """The study that the flags mean."""
+
+    name: str
+    design: str
+    tasks: tuple[str, ...]
+    data: TaskData
+    known: KnownStudy | None  # from its record; None for a new study
+
+
+class _Source(NamedTuple):
+    """The search that a design starts from."""
+
+    settings: StudySettings
+    best: Values  # the configuration of its best trial
+    unfinished: str  # how far the search is, if it has not ended
+    changed: float  # when the record was last written, seconds since 1970
+
+
 def prepare(flags: Flags) -> Prepared:
-    """Resolve the flags. What is not given is taken from the study of that name if it exists, else from the defaults.
+    """Resolve the flags. A flag that is left out is taken from the study if it exists, else from the defaults.
 
     Raises:
-        UserError: one line each.
+        UserError: the flags, the data or the storage cannot be used.
+        RecordLost: the record cannot be opened.
     """
-    check_numbers(flags)
-    if flags.money_budget is not None and flags.price_per_hour is None:  # known where the study runs
-        raise UserError("a money budget needs a price; got --money-budget alone: pass --price-per-hour too")
-    _check_writable(flags.storage)
-    known = _read(flags.storage, flags.study) if flags.study else None
-    if known is None:
-        name_of_design = flags.design or "search"
-        design = get_design(name_of_design)
-        tasks = (flags.task,) if flags.task else design.tasks
-        wanted = flags.data
-    else:
-        name_of_design = flags.design or known[0].design
-        design = get_design(name_of_design)
-        tasks = (flags.task,) if flags.task else tuple(known[0].task.split("+"))
-        wanted = known[0].data if flags.data == "auto" else flags.data
-    if not set(tasks) <= set(design.possible_tasks):
-        raise UserError(
-            f"--design {name_of_design} is for the tasks {', '.join(design.possible_tasks)}; got --task {flags.task}: "
-            "leave --task out, or pass one of these"
-        )
-    if flags.sobol_share is not None and design.rows is not None:
-        raise UserError(f"--sobol-share is a search's; the design is {name_of_design}: leave it out")
+    storage = Storage.parse(flags.storage)
     warnings: list[str] = []
-    if wanted == "auto" and not flags.study:
-        wanted, known = _existing_study(flags.storage, tasks, name_of_design, warnings)
-    task_data = _load(wanted, tasks[0], flags.data_dir, warnings)
-    data: Data = task_data.data  # type: ignore[assignment]
-    name = flags.study or _default_name(tasks, data, name_of_design)
-    folder = record_folder(flags.storage, name)
-    known = known or _read(flags.storage, name)
+    meant = _find_study(flags, storage, warnings)
+    design, known = DESIGNS[meant.design], meant.known
+    source = _find_source(storage, meant, warnings) if design.from_search and known is None else None
 
-    source = None
-    if design.from_search and known is None:
-        source = _source(flags.storage, tasks[0], data, warnings)
-    epochs = flags.epochs or (known[0].epochs if known else source[0].epochs if source else None)
-    epochs = epochs or design.epochs
-    seeds = flags.seeds_per_trial or (known[0].seeds_per_trial if known else design.seeds_per_trial)
-    share = flags.sobol_share if flags.sobol_share is not None else known[0].sobol_share if known else None
-    total = flags.trials or (designs.DEFAULT_TRIALS if design.rows is None else None)
-    if known:
-        total = max(flags.trials or 0, known[1])  # a study never has fewer than it was asked for
+    followed = known or source
+    epochs = flags.epochs or (followed.settings.epochs if followed else design.epochs)
+    seeds = flags.seeds_per_trial or (known.settings.seeds_per_trial if known else design.seeds_per_trial)
+    total = flags.trials or (DEFAULT_TRIALS if design.rows is None else None)
+    if known:  # a study never has fewer than it was asked for
+        total = max(flags.trials or 0, known.total)
 
-    base = dataclasses.replace(TUNED, data=data, task=tasks[0], epochs=epochs)
-    if data == "digits":
-        base = dataclasses.replace(base, **DIGITS)
+    recipe = DIGITS if meant.data.data == "digits" else {}
+    base = dataclasses.replace(TUNED, data=meant.data.data, task=meant.tasks[0], epochs=epochs, **recipe)
     space = search_space(base) if design.has_space else None
-    rows = _rows(design, DesignInputs(base=base, tasks=tasks, seeds_per_trial=seeds, space=space), source)
+    inputs = DesignInputs(base=base, tasks=meant.tasks, seeds_per_trial=seeds, space=space)
     settings = StudySettings(
-        study=name,
-        task="+".join(tasks),
-        data=data,
-        digest=task_data.digest,
-        design=name_of_design,
+        study=meant.name,
+        task="+".join(meant.tasks),
+        data=meant.data.data,
+        digest=meant.data.digest,
+        design=meant.design,
         epochs=epochs,
         seeds_per_trial=seeds,
         seed=SEED,
-        sobol_share=designs.DEFAULT_SOBOL_SHARE if share is None else share,
+        sobol_share=flags.sobol_share or (known.settings.sobol_share if known else DEFAULT_SOBOL_SHARE),
         space=space.to_dict() if space else _EMPTY_SPACE,
     )
-    if known and (differences := known[0].differences(settings)):
+    if known and (differences := known.settings.differences(settings)):
         raise UserError(
-            f"a study's name stands for one space, task and data; {name} differs in {'; '.join(differences)}: "
+            f"a study's name stands for one space, task and data; {meant.name} differs in {'; '.join(differences)}: "
             "pass another --study, or the same settings"
         )
     return Prepared(
         settings=settings,
         space=space,
-        rows=rows,
+        rows=_rows(design, inputs, source),
         total=total,
-        data=task_data,
-        folder=folder,
-        storage=flags.storage if is_remote(flags.storage) else str(Path(flags.storage).absolute()),
+        data=meant.data,
+        storage=storage,
         exists=known is not None,
         warnings=tuple(warnings),
     )
 
 
-def _rows(
-    design: Design, inputs: DesignInputs, source: tuple[StudySettings, dict[str, Any]] | None
-) -> Callable[[], list[TrialSpec]] | None:
-    make = design.rows
-    if make is None:
-        return None
-    if not design.from_search:
-        return lambda: make(inputs)
-
-    def around_the_best() -> list[TrialSpec]:
-        assert source is not None and inputs.space is not None
-        points = SobolSequence(inputs.space, designs.SPREAD_SEED)
-        return make(
-            dataclasses.replace(
-                inputs,
-                best={name: source[1][name] for name in inputs.space.names},
-                source=source[0].study,
-                spread=[points[i] for i in range(designs.SPREAD_POINTS)],
-            )
-        )
-
-    return around_the_best
-
-
-def _source(storage: str, task: str, data: str, warnings: list[str]) -> tuple[StudySettings, dict[str, Any]]:
-    """The search whose best configuration a design starts from: the newest of the same task and data in the storage."""
-    found: list[tuple[float, StudySettings, dict[str, Any], str]] = []
-    for name in studies(storage):
-        path = record_folder(storage, name) / "study.db"
-        try:
-            fetch(storage, name)
-            known = read_settings(path)
-            if known is None or (known[0].design, known[0].task, known[0].data) != ("search", task, data):
-                continue
-            trials, _ = read_trials(path)
-        except (OSError, UserError, RecordLost) as error:
-            logger.warning("the study %s is left out: %s", name, error)
-            continue
-        best = best_trial(trials)
-        if best is not None:
-            ended = sum(t.state != "running" for t in trials)
-            unfinished = f"{ended} of {known[1]} trials have ended" if ended < known[1] else ""
-            found.append((path.stat().st_mtime, known[0], dataclasses.asdict(best.spec.config), unfinished))
-    if not found:
-        raise UserError(
-            f"this design starts from a search's best configuration; {storage} holds no search of {task} {data} with a "
-            f"finished trial: run `python -m study.run --task {task} --data {data}` first"
-        )
-    _, settings, best, unfinished = max(found, key=lambda item: item[0])
-    if unfinished:
-        warnings.append(
-            f"this design keeps the best configuration that {settings.study} has now, and that search is not finished "
-            f"({unfinished}): finish it first if a better one may be found"
-        )
-    return settings, best
+def _find_study(flags: Flags, storage: Storage, warnings: list[str]) -> _Meant:
+    """Find the study that the flags mean, and its data. Raises UserError."""
+    known = _read(storage, flags.study) if flags.study else None
+    design = flags.design or (known.settings.design if known else "search")
+    check_design(flags, design)
+    if flags.task:
+        tasks = (flags.task,)
+    else:
+        tasks = tuple(known.settings.task.split("+")) if known else DESIGNS[design].tasks
+    wanted = known.settings.data if known and flags.data == "auto" else flags.data
+    if wanted == "auto" and not flags.study:
+        known = _existing_study(storage, tasks, design)
+        if known is not None:
+            wanted = known.settings.data
+            if wanted == "digits":
+                name = known.settings.study
+                warnings.append(f"{name} is continued, on the bundled digits: pass --data mnist for a study of MNIST")
+    data = _load(wanted, tasks[0], flags.data_dir, warnings)
+    name = flags.study or _default_name(tasks, data.data, design)
+    return _Meant(name, design, tasks, data, known or _read(storage, name))
 
 
 def _default_name(tasks: tuple[str, ...], data: str, design: str) -> str:
-    """What a study is called that was given no name."""
+    """The name of a study that was given none."""
     return f"{'-'.join(tasks)}-{data}-{design}"
 
 
-def _existing_study(
-    storage: str, tasks: tuple[str, ...], design: str, warnings: list[str]
-) -> tuple[str, tuple[StudySettings, int] | None]:
-    """What `--data auto` means, and what is known of the study that it continues: the same command continues a study,
-    also where MNIST has come or gone since.
-
-    A study of MNIST goes before one of digits; without either, "auto" is left to mean MNIST if it can be had.
-    """
+def _existing_study(storage: Storage, tasks: tuple[str, ...], design: str) -> KnownStudy | None:
+    """The study that `--data auto` continues, even where MNIST has come or gone since it began. MNIST goes first."""
     for data in ("mnist", "digits"):
-        name = _default_name(tasks, data, design)
-        if (known := _read(storage, name)) is not None:
-            if data == "digits":
-                warnings.append(f"{name} is continued, on the bundled digits: pass --data mnist for a study of MNIST")
-            return data, known
-    return "auto", None
+        if (known := _read(storage, _default_name(tasks, data, design))) is not None:
+            return known
+    return None
 
 
 def _load(wanted: str, task: str, data_dir: Path | None, warnings: list[str]) -> TaskData:
+    """The images; the bundled digits for "auto" where MNIST cannot be had. Raises UserError."""
     if wanted != "auto":
-        return load_task(Config(data=wanted, task=task), data_dir)  # type: ignore[arg-type]
+        return load_task(Config(data=wanted, task=task), data_dir)  # pyright: ignore[reportArgumentType]
     try:
         return load_task(Config(data="mnist", task=task), data_dir)
     except DataMissing as error:
@@ -243,65 +196,77 @@ def _load(wanted: str, task: str, data_dir: Path | None, warnings: list[str]) ->
         return load_task(Config(data="digits", task=task))
 
 
-def check_numbers(flags: Flags) -> None:
-    """Refuse numbers that mean nothing. Raises UserError."""
-    for name, value in (
-        ("--trials", flags.trials),
-        ("--epochs", flags.epochs),
-        ("--seeds-per-trial", flags.seeds_per_trial),
-        ("--max-concurrent", flags.max_concurrent),
-    ):
-        if value is not None and value < 1:
-            raise UserError(f"{name} must be at least 1; got {value}: pass a larger number or leave it out")
-    for name, value in (
-        ("--cpus-per-trial", flags.cpus_per_trial),
-        ("--time-budget", flags.time_budget),
-        ("--price-per-hour", flags.price_per_hour),
-        ("--money-budget", flags.money_budget),
-    ):
-        if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"{name} must be above 0; got {value:g}: pass a positive number or leave it out")
-    if flags.sobol_share is not None and not 0 < flags.sobol_share <= 0.8:
+def _find_source(storage: Storage, meant: _Meant, warnings: list[str]) -> _Source:
+    """The newest search of the same task and data that has a complete trial. Raises UserError if there is none."""
+    task, data = meant.tasks[0], meant.data.data
+    found = [_read_source(storage, name, task, data) for name in storage.studies()]
+    source = max((source for source in found if source), key=lambda source: source.changed, default=None)
+    if source is None:
         raise UserError(
-            f"--sobol-share must be above 0 and at most 0.8; got {flags.sobol_share:g}: a fifth of the trials is TPE's"
+            f"this design starts from a search's best configuration; {storage} holds no search of {task} {data} with a "
+            f"finished trial: run `python -m study.run --task {task} --data {data}` first"
         )
-    if not 0 <= (flags.gpus_per_trial or 0) < float("inf"):
-        raise UserError(
-            f"--gpus-per-trial must be at least 0; got {flags.gpus_per_trial:g}: pass 0, a fraction or a count"
+    if source.unfinished:
+        warnings.append(
+            f"this design keeps the best configuration that {source.settings.study} has now, and that search is not "
+            f"finished ({source.unfinished}): finish it first if a better one may be found"
         )
-    if flags.study is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", flags.study):
-        raise UserError(
-            "a study's name is a folder's name: up to 100 letters, digits, and . _ + - after the first; "
-            f"got {flags.study!r}: pass another --study"
-        )
+    return source
 
 
-def _read(storage: str, study: str) -> tuple[StudySettings, int] | None:
-    """What is known of a study of that name."""
+def _read_source(storage: Storage, name: str, task: str, data: str) -> _Source | None:
+    """A study as the source of a design; None unless it is a search of that task and data with a complete trial."""
     try:
-        fetch(storage, study)
+        known = _fetched(storage, name)
+        if known is None or (known.settings.design, known.settings.task, known.settings.data) != ("search", task, data):
+            return None
+        trials, _ = read_trials(_record_path(storage, name))
+    except (OSError, UserError, RecordLost) as error:
+        logger.warning("the study %s is left out: %s", name, error)
+        return None
+    best = best_trial(trials)
+    if best is None:
+        return None
+    ended = sum(t.state != "running" for t in trials)
+    unfinished = f"{ended} of {known.total} trials have ended" if ended < known.total else ""
+    changed = _record_path(storage, name).stat().st_mtime
+    return _Source(known.settings, dataclasses.asdict(best.spec.config), unfinished, changed)
+
+
+def _rows(design: Design, inputs: DesignInputs, source: _Source | None) -> Callable[[], list[TrialSpec]] | None:
+    """What makes the rows of a fixed design, when they are needed. A continued study has them in its record."""
+    make = design.rows
+    if make is None or not design.from_search:
+        return None if make is None else lambda: make(inputs)
+
+    def around_the_best() -> list[TrialSpec]:
+        assert source is not None and inputs.space is not None
+        points = SobolSequence(inputs.space, SPREAD_SEED)
+        return make(
+            dataclasses.replace(
+                inputs,
+                best={name: source.best[name] for name in inputs.space.names},
+                source=source.settings.study,
+                spread=[points[i] for i in range(SPREAD_POINTS)],
+            )
+        )
+
+    return around_the_best
+
+
+def _read(storage: Storage, study: str) -> KnownStudy | None:
+    """What the storage knows of a study. Raises UserError if it cannot be reached."""
+    try:
+        return _fetched(storage, study)
     except OSError as error:
-        raise UserError(_unreachable(storage, error)) from error
-    return read_settings(record_folder(storage, study) / "study.db")
+        raise storage.unreachable(error) from error
 
 
-def _unreachable(storage: str, error: Exception) -> str:
-    reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-    return f"--storage must be within reach; {storage} did not answer ({reason}): check its name and its credentials"
+def _fetched(storage: Storage, study: str) -> KnownStudy | None:
+    """What the storage knows of a study. Raises OSError if it cannot be reached."""
+    fetch(storage, study)
+    return read_settings(_record_path(storage, study))
 
 
-def _check_writable(storage: str) -> None:
-    if is_remote(storage):
-        try:
-            folder = open_folder(storage, ".probe")
-            folder.write("probe", b"")
-            folder.delete("probe")
-            folder.delete_folder("")
-        except (OSError, ValueError) as error:  # pyarrow's ValueError: no such kind of storage
-            raise UserError(_unreachable(storage, error)) from error
-        return
-    path = Path(storage).absolute()
-    while not path.exists():
-        path = path.parent
-    if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
-        raise UserError(f"--storage must be a folder that can be written; {path} cannot: pass another --storage")
+def _record_path(storage: Storage, study: str) -> Path:
+    return storage.record_folder(study) / RECORD

@@ -430,7 +430,8 @@ def happen():
     print("it has happened", file=sys.stderr, flush=True)
     time.sleep(600)  # a node goes with the thread that made it
 threading.Thread(target=happen, daemon=True).start()
-from study.run import Flags, main
+from study.flags import Flags
+from study.run import main
 code = main(Flags(data="digits", task="original", study="s", address=cluster.address, **{flags!r}))
 sys.stdout.flush(); sys.stderr.flush()
 cluster.shutdown()

@@ -26,7 +26,8 @@ from test_record import SETTINGS, SPACE, metrics, plan
 from study.checkpoints import Checkpoints, RemoteFolder, open_folder
 from study.cluster import probe
 from study.record import Record, open_record
-from study.run import USAGE, Flags, main
+from study.flags import USAGE, Flags
+from study.run import main
 from study.snapshots import fetch, record_folder, studies
 
 ROOT = Path(__file__).resolve().parent.parent

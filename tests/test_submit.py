@@ -20,7 +20,7 @@ from typing import NamedTuple
 import pytest
 from clusters import free_port
 
-from study.run import Flags
+from study.flags import Flags
 from study.submit import arguments, study_of
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,0 +1,290 @@
+"""One run of a study: check the machines, open the record, train the trials with Ray, report the results.
+
+This module brings torch, Ray and MLflow. `study.run` imports it once the flags are checked.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import asdict
+
+from ramcore.errors import UserError, say
+from study import cluster, pool, provenance, results, schema, tracking
+from study.display import Display
+from study.dry_run import plan_lines
+from study.flags import BROKEN, DONE, SOME_FAILED, STOPPED, Flags, command, signals_caught, stopped
+from study.prepare import Prepared
+from study.record import Record, RecordLost, open_record
+from study.scheduler import StudyScheduler
+from study.trainable import SharedData
+
+_FAILURES_SHOWN = 10
+_BREAKDOWNS = 3  # of Ray, without an epoch between them, after which a run gives up
+
+
+def run_study(flags: Flags, prepared: Prepared) -> int:
+    """Run or continue a prepared study, or print its plan; returns the exit code.
+
+    Raises:
+        UserError: the machines, the tracking server or the record cannot be used; nothing was started.
+        RecordLost: the record cannot be opened.
+    """
+    uri = tracking.tracking_uri(flags.tracking_uri)
+    ray_pool = pool.Pool(
+        cpus_per_trial=flags.cpus_per_trial,
+        gpus_per_trial=flags.gpus_per_trial or 0.0,
+        max_concurrent=flags.max_concurrent,
+        on_cluster=flags.address is not None,
+        growth=cluster.Growth.declared() if flags.address is not None else None,
+    )
+    if flags.address is None:
+        pool.count_slots(pool.local_resources(), ray_pool)
+    if flags.dry_run:
+        print("\n".join(plan_lines(flags, prepared, uri, ray_pool)))
+        return DONE
+    if not prepared.exists:
+        tracking.check_reachable(uri)
+    check = cluster.Check(prepared.storage)
+    if flags.address is not None:
+        cluster.check_lasting(flags.storage, uri)
+        _check_cluster(flags.address, prepared, ray_pool, check)
+    with open_record(prepared.storage, prepared.settings, total=prepared.total, rows=prepared.rows, say=say) as record:
+        return _Run(flags, prepared, record, ray_pool, uri, check).run()
+
+
+def _check_cluster(address: str, prepared: Prepared, ray_pool: pool.Pool, check: cluster.Check) -> None:
+    """Wait for workers and check every node, before the study starts. Raises UserError."""
+    trials = min(prepared.trials_left, ray_pool.max_concurrent or 2**31)
+    if trials < 1:
+        return
+    growth = ray_pool.growth
+    others = not prepared.storage.is_remote and growth is not None and growth.workers > 0
+    with pool.ray_running(address):
+        present = cluster.wait_for_workers(ray_pool.trial, growth, trials, others=others, say=say)
+        if problem := check(present):
+            raise UserError(problem)
+
+
+class _Run:
+    """One run of the command, over an open record."""
+
+    def __init__(
+        self,
+        flags: Flags,
+        prepared: Prepared,
+        record: Record,
+        ray_pool: pool.Pool,
+        uri: str,
+        check: cluster.Check,
+    ) -> None:
+        settings = record.settings
+        self.flags = flags
+        self.prepared = prepared
+        self.record = record
+        self.ray_pool = ray_pool
+        self.uri = uri  # of MLflow
+        self.check = check
+        self.folder = prepared.storage.folder(settings.study)
+        self.display = Display(study=settings.study, epochs=settings.epochs)
+        self.scheduler = StudyScheduler(
+            record,
+            space=prepared.space,
+            storage=prepared.storage,
+            callback=self.display,
+        )
+        self.tracker: tracking.Tracker | None = None  # until Ray has started
+        self.devices = pool.local_resources() if flags.address is None else {}
+        self.machine_hours = cluster.MachineHours(machines=1)
+        self.started = time.monotonic()
+        self.signals: list[int] = []  # that came, first one first
+        self.breakdowns = 0  # of Ray, since the last epoch
+        self.trained = False  # whether Ray got as far as training, this time
+
+    def run(self) -> int:
+        """Train, conclude and report; returns the exit code. Raises UserError if Ray could not be joined at all."""
+        with signals_caught(signal.SIGINT, signal.SIGTERM) as self.signals, self.display:
+            self.scheduler.stop_when(self._reason_to_stop)
+            self.display.resume(list(self.record.trials.values()), self.scheduler.origins)
+            self._train()
+            code = self._exit_code()
+            outcome = results.conclude(self.record)
+            untracked = self._finish_tracking(code, outcome)
+        self._report(code, outcome, untracked)
+        return code
+
+    # Training.
+
+    def _train(self) -> None:
+        """Train until the study is finished or has to stop. Ray is started again when it breaks down."""
+        try:
+            while self._goes_on():
+                epochs = self.record.epochs
+                try:
+                    self._train_with_ray()
+                except pool.PoolLost as error:
+                    self.breakdowns = 1 if self.record.epochs > epochs else self.breakdowns + 1
+                    self._after_breakdown(error)
+        except UserError as error:
+            if self.tracker is None:
+                raise
+            self.scheduler.stop(str(error))  # the cluster went away while the study ran
+        except (RecordLost, OSError) as error:  # OSError: Ray's own files, on a full disk
+            self.scheduler.stop(str(error))
+        try:
+            self.record.flush()
+        except RecordLost as error:
+            self.scheduler.error = self.scheduler.error or error
+            self.scheduler.stop(str(error))
+
+    def _goes_on(self) -> bool:
+        return not self.scheduler.finished and not self.scheduler.should_stop()
+
+    def _train_with_ray(self) -> None:
+        """Start or join Ray once and train there. Raises PoolLost, UserError, RecordLost, OSError."""
+        self.trained = False
+        with pool.ray_running(self.flags.address):
+            self.display.slots, self.devices = self.ray_pool.slots, self.ray_pool.devices
+            if self.tracker is None:
+                self.record.begin_run(provenance.of_this_run(self.flags, self.devices))
+                self.tracker = self._start_tracker()
+            if self.scheduler.should_stop():  # a signal may have come while Ray started
+                return
+            self.trained = True
+            look = None if self.flags.address is None else self._look
+            pool.run_trials(self.scheduler, SharedData.of(self.prepared.data), self.ray_pool, look=look)
+            if self._goes_on():
+                raise pool.PoolLost("Ray Tune ended with trials to go")
+
+    def _after_breakdown(self, error: pool.PoolLost) -> None:
+        """Continue the lost trials, unless Ray has broken down too often: fail the only trial that ran, or stop."""
+        if self.breakdowns < _BREAKDOWNS:
+            self.display.note(f"Ray broke down and is started again: {error}")
+            self.scheduler.requeue_running()
+            return
+        running = [trial.number for trial in self.record.trials.values() if trial.state == "running"]
+        if self.trained and len(running) == 1:  # no other trial can be the cause
+            self.scheduler.worker_lost(running[0], f"Ray broke down {self.breakdowns} times over it; {error}")
+            self.breakdowns = 0
+        else:
+            self.scheduler.stop(f"Ray broke down {self.breakdowns} times without an epoch between: {error}")
+
+    def _look(self) -> int:
+        """Count and check the nodes that have joined or left the cluster; returns the slots. Runs in a thread."""
+        present = cluster.nodes()
+        self.machine_hours.set(sum(self.ray_pool.trial.fits(node.resources) > 0 for node in present))
+        # A second look, because a node's single bad answer may pass, and stopping a long study is costly.
+        if self.check(present) and (problem := self.check(cluster.nodes())):
+            self.scheduler.stop(problem)
+        self.display.slots = max(self.display.slots, self.ray_pool.slots)
+        return self.display.slots
+
+    def _reason_to_stop(self) -> str | None:
+        """Why the study has to stop now, if it has to: a signal or a budget."""
+        minutes, cost = self.flags.time_budget, self.flags.money_budget
+        if self.signals:
+            return signal.Signals(self.signals[0]).name
+        if minutes is not None and (time.monotonic() - self.started) / 60 >= minutes:
+            return f"the time budget of {minutes:g} minutes is used up"
+        if cost is not None and self.machine_hours.hours() * (self.flags.price_per_hour or 0) >= cost:
+            return f"the money budget of {cost:g} is used up"
+        return None
+
+    # The end.
+
+    def _exit_code(self) -> int:
+        if self.scheduler.broken:
+            return BROKEN
+        if isinstance(self.scheduler.error, RecordLost):
+            return STOPPED  # even if this was the last trial's end: the record does not hold it
+        if self.scheduler.finished:
+            failed = any(trial.state == "failed" for trial in self.record.trials.values())
+            return SOME_FAILED if failed else DONE
+        return 128 + self.signals[0] if self.signals else STOPPED
+
+    def _finish_tracking(self, code: int, outcome: results.Outcome | None) -> str | None:
+        """Bring MLflow up to the record; returns what it lacks. A finished study's best model is read and published."""
+        tracker = self.tracker or self._start_tracker()
+        done = code in (DONE, SOME_FAILED)
+        publish = None
+        if done and outcome is not None:
+            self._read_best_test(outcome)
+            publish = results.publisher(outcome, self.folder, self.prepared.data)
+        return tracker.finish("finished" if done else "failed" if code == BROKEN else "stopped", publish=publish)
+
+    def _read_best_test(self, outcome: results.Outcome) -> None:
+        try:
+            if not results.read_best_test(self.record, self.folder, self.prepared.data):
+                number = outcome.best.number
+                say(f"warning: the best weights, of trial {number:04d}, are gone: no test accuracy, no model")
+        except (RecordLost, OSError) as error:
+            say(f"warning: {error}; the test accuracy is read by the next run of the same command")
+
+    def _start_tracker(self) -> tracking.Tracker:
+        settings, record = self.record.settings, self.record
+        # The last run that trained made the study; a run that only looks at it again did not.
+        made_by = record.runs[-1] if record.runs else provenance.of_this_run(self.flags, self.devices)
+        described = {
+            **{name: value for name, value in asdict(settings).items() if name != "space"},
+            "trials": record.totals[-1],
+            **made_by,
+            "runs": record.runs,
+            "data_sizes": self.prepared.data.sizes,
+            "record": f"{self.flags.storage.rstrip('/')}/{settings.study}/study.db",
+        }
+        space = {
+            **settings.space,
+            "study": settings.study,
+            "objective": schema.OBJECTIVE,
+            "epochs": settings.epochs,
+            "seeds_per_trial": settings.seeds_per_trial,
+            "design": settings.design,
+        }
+        params = {
+            name: str(getattr(settings, name)) for name in ("task", "data", "design", "epochs", "seeds_per_trial")
+        }
+        params["trials"] = str(record.totals[0])
+        tracker = tracking.Tracker(
+            record,
+            self.uri,
+            tracking.Provenance(
+                settings=described, commit=made_by["commit"], dirty=made_by["commit_dirty"], params=params
+            ),
+            space,
+        )
+        tracker.start()
+        self.display.outage = lambda: tracker.outage
+        return tracker
+
+    def _report(self, code: int, outcome: results.Outcome | None, untracked: str | None) -> None:
+        """Print the results to stdout, and what went wrong to stderr."""
+        scheduler, name = self.scheduler, self.record.settings.study
+        trials = list(self.record.trials.values())
+        if code == BROKEN:
+            say(
+                f"error: {scheduler.stopping}: mend it and run the same command; failed trials stay failed, the rest "
+                "are run"
+            )
+        elif code not in (DONE, SOME_FAILED):
+            stopped(scheduler.stopping or "Ray Tune ended early")
+        states = [trial.state for trial in trials]
+        print(
+            f"Study {name}: {states.count('complete')} trials finished, {states.count('pruned')} stopped early, "
+            f"{states.count('failed')} failed, {states.count('running')} to be continued, of {scheduler.total}"
+        )
+        if outcome is not None:
+            searched = self.prepared.space.names if self.prepared.space else ()
+            print("\n".join(results.summary_lines(outcome, searched)))
+        failed = [trial for trial in trials if trial.state == "failed"]
+        for trial in failed[:_FAILURES_SHOWN]:
+            print(f"  failed: trial {trial.number:04d}: {trial.reason}")
+        if len(failed) > _FAILURES_SHOWN:
+            print(f"  and {len(failed) - _FAILURES_SHOWN} more")
+        print(f"Record: {self.prepared.record_path}; tracked in {self.uri}")
+        default = self.uri == schema.DEFAULT_TRACKING_URI
+        print("Next:")
+        if not self.uri.startswith("http"):
+            print(f"  mlflow ui{'' if default else f' --backend-store-uri {self.uri}'}")
+        print(f"  python -m analysis.sensitivity --study {name}{'' if default else f' --tracking-uri {self.uri}'}")
+        if untracked:
+            say(f"warning: MLflow lacks {untracked}; the same command brings it up to date: {command()}")

@@ -1,0 +1,242 @@
+"""The command line of `python -m study.run`: its flags, exit codes, messages and signals.
+
+This module is a leaf. It imports no torch, Ray, Optuna or MLflow, so that --help and a refusal answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, get_args
+
+import tyro
+
+from ramcore.config import TASKS, Data
+from ramcore.errors import UserError, say
+from study.designs import DEFAULT_SOBOL_SHARE, DEFAULT_TRIALS, DESIGNS, Design
+
+# Exit codes. SIGINT and SIGTERM give 130 and 143; the same command continues then too.
+DONE = 0
+BROKEN = 1  # the first trials failed alike (a programming error), or the driver itself failed
+USAGE = 2  # the flags or the data cannot be used; nothing was started
+SOME_FAILED = 3  # done, with failed trials
+STOPPED = 75  # by a budget or a full disk; the same command continues
+
+SUBMITTED = "RAM_STUDY_SUBMITTED"  # environment variable of a submitted job: command, commit, dirty, as JSON
+_DATA = ("auto", *get_args(Data))
+
+
+def _choice(names: Collection[str], text: str) -> Any:
+    """What tyro shows for a flag that takes one of some names. `check` refuses other names."""
+    return tyro.conf.arg(metavar=f"{{{','.join(names)}}}", help=text)
+
+
+def _defaults(show: Callable[[Design], object]) -> str:
+    """A default of each design, in words: '100 for paper and mnih, 30 for the others'."""
+    groups: dict[str, list[str]] = {}
+    for name, design in DESIGNS.items():
+        groups.setdefault(str(show(design)), []).append(name)
+    *special, usual = sorted(groups, key=lambda value: len(groups[value]))
+    return ", ".join([*(f"{value} for {' and '.join(groups[value])}" for value in special), f"{usual} for the others"])
+
+
+_DEFAULT_TASKS = _defaults(lambda design: " and ".join(design.tasks))
+_DEFAULT_EPOCHS = _defaults(lambda design: design.epochs)
+_DEFAULT_SEEDS = _defaults(lambda design: design.seeds_per_trial)
+_DESIGN_HELP = "Which configurations are tried. " + " ".join(f"{name}: {d.summary}." for name, d in DESIGNS.items())
+_TRIALS_HELP = (
+    "Trials that the study has in the end, with those of earlier runs. "
+    f"Default: {DEFAULT_TRIALS} for a search; the other designs have one for each of their rows."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Run a hyperparameter study of the recurrent attention model, or continue the one of that name.
+
+    Without flags, this is a search on translated MNIST, or on the bundled digits if MNIST cannot be had. It runs on
+    this machine; on a node of a cluster whose environment says so, it runs on the cluster.
+    """
+
+    task: Annotated[str | None, _choice(TASKS, f"How digits are placed on the canvas. Default: {_DEFAULT_TASKS}.")] = (
+        None
+    )
+    data: Annotated[
+        str, _choice(_DATA, "The images. auto: MNIST if it can be had, else the bundled digits, with a warning.")
+    ] = "auto"
+    data_dir: Path | None = None
+    """Folder of the IDX files. Default: $RAM_DATA_DIR, then the per-user cache, then a download."""
+    design: Annotated[str | None, _choice(DESIGNS, f"{_DESIGN_HELP} Default: search.")] = None
+    trials: Annotated[int | None, tyro.conf.arg(help=_TRIALS_HELP)] = None
+    epochs: Annotated[
+        int | None, tyro.conf.arg(help=f"Epochs of a trial that is not stopped early. Default: {_DEFAULT_EPOCHS}.")
+    ] = None
+    seeds_per_trial: Annotated[
+        int | None, tyro.conf.arg(help=f"Training seeds of a trial, trained side by side. Default: {_DEFAULT_SEEDS}.")
+    ] = None
+    sobol_share: Annotated[
+        float | None,
+        tyro.conf.arg(
+            help=f"Share of a search's trials that are Sobol points. These are never stopped early. "
+            f"Default: {DEFAULT_SOBOL_SHARE}."
+        ),
+    ] = None
+    study: str | None = None
+    """Name of the study. An existing study is continued with its own settings. Default: made of task, data and
+    design."""
+    storage: str = field(default_factory=lambda: os.environ.get("RAM_STORAGE") or "runs")
+    """Folder of the record and the checkpoints, or s3://bucket/folder. On several nodes, all of them must see it.
+    Default: $RAM_STORAGE, else runs."""
+    tracking_uri: str | None = None
+    """MLflow server or database. Default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db."""
+    address: str | None = field(default_factory=lambda: os.environ.get("RAY_ADDRESS") or None)
+    """Where to run. local: this machine alone. auto or host:port: the Ray cluster that this node belongs to.
+    http://127.0.0.1:8265: a cluster's job server; the command is submitted there and followed. Default: $RAY_ADDRESS,
+    else local."""
+    cpus_per_trial: float = 1.0
+    """CPU cores of a trial."""
+    gpus_per_trial: float | None = None
+    """GPUs of a trial. Trials share a GPU if this is a fraction. Default: 0; on a cluster whose nodes set
+    RAM_WORKER_GPUS and RAM_WORKER_CPUS, the share that goes with --cpus-per-trial."""
+    max_concurrent: int | None = None
+    """Most trials at a time. Default: as many as fit; on a cluster whose nodes set RAM_MAX_WORKERS, as many as fit
+    once it has grown to that size."""
+    time_budget: float | None = None
+    """Minutes after which this run stops; the same command continues. Default: none."""
+    price_per_hour: float | None = None
+    """Price of an hour of this machine, or of each worker of a cluster, in any currency. Used by --money-budget and
+    --dry-run. Default: $RAM_PRICE_PER_HOUR."""
+    money_budget: float | None = None
+    """Most that the machines of this run may cost, in the currency of --price-per-hour. A cluster's head is not
+    counted. Default: no limit."""
+    dry_run: bool = False
+    """Print the plan, with an estimate of its time and cost, and exit. On a cluster, no machine is started."""
+
+    @property
+    def for_job_server(self) -> bool:
+        """Whether the command is to be submitted to a cluster's job server."""
+        return self.address is not None and self.address.startswith(("http://", "https://"))
+
+
+def parse() -> Flags:
+    """The flags of this process's command line. Exits where they cannot be parsed."""
+    return tyro.cli(Flags, config=(tyro.conf.FlagCreatePairsOff,))
+
+
+def check(flags: Flags) -> None:
+    """Refuse flags that can be judged without the data, the storage or the cluster. Raises UserError."""
+    for name, value, choices in (
+        ("--task", flags.task, TASKS),
+        ("--data", flags.data, _DATA),
+        ("--design", flags.design, DESIGNS),
+    ):
+        if value is not None and value not in choices:
+            raise UserError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+    check_numbers(flags)
+    if flags.study is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", flags.study):
+        raise UserError(
+            "a study's name is a folder's name: up to 100 letters, digits, and . _ + - after the first; "
+            f"got {flags.study!r}: pass another --study"
+        )
+    if flags.design is not None:
+        check_design(flags, flags.design)
+
+
+def check_numbers(flags: Flags) -> None:
+    """Refuse numbers outside of their range. Raises UserError."""
+    for name, value in (
+        ("--trials", flags.trials),
+        ("--epochs", flags.epochs),
+        ("--seeds-per-trial", flags.seeds_per_trial),
+        ("--max-concurrent", flags.max_concurrent),
+    ):
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1; got {value}: pass a larger number or leave it out")
+    for name, value in (
+        ("--cpus-per-trial", flags.cpus_per_trial),
+        ("--time-budget", flags.time_budget),
+        ("--price-per-hour", flags.price_per_hour),
+        ("--money-budget", flags.money_budget),
+    ):
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{name} must be above 0; got {value:g}: pass a positive number or leave it out")
+    if flags.sobol_share is not None and not 0 < flags.sobol_share <= 0.8:
+        raise UserError(
+            f"--sobol-share must be above 0 and at most 0.8; got {flags.sobol_share:g}: a fifth of the trials is TPE's"
+        )
+    if flags.gpus_per_trial is not None and not 0 <= flags.gpus_per_trial < math.inf:
+        raise UserError(
+            f"--gpus-per-trial must be at least 0; got {flags.gpus_per_trial:g}: pass 0, a fraction or a count"
+        )
+
+
+def check_design(flags: Flags, name: str) -> None:
+    """Refuse flags that do not go with the study's design. Raises UserError."""
+    design = DESIGNS[name]
+    if flags.task is not None and flags.task not in design.possible_tasks:
+        raise UserError(
+            f"--design {name} is for the tasks {', '.join(design.possible_tasks)}; got --task {flags.task}: "
+            "leave --task out, or pass one of these"
+        )
+    if flags.sobol_share is not None and design.rows is not None:
+        raise UserError(f"--sobol-share is a search's; the design is {name}: leave it out")
+
+
+def check_budget(flags: Flags) -> None:
+    """Refuse a money budget without a price, on the machine where the study runs. Raises UserError."""
+    if flags.money_budget is not None and flags.price_per_hour is None:
+        raise UserError("a money budget needs a price; got --money-budget alone: pass --price-per-hour too")
+
+
+def command() -> str:
+    """The command line of this run, as a person repeats it."""
+    if SUBMITTED in os.environ:
+        return json.loads(os.environ[SUBMITTED])["command"]
+    return shlex.join(["python", "-m", "study.run", *sys.argv[1:]])
+
+
+def refuse(error: Exception) -> int:
+    """Print why the command cannot be run; returns the exit code."""
+    say(f"error: {error}")
+    return USAGE
+
+
+def stopped(reason: object) -> int:
+    """Print why the run stopped and how to continue; returns the exit code."""
+    say(f"stopped ({reason}); the same command continues: {command()}")
+    return STOPPED
+
+
+@contextmanager
+def signals_caught(*numbers: signal.Signals, raising: type[Exception] | None = None) -> Iterator[list[int]]:
+    """Collect the signals that come inside the block, first one first. A second one ends the process at once.
+
+    Args:
+        numbers: the signals to catch.
+        raising: raised in the main thread at the first signal, if given.
+    """
+    received: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+        if raising is not None:
+            raise raising
+
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
