@@ -25,6 +25,7 @@ Array = NDArray[np.float64]
 Values = dict[str, Any]  # dimension name -> value
 
 MAX_LEVELS = 24  # a whole-number dimension with more values than this is treated as continuous
+RULE_REASON = "a coarsest scale wider than twice the canvas sees all of it from anywhere"
 _WIDEST = re.compile(r"patch_size \* scale_factor\*\*\(num_scales - 1\) <= (\d+)")
 
 
@@ -225,11 +226,10 @@ class Space:
             bounds = (d.low, d.high) if d.type != "categorical" else (None, None)
             shown = dataclasses.asdict(d) | {"low": bounds[0], "high": bounds[1], "choices": list(d.choices) or None}
             dimensions.append(shown)
-        reason = "a coarsest scale wider than twice the canvas sees all of it from anywhere"
         return {
             "schema": 1,
             "dimensions": dimensions,
-            "constraints": [{"rule": self.rule, "reason": reason}] if self.rule else [],
+            "constraints": [{"rule": self.rule, "reason": RULE_REASON}] if self.rule else [],
             "default": dict(self.default),
             "fixed": dict(self.fixed),
         }

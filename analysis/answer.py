@@ -1,0 +1,130 @@
+"""What a study answers, in a few sentences, and what limits the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from analysis.results import DUMMY, MIN_R2, TIE, Analysis, Effect, why_not_ranked
+from analysis.text import join, percent, span
+from analysis.verdicts import Verdict
+from ramcore.space import words
+
+
+def answer(analysis: Analysis, verdicts: Sequence[Verdict]) -> list[str]:
+    """The study's answer in three sentences."""
+    counts = analysis.data.counts
+    runs = f"{counts.used} trials with {counts.seeds} seed{'s' if counts.seeds > 1 else ''} each"
+    if not analysis.ranked:
+        return _no_ranking(analysis, runs)
+    return [_what_matters_most(analysis), _what_else(analysis), _claims(analysis, verdicts, runs)]
+
+
+def _no_ranking(analysis: Analysis, runs: str) -> list[str]:
+    fit = analysis.trust.fit
+    help_ = "What would help: more trials spread over the whole space."
+    if fit.trials_needed:
+        help_ += f" About {fit.trials_needed} trials in all would probably do."
+    if fit.ceiling < MIN_R2:
+        help_ += (
+            " Seed noise alone hides most of the differences: more seeds per trial would help more than more trials."
+        )
+    return [
+        f"These {runs} do not support a ranking: {why_not_ranked(analysis)}.",
+        help_,
+        f"The best configuration tried is expected to reach {span(analysis.configurations.best_accuracy)} points of "
+        "validation accuracy.",
+    ]
+
+
+def _apart(effect: Effect) -> bool:
+    """Whether the parameter can be told apart from one without any effect."""
+    return effect.above_dummy >= TIE[1]
+
+
+def _what_matters_most(analysis: Analysis) -> str:
+    first = [e for e in analysis.ranking.effects if e.rank == 1]
+    leader = first[0]
+    if not _apart(leader):
+        return "On these data no parameter can be told apart from one without any effect."
+    if len(first) == 1:
+        return (
+            f"On these data {words(leader.name)} matters most: averaged over everything else it moves validation "
+            f"accuracy by {span(leader.effect)} points, {leader.effect_in_sd.mid:.1f} times the standard deviation "
+            "between seeds."
+        )
+    return (
+        f"On these data {join(words(e.name) for e in first)} matter most and cannot be told apart; their effects are "
+        f"{join(f'{e.effect.mid:.1f}' for e in first)} accuracy points."
+    )
+
+
+def _what_else(analysis: Analysis) -> str:
+    """The parameters after the first, by how sure their effect is."""
+
+    def listed(effects: Iterable[Effect]) -> str:
+        return join(f"{words(e.name)} ({e.effect.mid:.1f} points)" for e in effects)
+
+    effects = [e for e in analysis.ranking.effects if e.name != DUMMY]
+    leader = next(e for e in effects if e.rank == 1)
+    others = [e for e in effects if _apart(e) and e.rank != 1]
+    parts: list[str] = []
+    if clear := [e for e in others if e.effect_in_sd.low > 1]:
+        parts.append(f"also larger than seed noise: {listed(clear)}")
+    if small := [e for e in others if e.effect_in_sd.low <= 1]:
+        parts.append(f"an effect, but not surely more than one seed standard deviation: {listed(small)}")
+    if (inert := [e for e in effects if not _apart(e)]) and _apart(leader):
+        parts.append(f"not told apart from a parameter without any effect: {join(words(e.name) for e in inert)}")
+    sentence = "; ".join(parts) or "nothing else was varied"
+    return sentence[0].upper() + sentence[1:] + "."
+
+
+def _claims(analysis: Analysis, verdicts: Sequence[Verdict], runs: str) -> str:
+    kinds = [v.verdict for v in verdicts]
+    counted = [f"{kinds.count(k)} {k}" for k in ("confirmed", "refuted", "undecided", "not tested") if k in kinds]
+    biased = "; a biased sample, see below" if analysis.data.biased else ""
+    return (
+        f"Of the case study's four claims, {join(counted)} on these data ({runs}; unseen trials are predicted with "
+        f"R² = {analysis.trust.fit.r2:.2f}{biased})."
+    )
+
+
+def cautions(analysis: Analysis) -> list[str]:
+    """What a reader has to know before the numbers."""
+    trust = analysis.trust
+    found: list[str] = []
+    if not analysis.ranked:
+        found.append(
+            f"No ranking: {why_not_ranked(analysis)}. What is drawn shows what can be said so far, not an order."
+        )
+    if analysis.data.biased:
+        found.append(
+            "Biased sample: the optimiser chose most trials, so they crowd where accuracy was already high. Over the "
+            "rest of the ranges the effects rest on the model, and the ranking may be wrong. A study with "
+            "space-filling (Sobol) trials would settle it."
+        )
+    if trust.fit.coverage < 0.75:
+        found.append(
+            f"Intervals may be too narrow: only {percent(trust.fit.coverage)} of the unseen results fell inside their "
+            "90% intervals."
+        )
+    if trust.extrapolation_share > 0.25:
+        found.append(
+            f"Over {percent(trust.extrapolation_share)} of the space the surface says little more than the average "
+            "over the space does: too few trials lie near."
+        )
+    if not trust.seed_sd_measured:
+        found.append("One seed a trial: seed noise could not be measured and is the model's own estimate.")
+    if trust.rhat > 1.2:
+        found.append(
+            f"The sampler had not fully settled (R-hat {trust.rhat:.2f}); small differences between intervals mean "
+            "nothing."
+        )
+    return found + list(analysis.data.warnings)
+
+
+def rank_label(effect: Effect, analysis: Analysis) -> str:
+    """A parameter's rank, marked where it is shared; "-" for the dummy and where nothing is ranked."""
+    if effect.name == DUMMY or not analysis.ranked:
+        return "-"
+    tied = sum(e.rank == effect.rank for e in analysis.ranking.effects) > 1
+    return f"{effect.rank} (tied)" if tied else str(effect.rank)
