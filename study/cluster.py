@@ -16,7 +16,6 @@ import os
 import secrets
 import shutil
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -30,6 +29,7 @@ import ramcore
 import study
 from ramcore.errors import UserError, first_line
 from study.probe import Answer, probe, versions
+from study.ray_internals import check_token, cluster_address, ray_reason
 from study.storage import Storage
 
 JOIN_MINUTES = 15.0  # a study waits at most this long for the first worker of a cluster that grows
@@ -40,7 +40,6 @@ _LOOK_SECONDS = 5.0  # between two looks at the cluster's nodes
 _SAY_SECONDS = 15.0  # between two lines about waiting
 _HEAD = "node:__internal_head__"  # a resource that Ray gives to the head only
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # the environment variable of a job's driver; its name is literally this
-_TELLING = ("killed due to", "exit detail", "Error")  # marks of the line that matters in Ray's messages, best first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,40 +136,23 @@ def find(address: str) -> str:
         UserError: no cluster is there, or the token is missing or wrong.
     """
     # Imported here to put off Ray.
-    from ray._private.services import canonicalize_bootstrap_address_or_die
-    from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
     from ray.exceptions import AuthenticationError, RayError
 
     rule = "--address must be that of a running Ray cluster"
     fix = "run `ray status` there, or pass --address local for this machine alone"
     try:
-        found = canonicalize_bootstrap_address_or_die(address)
+        found = cluster_address(address)
         host, _, port = found.rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
     except (OSError, ValueError) as error:  # ConnectionError is an OSError: Ray found none
         raise UserError(f"{rule}; {address} did not answer ({first_line(error)}): {fix}") from error
     try:
-        with _muted():
-            GcsClient(address=found)
+        check_token(found)
     except AuthenticationError as error:
         raise UserError(wrong_token(address)) from error
     except (RuntimeError, ConnectionError, RayError) as error:
         raise UserError(f"{rule}; {address} is not one ({first_line(error)}): {fix}") from error
     return found
-
-
-@contextmanager
-def _muted() -> Iterator[None]:
-    """Hide stderr, where Ray's C++ code writes; the error that it raises has the same facts."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def wrong_token(address: str) -> str:
@@ -181,6 +163,14 @@ def wrong_token(address: str) -> str:
     return (
         f"a cluster is entered with its own token; {address} wants one and {fact}: copy ~/.ray/auth_token from the "
         "cluster's head to the same place here, and set RAY_AUTH_MODE=token"
+    )
+
+
+def no_job_server(address: str, fact: str) -> UserError:
+    """The error to raise when no job server can be used at an address."""
+    return UserError(
+        f"--address must be a Ray cluster's job server; {address} {fact}: forward the head's port 8265 "
+        "(`ray dashboard cluster.yaml`) and try again"
     )
 
 
@@ -413,14 +403,6 @@ class Check:
                 "give that node access (an instance profile, or AWS_* in its environment)"
             )
         return None
-
-
-def ray_reason(text: str) -> str:
-    """The line of one of Ray's long error messages that says what went wrong, at most 300 characters."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no message"]
-    marked = ([line for line in lines if mark in line] for mark in _TELLING)
-    best = next((found for found in marked if found), lines)
-    return best[-1].removeprefix("Caught unexpected exception: ")[:300]
 
 
 # While the study runs.

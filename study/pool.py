@@ -28,8 +28,8 @@ from study.cluster import (
     find,
     in_shipped_code,
     nodes,
-    ray_reason,
 )
+from study.ray_internals import ray_reason
 from study.scheduler import StudyScheduler
 from study.trainable import SharedData, tune_trial
 from study.tune_adapters import MAX_WORKER_DEATHS, TuneScheduler, TuneSearcher, TuneStopper

@@ -1,6 +1,6 @@
 """The check that runs on every node of a cluster, as a Ray task, before it may take trials.
 
-The top of this file imports the standard library only: a node may lack everything else, and has to be able to say so.
+The top of this file needs the standard library only: a node may lack everything else, and has to be able to say so.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
+
+from ramcore.errors import first_line
 
 _COMPARED = ("ray", "torch", "numpy")  # packages whose versions change a trial's results or how Ray carries them
 
@@ -33,7 +35,6 @@ def probe(place: str, marker: str) -> Answer:
         marker: name of a file that the driver has put there if the storage is a folder.
     """
     try:  # imported here, because the node may lack what these need
-        from ramcore.errors import first_line
         from study.storage import Storage
         from study.trainable import tune_trial as tune_trial  # all that a trial imports
     except ImportError as error:

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+_TELLING = ("killed due to", "exit detail", "Error")  # marks of the line that matters in Ray's messages, best first
+
 
 def keep_idle_workers(tune_controller: Any, trial: Any, count: int) -> Callable[[], None] | None:
     """Have Tune keep up to `count` idle workers for the next trials; returns a function that takes this back.
@@ -45,10 +47,18 @@ def last_message(trial: Any) -> str:
     Tune hands no message to a scheduler, but writes one to `Trial.error_file`. Without it: "no message".
     """
     path = trial.error_file
-    text = Path(path).read_text() if path and Path(path).is_file() else ""
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    telling = [line for line in lines if "killed due to" in line]  # lack of memory, about which Ray writes a page
-    return (telling or lines or ["no message"])[-1][:300]
+    return ray_reason(Path(path).read_text() if path and Path(path).is_file() else "")
+
+
+def ray_reason(text: str) -> str:
+    """The line of one of Ray's long error messages that says what went wrong, at most 300 characters.
+
+    Reads Ray's wording. Without it: the last line, which may say nothing.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no message"]
+    marked = ([line for line in lines if mark in line] for mark in _TELLING)
+    best = next((found for found in marked if found), lines)
+    return best[-1].removeprefix("Caught unexpected exception: ")[:300]
 
 
 def cluster_address(address: str) -> str:

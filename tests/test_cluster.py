@@ -1,4 +1,4 @@
-"""What a study asks of a cluster before its first trial, and what it makes of nodes that join later."""
+"""A study on a cluster: checks before the first trial, and nodes that join later."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from clusters import add_node, cluster_of
 from ramcore.config import Config
 from ramcore.errors import UserError
 from study import cluster, pool, run
-from study.asha import default_halving
-from study.checkpoints import open_folder
-from study.cluster import Check, Growth, Meter, Need, Node, capacity, share_of_gpus, wait_for_workers
-from study.display import Progress
+from study.cluster import Check, Growth, MachineHours, Node, TrialResources, capacity, share_of_gpus, wait_for_workers
+from study.display import Display
+from study.flags import DONE, USAGE, Flags
 from study.pool import Pool, ray_running, run_trials
 from study.record import Record, StudySettings
-from study.run import Flags, main
+from study.run import main
 from study.scheduler import StudyScheduler
 from study.search_space import search_space
+from study.storage import Storage
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch) -> Path:
-    """A folder of the test's own, and an environment that says nothing of a cluster."""
+    """A folder for the test, and an environment without a cluster."""
     monkeypatch.chdir(tmp_path)
     names = ("RAM_STORAGE", "RAM_MAX_WORKERS", "RAM_WORKER_CPUS", "RAM_WORKER_GPUS", "RAM_PRICE_PER_HOUR")
     for name in (*names, "RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
-        monkeypatch.setenv(name, "")  # noted, so that what the command sets is taken back
+        monkeypatch.setenv(name, "")  # so that values that the command sets are undone
         monkeypatch.delenv(name)
     monkeypatch.setenv("RAY_AUTH_MODE", os.environ.get("RAY_AUTH_MODE", "disabled"))
     return tmp_path
 
 
-# What fits.
+# Room for trials.
 
 
 @pytest.mark.parametrize(
@@ -51,15 +51,15 @@ def here(tmp_path, monkeypatch) -> Path:
         (1, 0, {"CPU": 4.0}, 4),
         (1.5, 0, {"CPU": 4.0}, 2),
         (1, 0.25, {"CPU": 8.0, "GPU": 1.0}, 4),
-        (1, 0.4, {"CPU": 8.0, "GPU": 2.0}, 4),  # two a GPU: a trial has its part of one
+        (1, 0.4, {"CPU": 8.0, "GPU": 2.0}, 4),  # two per GPU: a trial's part is on one GPU
         (1, 2, {"CPU": 8.0, "GPU": 3.0}, 1),
         (1, 0, {}, 0),
         (1, 1, {"CPU": 8.0}, 0),
         (1, 1 / 3, {"CPU": 8.0, "GPU": 1.0}, 3),
     ],
 )
-def test_how_many_trials_fit_on_a_node(cpus, gpus, resources, fits):
-    assert Need(cpus=cpus, gpus=gpus).fits(resources) == fits
+def test_trials_that_fit_on_a_node_are_counted_by_cpus_and_gpus(cpus, gpus, resources, fits):
+    assert TrialResources(cpus=cpus, gpus=gpus).fits(resources) == fits
 
 
 def node(cpus: float, *, head: bool = False) -> Node:
@@ -67,23 +67,23 @@ def node(cpus: float, *, head: bool = False) -> Node:
     return Node(id=f"{cpus}{head}", address="10.0.0.1", resources={"CPU": cpus} | marks)
 
 
-def test_slots_are_those_that_the_cluster_can_scale_to():
+def test_capacity_counts_the_nodes_that_a_cluster_can_grow_to():
     growth = Growth(workers=4, worker={"CPU": 4.0, "GPU": 0.0})
-    need = Need(cpus=1, gpus=0)
-    assert capacity([node(0, head=True)], growth, need) == 16
-    assert capacity([node(2, head=True), node(4)], growth, need) == 18
-    assert capacity([node(0, head=True), node(4), node(4)], None, need) == 8
-    # Nodes are asked one by one: two halves of a trial's CPUs on two nodes are no place for it.
-    assert capacity([node(1), node(1)], None, Need(cpus=2, gpus=0)) == 0
+    trial = TrialResources(cpus=1, gpus=0)
+    assert capacity([node(0, head=True)], growth, trial) == 16
+    assert capacity([node(2, head=True), node(4)], growth, trial) == 18
+    assert capacity([node(0, head=True), node(4), node(4)], None, trial) == 8
+    # A trial does not fit on two halves of its CPUs on two nodes.
+    assert capacity([node(1), node(1)], None, TrialResources(cpus=2, gpus=0)) == 0
 
 
-def test_a_clusters_gpus_are_shared_like_its_cpus():
+def test_gpus_are_shared_among_the_trials_that_fit_by_cpus():
     assert share_of_gpus(Growth(workers=1, worker={"CPU": 4.0, "GPU": 1.0}), cpus=1) == 0.25
     assert share_of_gpus(Growth(workers=1, worker={"CPU": 8.0, "GPU": 4.0}), cpus=4) == 1
     assert share_of_gpus(Growth(workers=1, worker={"CPU": 4.0, "GPU": 0.0}), cpus=1) == 0
 
 
-def test_the_environment_fills_in_for_flags(monkeypatch):
+def test_flags_left_out_are_read_from_the_environment(monkeypatch):
     for name, value in {
         "RAM_STORAGE": "s3://bucket/ram", "RAY_ADDRESS": "auto", "RAM_MAX_WORKERS": "4", "RAM_WORKER_CPUS": "4",
         "RAM_WORKER_GPUS": "1", "RAM_PRICE_PER_HOUR": "0.5",
@@ -93,39 +93,39 @@ def test_the_environment_fills_in_for_flags(monkeypatch):
     assert (flags.storage, flags.address) == ("s3://bucket/ram", "auto")
     assert (flags.gpus_per_trial, flags.price_per_hour) == (0.25, 0.5)
     assert Growth.declared() == Growth(workers=4, worker={"CPU": 4.0, "GPU": 1.0})
-    # On this machine alone, whatever the environment says:
+    # --address local overrides the environment:
     local = run._settled(Flags(address="local", storage="runs"))
     assert (local.address, local.storage, local.gpus_per_trial) == (None, "runs", None)
 
 
-def test_a_machine_that_says_nothing_is_used_as_ever():
+def test_empty_environment_gives_the_defaults_of_one_machine():
     flags = run._settled(Flags())
     assert (flags.address, flags.storage, flags.gpus_per_trial, flags.price_per_hour) == (None, "runs", None, None)
 
 
-def test_machine_hours_follow_the_machines(monkeypatch):
+def test_machine_hours_add_up_when_the_number_of_machines_changes(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    meter = Meter(machines=1)
+    counted = MachineHours(machines=1)
     clock[0] = 3600
-    meter.set(3)
+    counted.set(3)
     clock[0] = 5400
-    assert meter.hours() == pytest.approx(1 + 3 * 0.5)
+    assert counted.hours() == pytest.approx(1 + 3 * 0.5)
 
 
 # Refusals without a cluster.
 
 
 def refused(capsys, **flags: Any) -> str:
-    """The one line with which a command is refused."""
-    assert main(Flags(**{"data": "digits", **flags})) == run.USAGE
+    """Run a command that must be refused; returns the one line that it prints."""
+    assert main(Flags(**{"data": "digits", **flags})) == USAGE
     captured = capsys.readouterr()
     (line,) = captured.err.strip().splitlines()
     assert captured.out == "" and line.startswith("error: ")
     return line
 
 
-def test_no_cluster_at_the_address_is_said_within_seconds(here, capsys):
+def test_address_without_a_cluster_is_refused_within_seconds(here, capsys):
     started = time.monotonic()
     line = refused(capsys, address="127.0.0.1:9")
     assert "--address must be that of a running Ray cluster; 127.0.0.1:9 did not answer" in line
@@ -136,12 +136,12 @@ def test_no_cluster_at_the_address_is_said_within_seconds(here, capsys):
     assert not list(here.iterdir())
 
 
-def test_something_else_at_the_address_is_no_job_server(capsys):
+def test_other_server_at_the_address_is_refused_as_no_job_server(capsys):
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer() -> None:
             connections = []
-            for _ in range(2):  # the look whether somebody is there, and the client
+            for _ in range(2):  # the check whether something listens, and the client
                 connection, _ = server.accept()
                 connections.append(connection)
             connections[-1].recv(1000)
@@ -156,7 +156,7 @@ def test_something_else_at_the_address_is_no_job_server(capsys):
     assert "--address must be a Ray cluster's job server" in line and "is not one" in line
 
 
-def test_a_ray_client_address_is_answered_with_the_right_one(capsys):
+def test_ray_client_address_is_refused_and_the_right_one_named(capsys):
     line = refused(capsys, address="ray://head:10001")
     assert "got ray://head:10001" in line and "pass --address http://127.0.0.1:8265" in line
 
@@ -169,12 +169,12 @@ def test_a_ray_client_address_is_answered_with_the_right_one(capsys):
         ("RAM_MAX_WORKERS", "2", "RAM_MAX_WORKERS needs the size of a worker; RAM_WORKER_CPUS is not set"),
     ],
 )
-def test_an_environment_that_makes_no_sense_is_refused(monkeypatch, capsys, name, value, said):
+def test_invalid_environment_variable_is_refused(monkeypatch, capsys, name, value, said):
     monkeypatch.setenv(name, value)
     assert said in refused(capsys, address="127.0.0.1:9")
 
 
-def test_a_job_does_not_leave_its_results_in_its_own_folder(monkeypatch):
+def test_job_that_would_write_to_its_own_folder_is_refused(monkeypatch):
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"working_dir": "gcs://code.zip"}}')
     with pytest.raises(UserError, match="--storage must be an absolute path or a URI; got runs: set RAM_STORAGE"):
         cluster.check_lasting("runs", "http://127.0.0.1:5000")
@@ -185,7 +185,7 @@ def test_a_job_does_not_leave_its_results_in_its_own_folder(monkeypatch):
     cluster.check_lasting("runs", "sqlite:///mlflow.db")
 
 
-def test_the_code_that_nodes_get_is_the_code_and_nothing_else():
+def test_code_folder_holds_the_packages_code_only():
     with cluster.code_folder() as folder:
         files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
         assert {"study/run.py", "study/cluster.py", "ramcore/model.py"} <= files
@@ -193,7 +193,7 @@ def test_the_code_that_nodes_get_is_the_code_and_nothing_else():
     assert not folder.exists()
 
 
-def test_a_local_ray_that_starts_too_slowly_is_lost_not_a_traceback(monkeypatch):
+def test_local_ray_that_starts_too_slowly_raises_pool_lost(monkeypatch):
     def slow(**_: Any) -> None:
         raise Exception("The current node timed out during startup.")
 
@@ -203,7 +203,7 @@ def test_a_local_ray_that_starts_too_slowly_is_lost_not_a_traceback(monkeypatch)
 
 
 @pytest.mark.parametrize(("trials", "places"), [(1, 1), (100, 12)])
-def test_no_more_places_are_asked_for_than_there_are_trials(monkeypatch, trials, places):
+def test_waiting_asks_for_at_most_as_many_places_as_trials(monkeypatch, trials, places):
     asked: list[tuple[Any, ...]] = []
     fake = SimpleNamespace(remote=lambda *given: asked.append(given))
     monkeypatch.setattr(pool.ray, "remote", lambda **_: lambda task: fake)
@@ -213,7 +213,7 @@ def test_no_more_places_are_asked_for_than_there_are_trials(monkeypatch, trials,
     monkeypatch.setattr(cluster, "JOIN_MINUTES", 0.01)
     growth = Growth(workers=3, worker={"CPU": 4.0, "GPU": 0.0})
     with pytest.raises(UserError, match="none came"):
-        wait_for_workers(Need(cpus=1, gpus=0), growth, trials, others=False, say=lambda _: None)
+        wait_for_workers(TrialResources(cpus=1, gpus=0), growth, trials, others=False, say=lambda _: None)
     assert len(asked) == places
 
 
@@ -227,8 +227,8 @@ def two_nodes():
         yield found
 
 
-def test_a_folder_of_one_node_is_refused_before_anything_is_made(two_nodes, here, capsys):
-    # Each process has its own working directory, so this path is a folder that others do not see.
+def test_storage_folder_of_one_node_is_refused_before_anything_is_made(two_nodes, here, capsys):
+    # Each process has its own working directory, so no other process sees this path's folder.
     line = refused(capsys, address=two_nodes.address, storage="/proc/self/cwd/runs")
     assert line.startswith("error: on several nodes --storage must be the same folder on all of them; 127.0.0.1")
     assert "does not see /proc/self/cwd/runs: pass --storage s3://bucket/folder or a folder that all" in line
@@ -236,15 +236,15 @@ def test_a_folder_of_one_node_is_refused_before_anything_is_made(two_nodes, here
 
 
 def planned(address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """What a dry run prints on a cluster that may grow to three workers of four CPUs."""
+    """The output of a dry run on a cluster that may grow to three workers of four CPUs."""
     monkeypatch.setenv("RAM_MAX_WORKERS", "3")
     monkeypatch.setenv("RAM_WORKER_CPUS", "4")
     flags = Flags(data="digits", address=address, dry_run=True, price_per_hour=0.5, epochs=2)
-    assert main(flags) == run.DONE
+    assert main(flags) == DONE
     return capsys.readouterr().out
 
 
-def test_a_dry_run_says_what_is_there_and_what_it_may_cost(two_nodes, here, capsys, monkeypatch):
+def test_dry_run_on_cluster_prints_nodes_growth_time_and_cost(two_nodes, here, capsys, monkeypatch):
     out = planned(two_nodes.address, monkeypatch, capsys)
     assert "2 nodes, 1 CPUs, 0 GPUs" in out and "may grow to 3 workers of 4 CPUs, 0 GPUs" in out
     assert "slots      12, one trial each" in out
@@ -254,21 +254,19 @@ def test_a_dry_run_says_what_is_there_and_what_it_may_cost(two_nodes, here, caps
 
 @pytest.fixture
 def lonely_head():
-    """A cluster whose workers come when they are needed: a head that runs no trials, and nobody else."""
+    """A cluster that is only a head, which runs no trials; its workers would start when needed."""
     with cluster_of(0) as found:
         yield found
 
 
 @pytest.mark.slow
-def test_a_cluster_without_workers_yet_is_planned_for_and_not_asked_for_any_when_nothing_is_to_do(
-    lonely_head, here, capsys, monkeypatch
-):
+def test_cluster_without_workers_is_planned_and_a_finished_study_asks_for_none(lonely_head, here, capsys, monkeypatch):
     out = planned(lonely_head.address, monkeypatch, capsys)
     assert "1 nodes, 0 CPUs, 0 GPUs" in out or "1 node, 0 CPUs, 0 GPUs" in out
     assert "slots      12, one trial each" in out
     assert "trial-hours" in out and "(the head), as no worker is up" in out and "for 3 workers at 0.5 an hour" in out
 
-    # A finished study needs nobody: the same command says how it ended and starts no machine.
+    # A finished study needs no worker: the same command prints its results and starts no machine.
     small = Flags(data="digits", task="original", study="s", trials=1, epochs=1, storage=str(here / "runs"))
     alone = ("--data", "digits", "--task", "original", "--study", "s", "--trials", "1", "--epochs", "1")
     subprocess.run(
@@ -277,30 +275,30 @@ def test_a_cluster_without_workers_yet_is_planned_for_and_not_asked_for_any_when
     )  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setattr(cluster, "wait_for_workers", lambda *_, **__: pytest.fail("asked for workers"))
-        assert main(dataclasses.replace(small, address=lonely_head.address)) == run.DONE
+        assert main(dataclasses.replace(small, address=lonely_head.address)) == DONE
 
 
 @pytest.fixture(scope="module")
 def joined(two_nodes):
-    """The same cluster, with this process as a driver: the tests above join it themselves."""
+    """The same cluster, with this process as its driver; the tests above join it themselves."""
     with ray_running(two_nodes.address):
         yield two_nodes
 
 
-def test_a_folder_that_all_nodes_see_is_accepted_and_left_clean(joined, here):
-    assert Check(str(here / "shared" / "folder"))(cluster.nodes()) is None
+def test_storage_folder_seen_by_all_nodes_passes_and_is_left_clean(joined, here):
+    assert Check(Storage.parse(str(here / "shared" / "folder")))(cluster.nodes()) is None
     assert list(here.iterdir()) == []
-    assert Check(str(here))(cluster.nodes()) is None
+    assert Check(Storage.parse(str(here)))(cluster.nodes()) is None
     assert here.is_dir()  # empty, but not ours to delete
 
 
-def test_a_storage_that_a_worker_cannot_reach_is_refused(joined):
-    said = Check("nosuch://bucket/folder")(cluster.nodes())
+def test_storage_that_a_worker_cannot_reach_is_refused(joined):
+    said = Check(Storage.parse("nosuch://bucket/folder"))(cluster.nodes())
     assert said is not None and "every node must reach --storage; 127.0.0.1" in said and "\n" not in said
 
 
 def shadowed(folder: Path, *, version: str | None = None, fails: bool = False) -> dict[str, str]:
-    """An environment in which torch has another version, or is not there."""
+    """An environment in which torch has another version, or cannot be imported."""
     folder.mkdir()
     if version is not None:
         (folder / f"torch-{version}.dist-info").mkdir()
@@ -320,43 +318,43 @@ def shadowed(folder: Path, *, version: str | None = None, fails: bool = False) -
         ),
     ],
 )
-def test_a_node_that_cannot_do_the_work_is_named(joined, here, shadow, said):
-    check = Check(str(here))
+def test_node_with_other_versions_or_missing_packages_is_named(joined, here, shadow, said):
+    check = Check(Storage.parse(str(here)))
     assert check(cluster.nodes()) is None
     other = add_node(joined, num_cpus=1, env_vars=shadowed(here / "shadow", **shadow))
     try:
-        found = check(cluster.nodes())  # only the one that joined is asked
+        found = check(cluster.nodes())  # checks only the node that joined
     finally:
         joined.remove_node(other)
     assert found is not None and said in found and "\n" not in found and "constraints.txt" in found
 
 
-def test_workers_that_are_still_joining_are_waited_for(joined):
+def test_worker_that_joins_within_the_time_limit_is_returned(joined):
     lines: list[str] = []
     came: list[Any] = []
-    need = Need(cpus=2, gpus=0)
+    trial = TrialResources(cpus=2, gpus=0)
     coming = threading.Timer(2.0, lambda: came.append(add_node(joined, num_cpus=2)))
     coming.start()
-    present = wait_for_workers(need, None, 1, others=False, say=lines.append)
+    present = wait_for_workers(trial, None, 1, others=False, say=lines.append)
     coming.join()
     joined.remove_node(came[0])
-    assert any(need.fits(n.resources) for n in present)
+    assert any(trial.fits(n.resources) for n in present)
     assert lines and lines[0].startswith("waiting for a worker with 2 CPUs and 0 GPUs: 2 nodes so far")
 
 
-def test_waiting_ends(joined, monkeypatch):
+def test_waiting_for_a_worker_ends_with_an_error(joined, monkeypatch):
     monkeypatch.setattr(cluster, "JOIN_MINUTES_FIXED", 0.02)
     with pytest.raises(UserError, match=r"a trial needs a node with 64 CPUs and 0 GPUs; within 0\.02 min none"):
-        wait_for_workers(Need(cpus=64, gpus=0), None, 1, others=False, say=print)
+        wait_for_workers(TrialResources(cpus=64, gpus=0), None, 1, others=False, say=print)
     small = Growth(workers=2, worker={"CPU": 4.0, "GPU": 0.0})
     with pytest.raises(UserError, match="a trial must fit on a node; it takes 64 CPUs and 0 GPUs"):
-        wait_for_workers(Need(cpus=64, gpus=0), small, 1, others=False, say=print)
+        wait_for_workers(TrialResources(cpus=64, gpus=0), small, 1, others=False, say=print)
 
 
 def until_two_nodes_work() -> Any:
-    """A trial of one epoch that waits until trials run on two nodes; made here, as workers import no tests.
+    """A trial of one epoch that waits until trials run on two nodes. It is a closure, because workers import no tests.
 
-    Trials shorter than a worker's start would tell nothing: whichever worker is there already would take them all.
+    It has to last longer than the start of a worker: else the first worker runs all trials.
     """
 
     def work(config: dict[str, Any], data: Any, cpus: float, gpus: float) -> None:
@@ -381,7 +379,7 @@ def until_two_nodes_work() -> Any:
     return work
 
 
-def test_a_worker_that_joins_in_the_middle_gets_trials(joined, here, monkeypatch):
+def test_worker_that_joins_during_a_study_gets_trials(joined, here, monkeypatch):
     monkeypatch.setattr(cluster, "_LOOK_SECONDS", 0.5)
     space = search_space(Config(data="digits", epochs=1))
     settings = StudySettings(
@@ -391,8 +389,7 @@ def test_a_worker_that_joins_in_the_middle_gets_trials(joined, here, monkeypatch
     came: list[Any] = []
     with Record.open(here / "s", settings, total=4) as record:
         scheduler = StudyScheduler(
-            record, space=space, halving=default_halving(1), folder=open_folder(str(here), "s"), storage=str(here),
-            callback=Progress(study="s", epochs=1),
+            record, space=space, storage=Storage.parse(str(here)), callback=Display(study="s", epochs=1),
         )  # fmt: skip
         wanted = Pool(cpus_per_trial=1, gpus_per_trial=0, max_concurrent=None, on_cluster=True)
         assert wanted.slots == 1
