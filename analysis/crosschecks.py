@@ -6,9 +6,6 @@ parameters in sorted order (one of its evaluators mislabels them otherwise).
 
 from __future__ import annotations
 
-# pandas' own annotations are unions that its indexing never returns here, so these checks only raise false alarms.
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportAssignmentType=false
 import warnings
 from collections.abc import Sequence
 
@@ -17,8 +14,8 @@ import optuna
 import pandas as pd
 from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator
 
-from analysis.importance import DUMMY, Analysis
 from analysis.load import StudyData
+from analysis.results import DUMMY, Analysis
 from ramcore.space import Array, Dimension
 
 MIN_TRIALS = 8
@@ -49,7 +46,7 @@ def ped_anova(names: Sequence[str], x: Array, y: Array) -> dict[str, float]:
 
 def crosscheck(records: StudyData, analysis: Analysis) -> pd.DataFrame:
     """One row a parameter, one column an estimator; NaN where there are too few trials for it."""
-    dimensions = [d for d in analysis.dimensions if d.name != DUMMY]
+    dimensions = [d for d in analysis.data.dimensions if d.name != DUMMY]
     last = last_accuracy(records.epochs)
     x = unit_table(records, dimensions).reindex(last.index).dropna()
     last = last.loc[x.index]
@@ -58,9 +55,9 @@ def crosscheck(records: StudyData, analysis: Analysis) -> pd.DataFrame:
     every = fanova(names, x.to_numpy(), last.to_numpy()) if len(x) >= MIN_TRIALS else {}
     complete = fanova(names, x.to_numpy()[full], last.to_numpy()[full]) if full.sum() >= MIN_TRIALS else {}
     ped = ped_anova(names, x.to_numpy()[full], last.to_numpy()[full]) if full.sum() >= MIN_TRIALS else {}
-    ours = {e.name: e.total.mid for e in analysis.effects}
+    ours = {e.name: e.total.mid for e in analysis.ranking.effects}
     columns = dict(zip(ESTIMATES, (ours, complete, every, ped), strict=True))
-    order = [e.name for e in analysis.effects if e.name != DUMMY]
+    order = [e.name for e in analysis.ranking.effects if e.name != DUMMY]
     return pd.DataFrame(
         {
             "parameter": order,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import t
 
-from analysis.surrogate import Failures
+from analysis.failures import Failures
 from ramcore.space import Array, Dimension, Space
 
 DUMMY = "dummy (no effect)"
@@ -186,7 +186,8 @@ class Trust(NamedTuple):
     """How far the answers can be trusted."""
 
     fit: CrossValidation
-    rhat: float  # the sampler's largest R-hat; 1 is settled
+    rhat: float  # the sampler's largest R-hat; 1 is converged
+    ess: float  # the smallest effective sample size of its hyperparameters
     seed_sd: Interval  # standard deviation between seeds, averaged over trials
     seed_sd_measured: bool  # False: the surface's own estimate
     infeasible_share: float  # of the space

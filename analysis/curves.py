@@ -1,0 +1,73 @@
+"""Curves and surfaces for figures: marginal accuracy, two parameters at once, importance against epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from analysis.effects import Marginal, Predictor, allowed, sobol_indices, space_points
+from analysis.observations import Observations, log_epoch
+from analysis.results import INTERVAL, Curve, Data, PairSurface
+from analysis.surrogate import Posterior, Surface
+from ramcore.space import Array, Dimension
+
+PAIR_GRID = 11  # values of each parameter of a surface over two
+QUANTILES = ((1 - INTERVAL) / 2, 0.5, (1 + INTERVAL) / 2)
+
+
+def marginal_curve(data: Data, observations: Observations, i: int, found: Marginal) -> Curve:
+    """Dimension i's mean accuracy, with where it extrapolates."""
+    low, mid, high = np.quantile(found.rows, QUANTILES, axis=1)
+    dimension = data.dimensions[i]
+    extrapolated = _extrapolated(data, observations, i, found.grid)
+    return Curve(dimension.name, dimension.from_unit(found.grid), found.grid, low, mid, high, extrapolated)
+
+
+def _extrapolated(data: Data, observations: Observations, i: int, grid: Array) -> Array:
+    """Which coordinates lie beyond all but one of the trials seen near the full budget, and which the space's rule
+    mostly forbids in combination with the other parameters -> (G,) bool.
+    """
+    late = observations.u > log_epoch(np.array(max(0.9 * data.budget, 1.0)), data.budget) - 1e-9
+    at = np.sort(observations.x[np.unique(observations.trial_of[late]), i])
+    if len(at) < 4:
+        return np.ones(len(grid), dtype=bool)
+    beyond = (grid < at[1] - 1e-9) | (grid > at[-2] + 1e-9)
+    varied = data.dimensions[:-1]
+    if i >= len(varied):
+        return beyond
+    points = space_points(varied, 128, 0)
+    for k, value in enumerate(grid):
+        points[:, i] = value
+        beyond[k] |= allowed(data.space, varied, points).mean() < 0.5
+    return beyond
+
+
+def pair_surface(
+    predictor: Predictor, varied: Sequence[Dimension], marginals: Sequence[Marginal], points: Array
+) -> PairSurface | None:
+    """Accuracy over patch size and number of glimpses, or over the two parameters with the largest effects."""
+    names = [d.name for d in varied]
+    if len(varied) < 2:
+        return None
+    if "patch_size" in names and "num_glimpses" in names:
+        i, j = names.index("patch_size"), names.index("num_glimpses")
+    else:
+        sizes = [float(np.median(marginals[k].effect)) for k in range(len(varied))]
+        i, j = (int(k) for k in np.argsort(sizes)[::-1][:2])
+    grid_x, grid_y = varied[i].grid(PAIR_GRID), varied[j].grid(PAIR_GRID)
+    mean, sd = np.zeros((len(grid_y), len(grid_x))), np.zeros((len(grid_y), len(grid_x)))
+    x = points.copy()
+    for a, value_y in enumerate(grid_y):
+        for b, value_x in enumerate(grid_x):
+            x[:, i], x[:, j] = value_x, value_y
+            cell = predictor.accuracy(x).mean(axis=0)
+            mean[a, b], sd[a, b] = cell.mean(), cell.std()
+    return PairSurface(varied[i], varied[j], grid_x, grid_y, mean, sd)
+
+
+def index_by_epoch(surface: Surface, posterior: Posterior) -> dict[str, Array]:
+    """Total index of every dimension at the posterior's E epochs, (E, 3): low, mid, high."""
+    totals = [sobol_indices(surface, posterior, e).total for e in range(posterior.weights.shape[2])]
+    bands = np.quantile(totals, QUANTILES, axis=2)  # (3, E, D)
+    return {base.dimension.name: bands[:, :, i].T for i, base in enumerate(surface.bases)}

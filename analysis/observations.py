@@ -1,0 +1,141 @@
+"""Learning curves -> the rows that the Gaussian process is fitted to."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from ramcore.space import Array
+
+ROW_BUDGET = 640  # rows at most; curves are averaged in bins of log epoch to stay within it
+MAX_BINS = 8  # epochs that summarise a curve, at most
+
+
+class Observations(NamedTuple):
+    """N rows of T trials, with R seeds at most and B bins of log epoch."""
+
+    trials: Array  # (T,) trial numbers
+    x: Array  # (T, D) unit coordinates
+    trial_of: np.ndarray  # (N,) row -> trial
+    u: Array  # (N,) log(epoch) / log(full budget)
+    y: Array  # (N,) logit of accuracy, mean over seeds and over the bin
+    seeds: Array  # (N,) how many were averaged
+    epochs: Array  # (N,) how many were averaged
+    contrasts: Contrasts
+
+    @property
+    def last(self) -> np.ndarray:
+        """Each trial's last row, (T,)."""
+        last = np.zeros(len(self.trials), dtype=int)
+        last[self.trial_of] = np.arange(len(self.trial_of))  # rows are sorted by bin, so a trial's last one stays
+        return last
+
+    def subset(self, trials: np.ndarray) -> Observations:
+        """The rows of some trials (positions, sorted). All contrasts stay: they only tell of seed noise."""
+        keep = np.isin(self.trial_of, trials)
+        return self._replace(
+            trials=self.trials[trials],
+            x=self.x[trials],
+            trial_of=np.searchsorted(trials, self.trial_of[keep]),
+            u=self.u[keep],
+            y=self.y[keep],
+            seeds=self.seeds[keep],
+            epochs=self.epochs[keep],
+        )
+
+
+class Contrasts(NamedTuple):
+    """How the seeds of C trials depart from their trial's mean."""
+
+    u: Array  # (C, B) zero where a bin is missing
+    epochs: Array  # (C, B) epochs averaged; 0 where a bin is missing
+    outer: Array  # (C, B, B) outer products of the departures, summed over seeds
+    df: Array  # (C,) seeds - 1
+
+
+def logit(accuracy: Array, evaluation_size: int) -> Array:
+    """Log-odds of an accuracy measured on `evaluation_size` images, which is kept half an image from 0 and 1."""
+    edge = 0.5 / evaluation_size
+    clipped = np.clip(accuracy, edge, 1 - edge)
+    return np.log(clipped / (1 - clipped))
+
+
+def log_epoch(epochs: Array, budget: int) -> Array:
+    """u of epochs: log(epoch) / log(budget)."""
+    return np.log(epochs) / max(math.log(budget), 1e-9)
+
+
+def observe(epochs: pd.DataFrame, x: pd.DataFrame, budget: int, evaluation_size: int) -> Observations:
+    """Summarise learning curves in bins of log epoch.
+
+    epochs: columns trial, seed, epoch, val_accuracy (NaN: diverged, left out); x: unit coordinates indexed by trial;
+    budget: epochs of a full run; evaluation_size: images behind an accuracy.
+    """
+    known = epochs["val_accuracy"].notna() & epochs["trial"].isin(list(x.index)) & (epochs["epoch"] <= budget)
+    table = epochs.loc[known, ["trial", "seed", "epoch", "val_accuracy"]].copy()
+    table["y"] = logit(table["val_accuracy"].to_numpy(dtype=float), evaluation_size)
+    table["u"] = log_epoch(table["epoch"].to_numpy(dtype=float), budget)
+    bins = int(np.clip(ROW_BUDGET // max(table["trial"].nunique(), 1), 1, min(MAX_BINS, budget)))
+    edges = np.unique(np.round(np.geomspace(1, budget, bins)))
+    if bins == 1:  # too many trials for curves: each trial is its last recorded tenth
+        last = table.groupby("trial")["epoch"].transform("max")
+        table = table[table["epoch"] > 0.9 * last].assign(bin=0)
+    else:
+        table["bin"] = _bins(table["epoch"].to_numpy(dtype=float), edges, budget)
+    per_seed = (
+        table.groupby(["trial", "seed", "bin"])
+        .agg(y=("y", "mean"), u=("u", "mean"), epochs=("y", "size"))
+        .reset_index()
+    )
+    rows = per_seed.groupby(["trial", "bin"]).agg(
+        y=("y", "mean"), u=("u", "mean"), seeds=("seed", "nunique"), epochs=("epochs", "mean")
+    )
+    rows = rows.reset_index().sort_values(["trial", "bin"])
+    trials = np.unique(rows["trial"].to_numpy())
+    columns = {name: rows[name].to_numpy(dtype=float) for name in ("u", "y", "seeds", "epochs")}
+    return Observations(
+        trials=trials,
+        x=x.loc[list(trials)].to_numpy(dtype=float),
+        trial_of=np.searchsorted(trials, rows["trial"].to_numpy()),
+        **columns,
+        contrasts=_contrasts(per_seed, len(edges)),
+    )
+
+
+def _bins(epochs: Array, edges: Array, budget: int) -> np.ndarray:
+    """Each epoch's bin: the nearest edge below the budget, or the last bin.
+
+    The last bin takes only the last tenth of the epochs, so that "at the full budget" means that.
+    """
+    lower = np.log(edges[:-1]) if len(edges) > 1 else np.log(edges)
+    nearest = np.abs(np.log(epochs)[:, None] - lower[None, :]).argmin(axis=1)
+    return np.where(epochs > 0.9 * budget, len(edges) - 1, nearest)
+
+
+def _contrasts(per_seed: pd.DataFrame, bins: int) -> Contrasts:
+    """Contrasts of every trial with two seeds or more, over the bins that all of its seeds reached."""
+    u, count, outer, df = [], [], [], []
+    for _, curve in per_seed.groupby("trial"):
+        wide = curve.pivot(index="seed", columns="bin", values="y").dropna(axis=1)
+        if len(wide) < 2 or not wide.shape[1]:
+            continue
+        here = wide.columns.to_numpy(dtype=int)
+        means = curve.groupby("bin")[["u", "epochs"]].mean().loc[here]
+        departures = (wide - wide.mean()).to_numpy()
+        full, row_u, row_count = np.zeros((bins, bins)), np.zeros(bins), np.zeros(bins)
+        full[np.ix_(here, here)] = departures.T @ departures
+        row_u[here], row_count[here] = means["u"], means["epochs"]
+        u.append(row_u)
+        count.append(row_count)
+        outer.append(full)
+        df.append(len(wide) - 1.0)
+    shape = (len(u), bins)
+    return Contrasts(
+        np.array(u).reshape(shape),
+        np.array(count).reshape(shape),
+        np.array(outer).reshape(*shape, bins),
+        np.array(df),
+    )
