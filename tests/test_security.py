@@ -1,4 +1,4 @@
-"""Who can get in: listeners, the tracking server's hosts, and files that carry code."""
+"""Security: listening sockets, the hosts that the tracking server accepts, and files that could carry code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from clusters import free_port
 
 from ramcore.config import Config
 from ramcore.evaluation import build_model
-from study import outcome
+from study import results
 from study.designs import TrialSpec
 from study.record import Epoch, TrialRecord
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def descendants(pid: int) -> set[int]:
-    """A process and all that it started."""
+    """The ids of a process and of all its descendants."""
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -43,7 +43,7 @@ def descendants(pid: int) -> set[int]:
 
 
 def listeners(pids: set[int]) -> set[tuple[str, int]]:
-    """(address, port) of each TCP socket that one of these processes listens on."""
+    """The (address, port) of each TCP socket on which one of these processes listens."""
     inodes = set()
     for pid in pids:
         for link in Path(f"/proc/{pid}/fd").glob("*"):
@@ -69,14 +69,14 @@ def is_loopback(address: str) -> bool:
     return address.removeprefix("::ffff:").startswith("127.") or address == "::1"
 
 
-def test_who_listens_is_seen():
+def test_listeners_finds_sockets_of_all_addresses():
     with socket.create_server(("127.0.0.1", 0)) as inside, socket.create_server(("0.0.0.0", 0)) as outside:
         found = listeners({os.getpid()})
         assert ("127.0.0.1", inside.getsockname()[1]) in found and ("0.0.0.0", outside.getsockname()[1]) in found
     assert is_loopback("::ffff:127.0.0.1") and not is_loopback("0.0.0.0") and not is_loopback("::")
 
 
-def test_a_local_study_listens_on_loopback_only(tmp_path):
+def test_local_study_listens_on_loopback_only(tmp_path):
     command = [sys.executable, "-m", "study.run", "--data", "digits", "--task", "original", "--epochs", "200"]
     env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "RAM_", "MLFLOW_"))}
     env |= {"PYTHONPATH": str(ROOT)}
@@ -135,14 +135,14 @@ def answer(port: int, route: str, host: str, body: bytes | None = None, **header
 
 
 @pytest.mark.slow
-def test_the_tracking_server_refuses_a_forged_host(server):
+def test_tracking_server_refuses_forged_host_and_origin(server):
     search, create = "/api/2.0/mlflow/experiments/search", "/api/2.0/mlflow/experiments/create"
     body = b'{"max_results": 1}'
     assert answer(server, search, f"127.0.0.1:{server}", body) == 200
     assert answer(server, search, "evil.example", body) == 403  # a page that rebinds its name to loopback
     assert answer(server, create, "evil.example", b'{"name": "x"}') == 403
-    # A page of another provenance that posts to loopback by its right name.
-    assert answer(server, create, f"127.0.0.1:{server}", b'{"name": "x"}', Provenance="http://evil.example") == 403
+    # A page of another origin that posts to loopback by its right name.
+    assert answer(server, create, f"127.0.0.1:{server}", b'{"name": "x"}', Origin="http://evil.example") == 403
 
 
 # Files that carry code.
@@ -159,7 +159,7 @@ class Malicious:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_model_is_loaded_without_unpickling_anything(tmp_path, monkeypatch):
+def test_model_with_pickled_code_is_refused_and_the_code_does_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
     try:
@@ -167,24 +167,24 @@ def test_a_model_is_loaded_without_unpickling_anything(tmp_path, monkeypatch):
         weights = build_model(config, torch.tensor([0])).state_dict()
         epoch = Epoch(time=0, value=0.5, metrics={"val_accuracy": [0.5]})
         trial = TrialRecord(
-            number=0, trial_id=0, plan=TrialSpec(config=config, origin="sobol", seeds=(0,)), started=0, epochs=[epoch],
+            number=0, trial_id=0, spec=TrialSpec(config=config, origin="sobol", seeds=(0,)), started=0, epochs=[epoch],
             state="complete",
         )  # fmt: skip
         client = mlflow.MlflowClient()
         run = client.create_run(client.create_experiment("e")).info.run_id
         (tmp_path / "scratch").mkdir()
-        outcome._log_model(run, trial, weights, tmp_path / "scratch")
+        results._log_model(run, trial, weights, tmp_path / "scratch")
         folder = Path(mlflow.artifacts.download_artifacts(f"runs:/{run}/model", dst_path=str(tmp_path / "model")))
         files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
         assert not [name for name in files if name.endswith((".pkl", ".pickle", ".joblib"))]
         mlflow.pyfunc.load_model(str(folder))
-        # The same model, its weights replaced by whoever can write to the artifacts.
+        # The same model, with weights replaced by somebody who can write to the artifacts.
         (path,) = folder.rglob("weights.pt")
         torch.save({"weights": Malicious(tmp_path / "ran")}, path)
         with pytest.raises(pickle.UnpicklingError):
             mlflow.pyfunc.load_model(str(folder))
         assert not (tmp_path / "ran").exists()
-        torch.load(path, weights_only=False)  # it is a working exploit where pickles are trusted
+        torch.load(path, weights_only=False)  # where pickles are trusted, the exploit works
         assert (tmp_path / "ran").exists()
     finally:
         mlflow.set_tracking_uri(None)
