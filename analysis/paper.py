@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-# pandas' own annotations are unions that its indexing never returns here, so these checks only raise false alarms.
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportAssignmentType=false
 import itertools
 import json
 import math
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
 import mlflow.artifacts
 import numpy as np
 import pandas as pd
@@ -28,37 +24,77 @@ from matplotlib.figure import Figure
 from mlflow.exceptions import MlflowException
 from scipy.stats import ttest_ind
 
-from analysis import figures
-from analysis.importance import INTERVAL, Interval, mean_interval
-from analysis.load import (
-    Exported,
-    NoTrials,
-    Source,
-    StudyData,
-    StudyRun,
-    find_study,
-    list_studies,
-    load_study,
-    open_source,
-    progress_line,
-    quieten,
-    tracking_uri,
-)
+from analysis import figures, load
+from analysis.load import Exported, NoTrials, Source, StudyData, StudyRun
+from analysis.results import INTERVAL, Interval, mean_interval
+from analysis.text import number, span
 from ramcore.config import Config, Data, Task
-from ramcore.data import TaskData, load_task
-from ramcore.errors import UserError
+from ramcore.data import TaskData
+from ramcore.errors import UserError, say
 from ramcore.pictures import GlimpsePath, draw_canvas, draw_glimpses, glimpse_paths
 from ramcore.published import CASE_STUDY, MNIH, PUBLISHED, Published
+from ramcore.sources import load_task
+from ramcore.space import Array
 from study.designs import DESIGNS
 
 SIZES = ("glimpses", "patch", "scales")  # fields of Published
 _DESIGN = {CASE_STUDY: "paper", MNIH: "mnih"}  # the design whose trials stand beside a source's rows
 
 
-# ---- the table -----------------------------------------------------------------------------------------------
+# ---- the tables ----------------------------------------------------------------------------------------------
 
 
-class Ours(NamedTuple):
+class TableRow(NamedTuple):
+    """A published row and ours beside it. Accuracies are of the test images, in points."""
+
+    source: str
+    task: str
+    model: str
+    published: float
+    ours: float  # NaN where the note says why
+    low: float
+    high: float
+    seeds: int
+    data: str
+    epochs: int
+    note: str
+
+    @property
+    def mean(self) -> Interval:
+        """Ours with its 90% interval."""
+        return Interval(self.low, self.ours, self.high)
+
+
+class Comparison(NamedTuple):
+    """Two rows of one published table that differ in one size alone, and the change of test accuracy in points."""
+
+    source: str
+    task: str
+    size: str
+    before: str  # model
+    after: str
+    published: float
+    change: float
+    low: float
+    high: float
+
+
+class AblationRow(NamedTuple):
+    """The tuned recipe, or the same with one choice undone: test accuracy in points, and the change from tuned."""
+
+    task: str
+    row: str
+    accuracy: float
+    low: float
+    high: float
+    change: float  # from the tuned row of the same study
+    change_low: float
+    change_high: float
+    seeds: int
+    epochs: int
+
+
+class Measured(NamedTuple):
     """What we measured of one row: each seed's test accuracy, a fraction; none where the note says why."""
 
     accuracies: tuple[float, ...]
@@ -67,212 +103,188 @@ class Ours(NamedTuple):
     note: str
 
 
-def ablation_table(records: Sequence[StudyData]) -> pd.DataFrame:
-    """What each choice of the tuned recipe is worth: columns task, row, accuracy, low, high (test, points), change,
-    change_low, change_high (from the tuned row of the same study), seeds, epochs; empty where no `ablation` study has
-    been run.
+def paper_table(records: Sequence[StudyData]) -> list[TableRow]:
+    """Every published row with ours beside it.
+
+    The case study's rows are trained at its own setting (design `paper`), Mnih's with the tuned recipe (design `mnih`).
+    A row that no study has run yet says so.
     """
-    rows = []
-    for one in records:
-        trials = one.trials[one.trials["origin"] == "ablation"]
-        tested = {str(trial["row"]): trial for _, trial in trials.iterrows()}
-        tuned = tested["tuned"]["test_accuracies"] if "tuned" in tested else ()
-        for row, trial in tested.items():
-            accuracies, epochs = trial["test_accuracies"], int(_number(trial.get("epochs")))
-            mean, change = mean_interval(_points(accuracies)), _change(tuned, () if row == "tuned" else accuracies)
-            numbers = (mean.mid, mean.low, mean.high, change.mid, change.low, change.high)
-            rows.append((trial.get("task", ""), row, *numbers, len(accuracies), epochs))
-    columns = ["task", "row", "accuracy", "low", "high", "change", "change_low", "change_high", "seeds", "epochs"]
-    return pd.DataFrame(rows, columns=columns)
+    table: list[TableRow] = []
+    for row in PUBLISHED:
+        ours = _measured(row, records)
+        mean, seeds = mean_interval(_points(ours.accuracies)), len(ours.accuracies)
+        numbers = (row.accuracy, mean.mid, mean.low, mean.high, seeds)
+        table.append(TableRow(row.source, row.task, row.label, *numbers, ours.data, ours.epochs, ours.note))
+    return table
 
 
-def comparison_table(records: Sequence[StudyData]) -> pd.DataFrame:
-    """What a published table lets one compare: its RAMs on one task that differ in one size alone, neighbours only.
-    Columns source, task, size, before, after (models), published, change, low, high (of mean test accuracy, points,
-    with its 90% interval); empty where no such pair has been run.
-    """
-    rows = []
+def comparison_table(records: Sequence[StudyData]) -> list[Comparison]:
+    """Neighbouring RAMs of one published table and task that differ in one size alone, where both have been run."""
+    table: list[Comparison] = []
     rams = [row for row in PUBLISHED if row.model == "ram"]
     for size in SIZES:
-        ladder = sorted(rams, key=lambda row: (_apart_from(row, size), getattr(row, size)))
-        for before, after in itertools.pairwise(ladder):
-            if _apart_from(before, size) != _apart_from(after, size):
+        by_size = sorted(rams, key=lambda row: (_all_but(row, size), getattr(row, size)))
+        for before, after in itertools.pairwise(by_size):
+            if _all_but(before, size) != _all_but(after, size):
                 continue
             was, now = _measured(before, records), _measured(after, records)
             if was.accuracies and now.accuracies and (was.data, was.epochs) == (now.data, now.epochs):
-                published = round(after.accuracy - before.accuracy, 2)
-                change = _change(was.accuracies, now.accuracies)
+                published, change = round(after.accuracy - before.accuracy, 2), _change(was.accuracies, now.accuracies)
                 names = (before.source, before.task, size, before.label, after.label)
-                rows.append((*names, published, change.mid, change.low, change.high))
-    columns = ["source", "task", "size", "before", "after", "published", "change", "low", "high"]
-    return pd.DataFrame(rows, columns=columns)
+                table.append(Comparison(*names, published, change.mid, change.low, change.high))
+    return table
 
 
-def _apart_from(row: Published, size: str) -> tuple[str | int, ...]:
-    """What two rows share that differ in this size alone."""
+def ablation_table(records: Sequence[StudyData]) -> list[AblationRow]:
+    """What each choice of the tuned recipe is worth; empty where no `ablation` study has been run."""
+    table: list[AblationRow] = []
+    for one in records:
+        tested = {str(trial["row"]): trial for trial in _trials(one) if trial["origin"] == "ablation"}
+        tuned = tested["tuned"]["test_accuracies"] if "tuned" in tested else ()
+        for row, trial in tested.items():
+            accuracies = trial["test_accuracies"]
+            mean, change = mean_interval(_points(accuracies)), _change(tuned, () if row == "tuned" else accuracies)
+            numbers = (mean.mid, mean.low, mean.high, change.mid, change.low, change.high, len(accuracies))
+            table.append(AblationRow(trial.get("task", ""), row, *numbers, int(_tracked(trial, "epochs"))))
+    return table
+
+
+def _all_but(row: Published, size: str) -> tuple[str | int, ...]:
+    """A row's table, task and sizes without one size."""
     return row.source, row.task, *(getattr(row, name) for name in SIZES if name != size)
 
 
 def _change(before: Sequence[float], after: Sequence[float]) -> Interval:
-    """From one row's mean test accuracy to another's, in points, with its 90% interval by Welch's t."""
+    """Change of mean test accuracy between two rows, in points, with its 90% interval by Welch's t."""
     old, new = _points(before), _points(after)
     mid = float(new.mean() - old.mean()) if len(old) and len(new) else math.nan
     if min(len(old), len(new)) < 2:
         return Interval(math.nan, mid, math.nan)
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # seeds that end alike
-        span = ttest_ind(new, old, equal_var=False).confidence_interval(INTERVAL)
-    return Interval(float(span.low), mid, float(span.high))
+        bounds = ttest_ind(new, old, equal_var=False).confidence_interval(INTERVAL)
+    return Interval(float(bounds.low), mid, float(bounds.high))
 
 
-def _points(accuracies: Sequence[float]) -> np.ndarray:
+def _points(accuracies: Sequence[float]) -> Array:
     """Accuracies in points, of the seeds that have one."""
     values = 100 * np.array(accuracies, dtype=float)
     return values[np.isfinite(values)]
 
 
-def paper_table(records: Sequence[StudyData]) -> pd.DataFrame:
-    """Every published row with ours beside it: columns source, task, model, published, ours, low, high, seeds, data,
-    epochs, note. The case study's rows are trained at its own setting (design `paper`), Mnih's with the tuned recipe
-    (design `mnih`); a row that no study has run yet says so.
-    """
-    rows = []
-    for published in PUBLISHED:
-        ours = _measured(published, records)
-        mean = mean_interval(_points(ours.accuracies))
-        rows.append(
-            {
-                "source": published.source,
-                "task": published.task,
-                "model": published.label,
-                "published": published.accuracy,
-                "ours": mean.mid,
-                "low": mean.low,
-                "high": mean.high,
-                "seeds": len(ours.accuracies),
-                "data": ours.data,
-                "epochs": ours.epochs,
-                "note": ours.note,
-            }
-        )
-    return pd.DataFrame(rows)
+def _trials(records: StudyData) -> list[dict[Any, Any]]:
+    return records.trials.to_dict(orient="records")
 
 
-def _measured(row: Published, records: Sequence[StudyData]) -> Ours:
-    """The best that was measured of a row: tested before not, MNIST before other images, more epochs before fewer, then
-    the newest.
+def _measured(row: Published, records: Sequence[StudyData]) -> Measured:
+    """The best measurement of a row.
+
+    Tested comes before not tested, MNIST before other images, more epochs before fewer, newer before older.
     """
-    found: list[tuple[tuple[bool, bool, int, int], Ours]] = []
+    found: list[tuple[tuple[bool, bool, int, int], Measured]] = []
     for age, one in enumerate(records):  # newest first
-        for _, trial in one.trials.iterrows():
+        for trial in _trials(one):
             if trial["origin"] != _DESIGN[row.source] or not _same(row, trial):
                 continue
-            accuracies, epochs = tuple(trial["test_accuracies"]), int(_number(trial.get("epochs")))
+            accuracies, epochs = tuple(trial["test_accuracies"]), int(_tracked(trial, "epochs"))
             data, note = str(trial.get("data", "")), ""
             if not len(_points(accuracies)):
                 accuracies = ()
                 known = {"running": "running", "failed": f"failed: {trial['stop_reason']}"}
                 note = known.get(trial["state"], "not tested")
-            found.append(((not note, data == "mnist", epochs, -age), Ours(accuracies, data, epochs, note)))
-    nothing = Ours((), "", 0, "not run yet")
-    return max(found, key=lambda item: item[0])[1] if found else nothing
+            found.append(((not note, data == "mnist", epochs, -age), Measured(accuracies, data, epochs, note)))
+    return max(found, key=lambda item: item[0])[1] if found else Measured((), "", 0, "not run yet")
 
 
-def _number(value: Any) -> float:
+def _tracked(trial: dict[Any, Any], name: str) -> float:
     """A tracked number; 0 where none was tracked yet."""
+    value = trial.get(name)
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else 0.0
 
 
-def _same(row: Published, trial: pd.Series) -> bool:
+def _same(row: Published, trial: dict[Any, Any]) -> bool:
+    """Whether a trial trains the network of a published row."""
     if trial.get("task") != row.task or trial.get("model") != row.model:
         return False
     if row.model == "fc":
-        return _number(trial.get("hidden_size")) == row.hidden
-    if not row.glimpses:
-        return True
-    sizes = tuple(_number(trial.get(name)) for name in ("num_glimpses", "patch_size", "num_scales"))
-    return sizes == (row.glimpses, row.patch, row.scales)
+        return _tracked(trial, "hidden_size") == row.hidden
+    sizes = tuple(_tracked(trial, name) for name in ("num_glimpses", "patch_size", "num_scales"))
+    return not row.glimpses or sizes == (row.glimpses, row.patch, row.scales)
 
 
-def markdown(table: pd.DataFrame, compared: pd.DataFrame, ablated: pd.DataFrame) -> str:
-    """The published rows as Markdown, one part a source, what their sizes change, and what the tuned recipe's choices
-    are worth.
-    """
-    parts = []
-    for source, rows in table.groupby("source", sort=False):
-        lines = [f"## {source}", "", "| task | model | published % | ours % (90% interval) | seeds | data, epochs |"]
-        lines.append("|---|---|---|---|---|---|")
-        for _, row in rows.iterrows():
-            ours = row["note"] if row["note"] else f"{row['ours']:.2f}{_range(row['low'], row['high'])}"
-            setting = f"{row['data']}, {row['epochs']}" if row["data"] else ""
-            cells = (row["task"], row["model"], f"{row['published']:.2f}", ours, row["seeds"] or "", setting)
-            lines.append("| " + " | ".join(str(c).replace("|", "/") for c in cells) + " |")
-        parts.append("\n".join(lines))
-    if len(compared):
-        lines = ["## What a size changes", "", "From one row to the next of the same table, in points.", ""]
-        lines += ["| table | task | from | to | published | ours (90% interval) |", "|---|---|---|---|---|---|"]
-        for row in compared.itertuples():
-            shown = f"{row.change:+.2f}{_range(row.low, row.high, '+.2f')}"
-            names = (row.source, row.task, row.before, row.after)
-            lines.append(f"| {' | '.join(names)} | {row.published:+.2f} | {shown} |")
-        parts.append("\n".join(lines))
-    if len(ablated):
-        lines = ["## What each choice of the tuned recipe is worth", ""]
-        lines.append("| task | setting | test % (90% interval) | against tuned (90% interval) | seeds | epochs |")
-        lines.append("|---|---|---|---|---|---|")
-        for row in ablated.itertuples():
-            shown = f"{row.accuracy:.2f}{_range(row.low, row.high)}" if row.accuracy == row.accuracy else "not run yet"
-            change = f"{row.change:+.2f}{_range(row.change_low, row.change_high, '+.2f')}"
-            change = change if row.change == row.change else ""
-            lines.append(f"| {row.task} | {row.row} | {shown} | {change} | {row.seeds} | {row.epochs} |")
-        parts.append("\n".join(lines))
-    note = (
-        "Test accuracy with each seed's best validation epoch; mean over seeds. Beside the case study: its own "
-        "setting. Beside Mnih et al.: the tuned recipe (ramcore/recipes.py)."
-    )
-    return f"# Published results and ours\n\n{note}\n\n" + "\n\n".join(parts) + "\n"
+# ---- Markdown ------------------------------------------------------------------------------------------------
+
+_NOTE = """\
+Test accuracy with each seed's best validation epoch; mean over seeds. Beside the case study: its own setting. Beside \
+Mnih et al.: the tuned recipe (ramcore/recipes.py)."""
 
 
-def _range(low: float, high: float, digits: str = ".2f") -> str:
-    """An interval in brackets after its middle; nothing where there is none."""
-    return f" ({low:{digits}} to {high:{digits}})" if low == low else ""
+def markdown(table: Sequence[TableRow], compared: Sequence[Comparison], ablated: Sequence[AblationRow]) -> str:
+    """The published rows, one part a source; what their sizes change; what the tuned recipe's choices are worth."""
+    parts = [f"# Published results and ours\n\n{_NOTE}"]
+    for source, rows in itertools.groupby(table, key=lambda row: row.source):
+        parts.append(f"## {source}")
+        headings = ("task", "model", "published %", "ours % (90% interval)", "seeds", "data, epochs")
+        parts.append(_markdown_table(headings, (_published_cells(row) for row in rows)))
+    if compared:
+        parts.append("## What a size changes\n\nFrom one row to the next of the same table, in points.")
+        headings = ("table", "task", "from", "to", "published", "ours (90% interval)")
+        parts.append(_markdown_table(headings, (_compared_cells(row) for row in compared)))
+    if ablated:
+        parts.append("## What each choice of the tuned recipe is worth")
+        headings = ("task", "setting", "test % (90% interval)", "against tuned (90% interval)", "seeds", "epochs")
+        parts.append(_markdown_table(headings, (_ablated_cells(row) for row in ablated)))
+    return "\n\n".join(parts) + "\n"
 
 
-def table_figure(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def _published_cells(row: TableRow) -> Sequence[object]:
+    ours, setting = row.note or span(row.mean, 2), f"{row.data}, {row.epochs}" if row.data else ""
+    return row.task, row.model, number(row.published, 2), ours, row.seeds or "", setting
+
+
+def _compared_cells(row: Comparison) -> Sequence[object]:
+    change = span(Interval(row.low, row.change, row.high), 2, "+")
+    return row.source, row.task, row.before, row.after, number(row.published, 2, "+"), change
+
+
+def _ablated_cells(row: AblationRow) -> Sequence[object]:
+    mean, change = Interval(row.low, row.accuracy, row.high), Interval(row.change_low, row.change, row.change_high)
+    shown = "not run yet" if math.isnan(mean.mid) else span(mean, 2)
+    return row.task, row.row, shown, "" if math.isnan(change.mid) else span(change, 2, "+"), row.seeds, row.epochs
+
+
+def _markdown_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [headings, *([str(cell).replace("|", "/") for cell in row] for row in rows)]
+    head, *body = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, "|" + "---|" * len(headings), *body])
+
+
+# ---- figures -------------------------------------------------------------------------------------------------
+
+
+def table_figure(rows: Sequence[TableRow], ax: Axes | None = None) -> Axes:
     """Published accuracy and ours with its interval, for every row."""
-    rows = table.iloc[::-1].reset_index(drop=True)
-    ax = ax or figures.new_axes(7.2, 1.2 + 0.24 * len(rows))
-    for y, row in rows.iterrows():
-        ax.plot(row["published"], y, "D", color=figures.BLACK if row["source"] == CASE_STUDY else figures.GREY, ms=4.5)
-        if row["low"] == row["low"]:
-            ax.plot([row["low"], row["high"]], [y, y], color=figures.BLUE, lw=2.5, solid_capstyle="butt")
-        if row["ours"] == row["ours"] and row["data"] == "mnist":
-            ax.plot(row["ours"], y, "o", color=figures.BLUE, ms=5.5, mec="white", mew=0.6)
-        elif row["ours"] == row["ours"]:
-            ax.plot(row["ours"], y, "o", color=figures.BLUE, ms=5.5, mfc="none")
-    for label, colour, marker in (
-        ("case study", figures.BLACK, "D"),
-        ("Mnih et al.", figures.GREY, "D"),
-        ("ours, 90% interval", figures.BLUE, "o"),
+    labels = [f"{row.task}: {row.model}" for row in rows]
+    ax = figures.row_axes(labels, "test accuracy (%)", ax, width=7.2, height=0.24)
+    for y, row in enumerate(rows):
+        ax.plot([row.published], [y], "D", color=figures.BLACK if row.source == CASE_STUDY else figures.GREY, ms=4.5)
+        style = {"mec": "white"} if row.data == "mnist" else {"mec": figures.BLUE, "mfc": "none"}
+        figures.draw_interval(ax, y, row.mean, width=2.5, ms=5.5, **style)
+    for label, colour, marker in zip(
+        ("case study", "Mnih et al.", "ours, 90% interval"),
+        (figures.BLACK, figures.GREY, figures.BLUE),
+        "DDo",
+        strict=True,
     ):
         ax.plot([], [], marker, color=colour, label=label)
-    if ((rows["ours"] == rows["ours"]) & (rows["data"] != "mnist")).any():
+    if any(math.isfinite(row.ours) and row.data != "mnist" for row in rows):
         ax.plot([], [], "o", color=figures.BLUE, mfc="none", label="ours, not on MNIST")
-    ax.set_yticks(
-        range(len(rows)), [f"{task}: {model}" for task, model in zip(rows["task"], rows["model"], strict=True)]
-    )
     ax.tick_params(axis="y", labelsize=8)
-    ax.set_xlabel("test accuracy (%)")
-    ax.xaxis.grid(True, color=figures.PALE, lw=0.6)
-    ax.set_axisbelow(True)
     ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, fontsize=9)
     return ax
 
 
-# ---- the pictures --------------------------------------------------------------------------------------------
-
-
 def sample_digits(tasks: Sequence[TaskData], count: int = 6) -> Figure:
-    """A row a task: its first test images (the case study's Figures 2 and 3)."""
+    """The first test images of each task, one row a task (the case study's Figures 2 and 3)."""
     figure = Figure(figsize=(1.15 * count, 1.35 * len(tasks)), layout="constrained")
     axes = figure.subplots(len(tasks), count, squeeze=False)
     for row, task in zip(axes, tasks, strict=True):
@@ -313,7 +325,7 @@ def load_model(uri: str, study: StudyRun) -> SavedModel | None:
 
 
 def glimpse_animation(config: Config, paths: Sequence[GlimpsePath]) -> FuncAnimation:
-    """The glimpses of a few images one after the other; the figure is the animation's."""
+    """An animation of the glimpses of a few images, one after the other."""
     figure = Figure(figsize=(2.0 * len(paths), 2.3), layout="constrained")
     axes = figure.subplots(1, len(paths), squeeze=False)[0]
 
@@ -351,65 +363,65 @@ class Args:
 
 
 def main(args: Args) -> int:
-    """Write table.md, table.csv and figures. Gives 0, or 2 after a one-line message."""
+    """Write the tables and figures. Gives 0, or 2 after a one-line message."""
     try:
-        uri = tracking_uri(args.tracking_uri)
-        source = open_source(uri, args.records)
-        studies = list_studies(source)
-        records = _paper_records(source, studies, args.study)
-        table = paper_table(records)
-        args.out.mkdir(parents=True, exist_ok=True)
-        compared, ablated = comparison_table(records), ablation_table(records)
-        text = markdown(table, compared, ablated)
-        (args.out / "table.md").write_text(text, encoding="utf-8")
-        table.to_csv(args.out / "table.csv", index=False)
-        compared.to_csv(args.out / "comparisons.csv", index=False)
-        ablated.to_csv(args.out / "ablation.csv", index=False)
-        with mpl.rc_context(figures.STYLE):
-            figure = table_figure(table).figure
-            for kind in ("png", "svg"):
-                figure.savefig(args.out / f"table.{kind}")
+        uri = load.tracking_uri(args.tracking_uri)
+        source = load.open_source(uri, args.records)
+        studies = load.list_studies(source)
+        records = _with_tables(source, studies, args.study)
+        text = write_tables(args.out, records)
         model = None if isinstance(source, Exported) else _find_model(uri, studies, args.model_study)
-        for line in draw_pictures(args.out, model, _source(studies, records, model), args.data_dir):
-            _say(line)
+        say(draw_pictures(args.out, model, _images(studies, records, model), args.data_dir))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     except OSError as error:
-        print(f"error: the results must be writable; {error}. Choose another folder with --out", file=sys.stderr)
+        say(f"error: the results must be writable; {error}. Choose another folder with --out")
         return 2
-    print(text)
-    print(f"tables and figures: {args.out}")
+    print(f"{text}\ntables and figures: {args.out}")
     return 0
 
 
-def draw_pictures(out: Path, model: SavedModel | None, source: Data, data_dir: Path | None) -> list[str]:
-    """Sample digits, glimpses and their animation into `out`; what could not be drawn is told in the lines given."""
-    said: list[str] = []
+@figures.styled
+def write_tables(out: Path, records: Sequence[StudyData]) -> str:
+    """Write table.md, the tables as CSV and the table's figure to `out`. Gives the Markdown."""
+    table, compared, ablated = paper_table(records), comparison_table(records), ablation_table(records)
+    out.mkdir(parents=True, exist_ok=True)
+    text = markdown(table, compared, ablated)
+    (out / "table.md").write_text(text, encoding="utf-8")
+    pd.DataFrame(table).to_csv(out / "table.csv", index=False)
+    pd.DataFrame(compared, columns=list(Comparison._fields)).to_csv(out / "comparisons.csv", index=False)
+    pd.DataFrame(ablated, columns=list(AblationRow._fields)).to_csv(out / "ablation.csv", index=False)
+    figure = figures.figure_of(table_figure(table))
+    for kind in ("png", "svg"):
+        figure.savefig(out / f"table.{kind}")
+    return text
+
+
+def draw_pictures(out: Path, model: SavedModel | None, source: Data, data_dir: Path | None) -> str:
+    """Save sample digits, glimpses and their animation to `out`. Gives one line on what was drawn."""
+    tasks: tuple[Task, ...] = ("original", "translated", "cluttered", "cluttered-100")
     try:
-        tasks: tuple[Task, ...] = ("original", "translated", "cluttered", "cluttered-100")
-        sample_digits([load_task(Config(data=source, task=task), data_dir) for task in tasks]).savefig(
-            out / "samples.png", dpi=170
-        )
+        samples = [load_task(Config(data=source, task=task), data_dir) for task in tasks]
+        sample_digits(samples).savefig(out / "samples.png", dpi=170)
         if model is None:
-            said.append("no study has saved a RAM yet, so no glimpses are drawn; run python -m study.run first")
-            return said
+            return "no study has saved a RAM yet, so no glimpses are drawn; run python -m study.run first"
         paths = glimpse_paths(model.config, model.weights, load_task(model.config, data_dir))
     except UserError as error:
-        return [f"no pictures of {source}: {error}"]
+        return f"no pictures of {source}: {error}"
     draw_glimpses(model.config, paths).savefig(out / "glimpses.png", dpi=170)
-    glimpse_animation(model.config, paths).save(out / "glimpses.gif", writer=PillowWriter(fps=1.5), dpi=110)
-    return [f"glimpses of the best model of {model.study}"]
+    glimpse_animation(model.config, paths).save(out / "glimpses.gif", writer=PillowWriter(fps=1.5), dpi=110)  # pyright: ignore[reportArgumentType]
+    return f"glimpses of the best model of {model.study}"
 
 
-def _paper_records(source: Source, studies: Sequence[StudyRun], name: str | None) -> list[StudyData]:
-    chosen = [find_study(studies, name)] if name else [s for s in studies if _has_tables(s)]
+def _with_tables(source: Source, studies: Sequence[StudyRun], name: str | None) -> list[StudyData]:
+    """The named study, or every study that is reported as a table, newest first."""
     records: list[StudyData] = []
-    for study in chosen:
+    for study in [load.find_study(studies, name)] if name else filter(_has_tables, studies):
         try:
-            records.append(load_study(source, study, progress_line(f"reading {study.name}")))
+            records.append(load.load_study(source, study, load.progress_line(f"reading {study.name}")))
         except NoTrials:
-            _say(f"{study.name} has no trial yet")
+            say(f"{study.name} has no trial yet")
     return records
 
 
@@ -419,29 +431,24 @@ def _has_tables(study: StudyRun) -> bool:
 
 
 def _find_model(uri: str, studies: Sequence[StudyRun], name: str | None) -> SavedModel | None:
-    chosen = [find_study(studies, name)] if name else sorted(studies, key=lambda s: not _has_tables(s))
-    for study in chosen[:10]:
-        model = load_model(uri, study)
-        if model is not None:
-            return model
-    return None
+    """The saved model of the named study, or of the newest one; studies with tables come first."""
+    chosen = [load.find_study(studies, name)] if name else sorted(studies, key=lambda s: not _has_tables(s))
+    models = (load_model(uri, study) for study in chosen[:10])
+    return next((model for model in models if model is not None), None)
 
 
-def _source(studies: Sequence[StudyRun], records: Sequence[StudyData], model: SavedModel | None) -> Data:
+def _images(studies: Sequence[StudyRun], records: Sequence[StudyData], model: SavedModel | None) -> Data:
+    """The images to draw: those of the model, else of the newest study."""
     if model is not None:
         return model.config.data
     named = [one.study.params.get("data") for one in records] + [study.params.get("data") for study in studies]
-    known: tuple[Data, ...] = ("mnist", "fashion-mnist", "digits")
-    return next((source for source in known if named and named[0] == source), "digits")
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr)
+    known: dict[str | None, Data] = {"mnist": "mnist", "fashion-mnist": "fashion-mnist"}
+    return known.get(next(iter(named), None), "digits")
 
 
 def cli() -> int:
     """Entry point."""
-    quieten()
+    load.quieten()
     return main(tyro.cli(Args, description=__doc__))
 
 

@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from ramcore.config import Config
 from ramcore.cost import cost
-from ramcore.data import load_task
 from ramcore.errors import UserError
 from ramcore.pictures import draw_glimpses, glimpse_paths
 from ramcore.recipes import RECIPES
+from ramcore.sources import load_task
 from ramcore.trainer import Trainer
 
 

@@ -27,6 +27,7 @@ from study.designs import TrialSpec, published, search_origins
 from study.display import duration, time_left
 from study.flags import Flags
 from study.prepare import Prepared
+from study.ray_internals import ray_reason
 from study.record import TrialRecord, read_totals, read_trials
 from study.search_space import configuration
 from study.sobol import SobolSequence
@@ -180,7 +181,7 @@ def _on_cluster(flags: Flags, prepared: Prepared, uri: str, ray_pool: pool.Pool,
         try:
             seconds = ray.get(task.remote(configs, data, seeds, trial.cpus, gpus), timeout=_PATIENCE)
         except RayError as error:
-            failed = f"timing an epoch on {node} failed ({cluster.ray_reason(str(error))})"
+            failed = f"timing an epoch on {node} failed ({ray_reason(str(error))})"
             return _Place(slots, machines, lines, [], failed)
         timed = f"{len(configs)} configurations timed now, on {node}"
         if not able:

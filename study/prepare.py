@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ramcore.config import Config
-from ramcore.data import DataMissing, TaskData, load_task
+from ramcore.data import TaskData
 from ramcore.errors import UserError
 from ramcore.recipes import TUNED
+from ramcore.sources import DataMissing, load_task
 from ramcore.space import Space, Values
 from study.designs import (
     DEFAULT_SOBOL_SHARE,

@@ -11,9 +11,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when numpy and torch are i
 
 import torch
 
-from ramcore import data as ram_data
+from ramcore import sources
 from ramcore.config import Config
-from ramcore.data import TaskData, load_source, make_task
+from ramcore.data import TaskData, make_task
+from ramcore.sources import load_source
 
 
 @pytest.fixture(scope="session")
@@ -79,11 +80,11 @@ def idx_folder(tmp_path, monkeypatch, digits) -> Path:
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(packed)
             md5, sha256 = hashlib.md5(packed).hexdigest(), hashlib.sha256(content).hexdigest()
-            files.append(ram_data._IdxFile(path.stem, tuple(array.shape), md5, sha256))
-    source = ram_data._IdxSource(("http://127.0.0.1:9/",), tuple(files))
-    unsigned = ram_data._IdxSource(source.mirrors, tuple(f._replace(sha256=None) for f in files))
-    monkeypatch.setattr(ram_data, "_IDX_SOURCES", {"mnist": source, "fashion-mnist": unsigned})
-    monkeypatch.setattr(ram_data, "_VALIDATION_SIZE", 197)
+            files.append(sources._IdxFile(path.stem, tuple(array.shape), md5, sha256))
+    source = sources._IdxSource(("http://127.0.0.1:9/",), tuple(files))
+    unsigned = sources._IdxSource(source.mirrors, tuple(f._replace(sha256=None) for f in files))
+    monkeypatch.setattr(sources, "_IDX_SOURCES", {"mnist": source, "fashion-mnist": unsigned})
+    monkeypatch.setattr(sources, "_VALIDATION_SIZE", 197)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("RAM_DATA_DIR", raising=False)
     return tmp_path / "data"

@@ -34,7 +34,8 @@ import optuna
 import torch
 
 from ramcore.config import Config
-from ramcore.data import Split, SplitName, TaskData, load_source, make_task
+from ramcore.data import Split, SplitName, TaskData, make_task
+from ramcore.sources import load_source
 from ramcore.space import Space
 from ramcore.trainer import Trainer
 from study import designs, faults, results
@@ -85,7 +86,10 @@ class Study:
 
     @staticmethod
     def make(epochs: int = EPOCHS) -> Study:
-        splits: dict[SplitName, Split] = {n: type(s)(s.images[:120], s.labels[:120]) for n, s in load_source("digits").items()}
+        source = load_source("digits")
+        splits: dict[SplitName, Split] = {
+            name: Split(split.images[:120], split.labels[:120]) for name, split in source.items()
+        }
         data = make_task("digits", "original", splits)
         base = Config(
             data="digits", task="original", epochs=epochs, batch_size=40, hidden_size=16, glimpse_size=8,
@@ -343,7 +347,8 @@ def check(root: Path, faults_wanted: int, seed: int, say: Callable[[str], None] 
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = Study.make()
-    Trainer(configuration(study.space, study.space.default), study.data)  # imports what the forked sessions would each import again
+    # Imports what every forked session would import again.
+    Trainer(configuration(study.space, study.space.default), study.data)
     template = new_database(root)
     expected = reference(study, root / "reference", template)
     trained = len((root / "reference" / "trained.log").read_text().split())

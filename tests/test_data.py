@@ -7,10 +7,11 @@ import shutil
 import pytest
 import torch
 
-from ramcore import data as data_module
+from ramcore import sources
 from ramcore.config import TASKS, Config
-from ramcore.data import DataMissing, Split, load_source, load_task, make_task
+from ramcore.data import Split, make_task
 from ramcore.errors import UserError
+from ramcore.sources import DataMissing, load_source, load_task
 
 SEEDS = torch.tensor([0, 1])
 
@@ -186,7 +187,7 @@ def test_damaged_files_are_named(idx_folder, name, damage, message):
 
 
 def _download(port: int, queue) -> None:
-    data_module._IDX_SOURCES["mnist"] = data_module._IDX_SOURCES["mnist"]._replace(
+    sources._IDX_SOURCES["mnist"] = sources._IDX_SOURCES["mnist"]._replace(
         mirrors=("http://127.0.0.1:9/", f"http://127.0.0.1:{port}/")
     )
     try:

@@ -11,8 +11,8 @@ import torch
 from analysis import paper
 from analysis.load import StudyData
 from ramcore.config import Config
-from ramcore.data import load_task
 from ramcore.evaluation import build_model
+from ramcore.sources import load_task
 from tests.synthetic import RAM_DIMENSIONS, Synthetic, ram_truth, simulate, write_mlflow
 
 

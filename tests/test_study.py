@@ -18,13 +18,15 @@ import torch
 from rich.console import Console
 
 from ramcore.config import Config
-from ramcore.data import load_task
-from study import designs, pool, results, run
+from ramcore.sources import load_task
+from study import designs, pool, provenance, results
 from study.checkpoints import Checkpoints
-from study.display import Progress, duration, percent, time_left
+from study.display import Display, duration, percent, time_left
+from study.flags import DONE, SOME_FAILED, STOPPED, USAGE, Flags
+from study.provenance import WorkingTree
 from study.record import Epoch, Record, TrialRecord, read_settings
 from study.results import pareto_trials
-from study.run import Flags, main
+from study.run import main
 from study.search_space import configuration, search_space
 from study.trainable import run_trial
 
@@ -41,7 +43,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 def refused(capsys, **flags) -> str:
     """The one line with which a command is refused."""
-    assert main(Flags(**{"data": "digits", **flags})) == run.USAGE
+    assert main(Flags(**{"data": "digits", **flags})) == USAGE
     captured = capsys.readouterr()
     assert captured.out == ""
     (line,) = captured.err.strip().splitlines()
@@ -62,7 +64,13 @@ def refused(capsys, **flags) -> str:
         ({"time_budget": 0.0}, "--time-budget must be above 0; got 0"),
         ({"money_budget": 5.0}, "a money budget needs a price"),
         ({"study": "../escape"}, "a study's name is a folder's name"),
-        ({"design": "paper", "task": "original"}, "on translated and cluttered; got --task original"),
+        ({"task": "nope"}, "--task must be one of original, translated, cluttered, cluttered-100; got 'nope'"),
+        ({"data": "nope"}, "--data must be one of auto, mnist, fashion-mnist, digits; got 'nope'"),
+        ({"design": "nope"}, "--design must be one of search, paper, mnih, ablation, ofat, replicate; got 'nope'"),
+        (
+            {"design": "paper", "task": "original"},
+            "--design paper is for the tasks translated, cluttered; got --task original",
+        ),
         ({"sobol_share": 0.9}, "--sobol-share must be above 0 and at most 0.8; got 0.9"),
         ({"sobol_share": 0.5, "design": "paper"}, "--sobol-share is a search's; the design is paper"),
         ({"design": "ofat"}, "this design starts from a search's best configuration; runs holds no search"),
@@ -76,17 +84,17 @@ def refused(capsys, **flags) -> str:
         ),
     ],
 )
-def test_bad_input_is_refused_in_one_line_before_anything_starts(here, capsys, flags, said):
+def test_bad_flags_are_refused_in_one_line_and_nothing_is_written(here, capsys, flags, said):
     assert said in refused(capsys, **flags)
     assert not list(here.iterdir())
 
 
-def test_a_storage_that_cannot_be_written_is_refused(here, capsys):
+def test_unwritable_storage_is_refused(here, capsys):
     (here / "file").write_text("")
     assert "--storage must be a folder that can be written" in refused(capsys, storage="file/runs")
 
 
-def test_a_gpu_that_is_not_there_is_refused(here, capsys):
+def test_gpu_share_without_gpu_is_refused(here, capsys):
     if torch.cuda.is_available():
         pytest.skip("a GPU is there")
     assert "a trial must fit on the machine; --gpus-per-trial is 0.5 and there are 0" in refused(
@@ -94,8 +102,29 @@ def test_a_gpu_that_is_not_there_is_refused(here, capsys):
     )
 
 
-def test_a_dry_run_prints_the_plan_and_makes_nothing(here, capsys):
-    assert main(Flags(data="digits", dry_run=True, trials=40)) == run.DONE
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("--help", 0, "{search,paper,mnih,ablation,ofat,replicate}"),
+        ("--trials 0", 2, "error: --trials must be at least 1"),
+        ("--design paper --task original", 2, "error: --design paper is for the tasks translated, cluttered"),
+        ("--design paper --sobol-share 0.5", 2, "error: --sobol-share is a search's"),
+        ("--money-budget 3", 2, "error: a money budget needs a price"),
+        ("--address http://127.0.0.1:9", 2, "error: --address must be a Ray cluster's job server"),
+    ],
+)
+def test_help_and_refusals_do_not_import_torch_ray_mlflow_or_scipy(here, line, code, said):
+    program = "import sys; sys.argv[1:] = sys.argv[1].split(); from study.run import cli\n"
+    program += "try: cli()\nfinally: print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program, line], cwd=here, env=env, capture_output=True, text=True)
+    assert done.returncode == code and said in done.stdout + done.stderr
+    imported = set(done.stdout.splitlines()[-1].split())
+    assert "tyro" in imported and not imported & {"torch", "ray", "mlflow", "scipy", "pandas", "optuna"}
+
+
+def test_dry_run_prints_plan_and_writes_nothing(here, capsys):
+    assert main(Flags(data="digits", dry_run=True, trials=40)) == DONE
     out = capsys.readouterr().out
     assert "Study translated-digits-search: new" in out
     assert "40: 5 published, 16 sobol, 19 tpe" in out
@@ -103,8 +132,8 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(here, capsys):
     assert not list(here.iterdir())
 
 
-def test_a_dry_run_of_the_paper_lists_its_rows(here, capsys):
-    assert main(Flags(data="digits", design="paper", dry_run=True)) == run.DONE
+def test_dry_run_of_paper_lists_its_rows(here, capsys):
+    assert main(Flags(data="digits", design="paper", dry_run=True)) == DONE
     out = capsys.readouterr().out
     assert "Study translated-cluttered-digits-paper: new" in out and "100 epochs, 3 seeds" in out
     assert "cluttered RAM 6 gl 20x20 3 s" in out and "translated CNN" in out
@@ -117,10 +146,10 @@ def trial(number: int, *accuracy: float, origin: str = "sobol", state: str = "co
     space = search_space(Config(epochs=4))
     plan = designs.TrialSpec(config=configuration(space, space.default | values), origin=origin, seeds=(0, 1))
     epochs = [Epoch(time=0, value=a, metrics={"val_accuracy": [a - 0.01, a + 0.01], "seconds": 10.0}) for a in accuracy]
-    return TrialRecord(number=number, trial_id=number, spec=plan, started=0, epochs=epochs, state=state)  # type: ignore[arg-type]
+    return TrialRecord(number=number, spec=plan, started=0, epochs=epochs, state=state)  # type: ignore[arg-type]
 
 
-def test_the_pareto_front_holds_what_nothing_beats_in_both():
+def test_pareto_front_holds_trials_that_none_beats_in_accuracy_and_cost():
     trials = [
         trial(0, 0.9, num_glimpses=8),
         trial(1, 0.8, num_glimpses=4),
@@ -131,7 +160,7 @@ def test_the_pareto_front_holds_what_nothing_beats_in_both():
     assert [t.number for t in pareto_trials(trials)] == [4, 1, 0]
 
 
-def test_the_time_left_is_a_range_that_knows_about_early_stopping():
+def test_time_left_is_a_range_that_allows_for_early_stopping():
     origins = ["sobol"] * 2 + ["tpe"] * 2
     done = [trial(0, 0.1, 0.1, 0.1, 0.1), trial(1, 0.1, 0.1, 0.1, 0.1), trial(2, 0.1, origin="tpe", state="pruned")]
     low, high = time_left(done, origins, 4, slots=1) or (0, 0)
@@ -143,8 +172,8 @@ def test_the_time_left_is_a_range_that_knows_about_early_stopping():
     assert time_left([*done, trial(3, 0.1, origin="tpe", state="pruned")], origins, 4, slots=1) == (0, 0)
 
 
-def test_the_live_display_says_how_far_the_study_is():
-    progress = Progress(study="a-study", epochs=4)
+def test_live_display_shows_counts_best_trial_and_running_trials():
+    progress = Display(study="a-study", epochs=4)
     running = trial(2, 0.5, origin="tpe", state="running")
     progress.resume([trial(0, 0.5, 0.6, 0.7, 0.8), trial(1, 0.1, origin="tpe", state="pruned"), running], ["tpe"] * 5)
     for _ in range(2):
@@ -159,10 +188,10 @@ def test_the_live_display_says_how_far_the_study_is():
     assert "0002  tpe  epoch 1/4  50.00 +- 1.41 %" in shown
 
 
-def test_without_a_terminal_a_long_trial_is_heard_of_once_a_minute(monkeypatch, capsys):
+def test_long_trial_without_terminal_is_printed_once_a_minute(monkeypatch, capsys):
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    progress = Progress(study="a-study", epochs=4)
+    progress = Display(study="a-study", epochs=4)
     running = trial(2, 0.5, origin="tpe", state="running")
     progress.resume([trial(0, 0.5, 0.6, 0.7, 0.8), running], ["tpe"] * 5)
     for clock[0] in (50, 70, 100, 140):
@@ -171,7 +200,7 @@ def test_without_a_terminal_a_long_trial_is_heard_of_once_a_minute(monkeypatch, 
     assert len(lines) == 2 and all(line.startswith("[1/5] trial 0002: epoch 1/4, 50.00 +- 1.41 %; ") for line in lines)
 
 
-def test_how_figures_are_written():
+def test_percent_and_duration_are_formatted():
     assert percent((0.96, 0.98)) == "97.00 +- 1.41 %" and percent((0.5,)) == "50.00 %" and percent(()) == "-"
     assert [duration(s) for s in (5, 600, 12_000)] == ["5 s", "10 min", "3.3 h"]
 
@@ -209,29 +238,29 @@ def fragile(here, empty_database, monkeypatch) -> list[str]:
 SMALL = Flags(data="digits", task="original", trials=2, epochs=1, seeds_per_trial=1, study="s")
 
 
-def test_a_ray_that_breaks_down_is_started_again(fragile, capsys):
+def test_broken_ray_is_started_again_and_study_finishes(fragile, capsys):
     fragile.extend(["a worker was killed", "a worker was killed"])
-    assert main(SMALL) == run.DONE
+    assert main(SMALL) == DONE
     captured = capsys.readouterr()
     assert captured.err.count("Ray broke down and is started again: a worker was killed") == 2
     assert "trial 0000 is taken up again (0 epochs recorded)" in captured.err and "2 trials finished" in captured.out
 
 
-def test_a_ray_that_keeps_breaking_down_ends_the_run_and_the_same_command_continues(fragile, capsys):
+def test_ray_broken_three_times_stops_study_and_same_command_continues(fragile, capsys):
     fragile.extend(["killed"] * 5)
-    assert main(SMALL) == run.STOPPED
+    assert main(SMALL) == STOPPED
     assert "Ray broke down 3 times without an epoch between: killed" in capsys.readouterr().err
     fragile.clear()
-    assert main(SMALL) == run.DONE
+    assert main(SMALL) == DONE
 
 
-def test_a_trial_over_which_ray_breaks_down_again_and_again_is_failed(fragile, capsys):
+def test_only_running_trial_fails_after_ray_breaks_down_three_times(fragile, capsys):
     fragile.extend(["out of memory"] * 3)
-    assert main(dataclasses.replace(SMALL, trials=1)) == run.SOME_FAILED
+    assert main(dataclasses.replace(SMALL, trials=1)) == SOME_FAILED
     assert "failed: trial 0000: error: Ray broke down 3 times over it; out of memory" in capsys.readouterr().out
 
 
-def test_a_ray_that_does_not_start_is_no_trials_fault(fragile, monkeypatch, capsys):
+def test_ray_that_does_not_start_stops_study_and_fails_no_trial(fragile, monkeypatch, capsys):
     fragile.extend(["killed"])
     running = pool.ray_running
     attempts = []
@@ -245,11 +274,11 @@ def test_a_ray_that_does_not_start_is_no_trials_fault(fragile, monkeypatch, caps
             yield
 
     monkeypatch.setattr(pool, "ray_running", starts_once)
-    assert main(dataclasses.replace(SMALL, trials=1)) == run.STOPPED
+    assert main(dataclasses.replace(SMALL, trials=1)) == STOPPED
     assert "1 to be continued" in capsys.readouterr().out
 
 
-def test_a_tune_that_ends_early_is_started_again(fragile, monkeypatch, capsys):
+def test_tune_that_ends_early_is_started_again(fragile, monkeypatch, capsys):
     run_trials = pool.run_trials
     lost = []
 
@@ -260,45 +289,45 @@ def test_a_tune_that_ends_early_is_started_again(fragile, monkeypatch, capsys):
         run_trials(scheduler, data, wanted, look)
 
     monkeypatch.setattr(pool, "run_trials", ends_early)
-    assert main(SMALL) == run.DONE
+    assert main(SMALL) == DONE
     captured = capsys.readouterr()
     assert "Ray Tune ended with trials to go" in captured.err and "2 trials finished" in captured.out
 
 
-def test_rays_own_files_on_a_full_disk_stop_the_study_that_the_same_command_continues(fragile, monkeypatch, capsys):
+def test_full_disk_stops_study_and_same_command_continues(fragile, monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(28, "No space left on device", "/tmp/ray")
 
     with monkeypatch.context() as patch:
         patch.setattr(pool, "run_trials", full)
-        assert main(SMALL) == run.STOPPED
+        assert main(SMALL) == STOPPED
     assert "No space left on device" in capsys.readouterr().err
-    assert main(SMALL) == run.DONE
+    assert main(SMALL) == DONE
 
 
-def test_best_weights_that_cannot_be_read_leave_a_finished_study(fragile, monkeypatch, capsys):
+def test_unreadable_best_weights_finish_study_and_next_run_reads_test_accuracy(fragile, monkeypatch, capsys):
     def unreadable(*_):
         raise OSError(5, "Input/output error", "best.pt")
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "load_best", unreadable)
         patch.setattr("study.tracking._BACKOFF", (0.1,))
-        assert main(SMALL) == run.DONE
+        assert main(SMALL) == DONE
     captured = capsys.readouterr()
     assert "2 trials finished" in captured.out and "test accuracy is read by the next run" in captured.err
     assert "MLflow lacks the best model ([Errno 5] Input/output error" in captured.err
-    assert main(SMALL) == run.DONE
+    assert main(SMALL) == DONE
     captured = capsys.readouterr()
     assert "test accuracy" in captured.out and captured.err == ""
 
 
-def test_a_money_budget_stops_a_study_that_the_same_command_continues(fragile, capsys):
-    assert main(dataclasses.replace(SMALL, money_budget=1e-9, price_per_hour=100.0)) == run.STOPPED
+def test_money_budget_stops_study_and_same_command_continues(fragile, capsys):
+    assert main(dataclasses.replace(SMALL, money_budget=1e-9, price_per_hour=100.0)) == STOPPED
     assert "the money budget of 1e-09 is used up" in capsys.readouterr().err
-    assert main(SMALL) == run.DONE
+    assert main(SMALL) == DONE
 
 
-def test_how_a_study_came_about_is_told_by_those_who_trained_it(fragile, monkeypatch):
+def test_provenance_is_of_the_last_run_that_trained(fragile, monkeypatch):
     def settings() -> dict:
         client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
         (parent,) = client.search_runs(["1"], "tags.`ram.kind` = 'study'")
@@ -309,9 +338,9 @@ def test_how_a_study_came_about_is_told_by_those_who_trained_it(fragile, monkeyp
         return told
 
     for commit, trials in (("a" * 40, 1), ("b" * 40, 2), ("c" * 40, 2)):
-        monkeypatch.setattr(run, "working_tree", lambda commit=commit: (commit, False))
-        monkeypatch.setattr(run, "command", lambda trials=trials: f"python -m study.run --trials {trials}")
-        assert main(dataclasses.replace(SMALL, trials=trials)) == run.DONE
+        monkeypatch.setattr(provenance, "working_tree", lambda commit=commit: WorkingTree(commit, False))
+        monkeypatch.setattr(provenance, "command", lambda trials=trials: f"python -m study.run --trials {trials}")
+        assert main(dataclasses.replace(SMALL, trials=trials)) == DONE
     told = settings()  # the third run trained nothing
     assert (told["commit"], told["command"]) == ("b" * 40, "python -m study.run --trials 2")
     assert [r["commit"] for r in told["runs"]] == ["a" * 40, "b" * 40]
@@ -321,35 +350,35 @@ def test_how_a_study_came_about_is_told_by_those_who_trained_it(fragile, monkeyp
 # A study that meets another one.
 
 
-def test_the_same_command_continues_a_study_of_digits_where_mnist_has_come(fragile, idx_folder, capsys):
+def test_study_of_digits_continues_on_digits_after_mnist_appears(fragile, idx_folder, capsys):
     dry = dataclasses.replace(SMALL, data="auto", study=None, data_dir=idx_folder, dry_run=True)
-    assert main(dry) == run.DONE
+    assert main(dry) == DONE
     assert "Study original-mnist-search: new" in capsys.readouterr().out
-    assert main(dataclasses.replace(SMALL, study=None)) == run.DONE
+    assert main(dataclasses.replace(SMALL, study=None)) == DONE
     capsys.readouterr()
-    assert main(dry) == run.DONE
+    assert main(dry) == DONE
     said = capsys.readouterr()
     assert "Study original-digits-search" in said.out and ": new" not in said.out
     assert "original-digits-search is continued, on the bundled digits: pass --data mnist" in said.err
 
 
-def test_the_same_command_refuses_to_go_on_with_mnist_where_mnist_has_gone(fragile, idx_folder, capsys):
-    assert main(dataclasses.replace(SMALL, data="mnist", study=None, data_dir=idx_folder)) == run.DONE
+def test_study_of_mnist_is_refused_after_mnist_disappears(fragile, idx_folder, capsys):
+    assert main(dataclasses.replace(SMALL, data="mnist", study=None, data_dir=idx_folder)) == DONE
     capsys.readouterr()
     empty = idx_folder.parent / "empty"
     empty.mkdir()
     assert "mnist" in refused(capsys, task="original", data="auto", data_dir=empty, trials=2, epochs=1)
 
 
-def test_a_design_around_an_unfinished_search_says_so(fragile, capsys):
-    assert main(SMALL) == run.DONE
+def test_design_from_unfinished_search_prints_warning(fragile, capsys):
+    assert main(SMALL) == DONE
     around = Flags(data="digits", task="original", design="replicate", dry_run=True)
     capsys.readouterr()
-    assert main(around) == run.DONE
+    assert main(around) == DONE
     assert "is not finished" not in capsys.readouterr().err
     settings, _ = read_settings(Path("runs/s/study.db")) or pytest.fail("no study")
     Record.open(Path("runs/s"), settings, total=4).close()  # asked for two more
-    assert main(around) == run.DONE
+    assert main(around) == DONE
     said = capsys.readouterr().err
     assert "the best configuration that s has now, and that search is not finished (2 of 4 trials have ended)" in said
 
@@ -370,7 +399,7 @@ def command(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, timeout=250)
 
 
-def test_a_study_ends_with_its_results_on_stdout_and_its_progress_on_stderr(finished):
+def test_study_prints_results_to_stdout_and_progress_to_stderr(finished):
     folder, done = finished
     assert done.returncode == 0, done.stderr
     for said in (
@@ -387,7 +416,7 @@ def test_a_study_ends_with_its_results_on_stdout_and_its_progress_on_stderr(fini
     assert sorted(p.name for p in folder.iterdir()) == ["mlflow.db", "mlruns", "runs"]
 
 
-def test_the_same_command_again_reports_the_finished_study(finished):
+def test_finished_study_is_reported_again_without_new_trials(finished):
     folder, done = finished
     again = command(folder, "--study", "original-digits-search")  # its name says it all
     assert again.returncode == 0, again.stderr
@@ -398,7 +427,7 @@ def test_the_same_command_again_reports_the_finished_study(finished):
     assert len(study.trials) == 4
 
 
-def test_another_study_under_the_same_name_is_refused(finished, monkeypatch, capsys):
+def test_other_settings_under_same_name_are_refused(finished, monkeypatch, capsys):
     folder, _ = finished
     monkeypatch.chdir(folder)
     said = refused(capsys, task="original", epochs=5)
@@ -407,7 +436,7 @@ def test_another_study_under_the_same_name_is_refused(finished, monkeypatch, cap
     assert "task original there, translated asked for" in said
 
 
-def test_the_best_model_loads_with_one_call_and_reproduces_its_score(finished, monkeypatch):
+def test_published_model_loads_and_reproduces_test_accuracy(finished, monkeypatch):
     folder, _ = finished
     monkeypatch.chdir(folder)
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
