@@ -15,7 +15,7 @@ from torch.nn import functional
 from ramcore.baselines import CNN, ConvNet, FullyConnected
 from ramcore.config import Config
 from ramcore.data import SplitName, TaskData
-from ramcore.model import RAM, Rollout
+from ramcore.model import RAM
 from ramcore.rng import Stream, key, normal, uniform, unit
 
 BATCH_SIZE = 500  # images; small enough for a laptop's cache, large enough for a GPU
@@ -49,12 +49,6 @@ def whole_image_input(config: Config, images: Tensor) -> Tensor:
     return images.float() * (config.input_gain / 255)
 
 
-def whole_image_rollout(logits: Tensor) -> Rollout:
-    """A network without glimpses, (R, B, C) scores, as a rollout of one look and no decision about where."""
-    none = logits.new_empty(len(logits), 0, logits.shape[1])
-    return Rollout(logits[:, None], none, none)
-
-
 @torch.no_grad()
 def class_log_probs(
     model: nn.Module, config: Config, seeds: Tensor, images: Tensor, index: Tensor, *, every_step: bool = False
@@ -79,7 +73,7 @@ def class_log_probs(
 
     def scores(noise: Tensor | None) -> Tensor:
         hiddens = model.look(pyramid, first, noise).hiddens
-        return model.scores(hiddens if every_step else hiddens[:, -1:])
+        return model.scores(hiddens if every_step else hiddens[-1:])
 
     if config.eval_samples == 0 and config.model == "ram":
         return functional.log_softmax(scores(None), -1)

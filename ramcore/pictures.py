@@ -56,14 +56,15 @@ def glimpse_paths(
     model.load_state_dict(weights)
     index = torch.arange(count)
     images = data.to("cpu").render(split, index[None], data.placement_keys(split, seeds, 0))
-    looks = model.look(model.retina.pyramid(images), first_locations(config, index))
+    glimpses = model.look(model.retina.pyramid(images), first_locations(config, index))
     shape = (config.num_glimpses, count, config.num_scales, config.patch_size, config.patch_size)
-    seen = looks.seen[0].view(shape) / config.input_gain
-    probabilities = model.scores(looks.hiddens)[0].softmax(-1)
+    seen = torch.stack(glimpses.seen, 1).view(shape) / config.input_gain
+    locations = torch.stack(glimpses.locations, 1)[0]
+    probabilities = model.scores(glimpses.hiddens)[0].softmax(-1)
     return [
         GlimpsePath(
             canvas=images[0, i].numpy() / 255,
-            locations=looks.locations[0, :, i].numpy(),
+            locations=locations[:, i].numpy(),
             seen=seen[:, i].numpy(),
             probabilities=probabilities[:, i].numpy(),
             label=int(data.split(split).labels[i]),

@@ -77,14 +77,13 @@ class Retina:
         level = torch.arange(self.num_scales, device=images.device) * level_length
         return Pyramid(values.view(-1), (canvas + level).view(*images.shape[:-2], -1), unit)
 
-    def glimpse(self, pyramid: Pyramid, location: Tensor, *, out: Tensor | None = None) -> Tensor:
+    def glimpse(self, pyramid: Pyramid, location: Tensor) -> Tensor:
         """What the retina sees.
 
         Args:
             pyramid: of canvases (...); their leading dimensions broadcast against the location's.
             location: (..., 2) as (x, y) in [-1, 1], 0 the canvas' centre, +1 its right and lower edge. Patches are
                 centred on the nearest pixel corner; one of odd width lies half a pixel right of and below it.
-            out: memory for the result.
 
         Returns:
             (..., K * P * P) float32 in [0, gain], scale by scale, row by row, the finest scale first.
@@ -98,7 +97,7 @@ class Retina:
         rows = rows * side + pyramid.origin[..., None]
         index = rows[..., :, None] + columns[..., None, :]  # (..., K, P, P)
         seen = pyramid.values.index_select(0, index.view(-1)).view(*index.shape[:-3], -1)
-        return torch.mul(seen, weight, out=out)
+        return seen * weight
 
     def see(self, images: Tensor, location: Tensor) -> Tensor:
         """images: (..., S, S), location: (..., 2); returns (..., K, P, P). Many looks share a `pyramid`."""

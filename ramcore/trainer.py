@@ -23,9 +23,9 @@ from torch import Tensor
 from ramcore.config import Config
 from ramcore.data import SplitName, TaskData
 from ramcore.errors import UserError
-from ramcore.evaluation import Evaluation, build_model, evaluate, policy_noise, whole_image_input, whole_image_rollout
+from ramcore.evaluation import Evaluation, build_model, evaluate, policy_noise, whole_image_input
 from ramcore.loss import Losses, hybrid_loss, needs_every_step
-from ramcore.model import RAM
+from ramcore.model import RAM, Rollout
 from ramcore.rng import Stream, key, permutation, uniform
 
 
@@ -273,12 +273,12 @@ class Trainer:
         config, data = self.config, self.data
         images = data.render("train", draws.images, draws.placement)
         if isinstance(self.model, RAM):
-            looks = self.model.look(self.model.retina.pyramid(images), draws.first, draws.noise)
-            rollout = self.model.learn(looks, every_step=needs_every_step(config))
-        elif config.model == "cnn":
-            rollout = whole_image_rollout(self.model(whole_image_input(config, images), draws.dropout))
+            glimpses = self.model.look(self.model.retina.pyramid(images), draws.first, draws.noise)
+            rollout = self.model.rollout(glimpses, every_step=needs_every_step(config))
         else:
-            rollout = whole_image_rollout(self.model(whole_image_input(config, images)))
+            dropout = (draws.dropout,) if config.model == "cnn" else ()
+            logits = self.model(whole_image_input(config, images), *dropout)
+            rollout = Rollout.without_decisions(logits[:, None])
         return hybrid_loss(config, rollout, data.train.labels[draws.images], draws.classes)
 
     def _follow_schedules(self, steps_done: int) -> None:

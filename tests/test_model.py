@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional
 
 from ramcore.config import Config
-from ramcore.evaluation import build_model, whole_image_input, whole_image_rollout
+from ramcore.evaluation import build_model, whole_image_input
 from ramcore.layers import Conv, LayerNorm, Linear, Weights
-from ramcore.model import RAM, gaussian_log_prob
+from ramcore.model import RAM, Rollout, gaussian_log_prob
 
 SEEDS = torch.tensor([3, 4])
 SMALL = Config(num_glimpses=4, patch_size=5, num_scales=2, glimpse_size=8, hidden_size=12)
@@ -41,8 +41,8 @@ def plain_rollout(model: RAM, images, first, noise):
         where = torch.relu(model.glimpse.where(location))
         code = torch.relu(model.glimpse.norm(model.glimpse.code(torch.cat([what, where], -1))))
         if state is None:
-            state = model.core.start(torch.zeros_like(code))
-        state = model.core(model.core.input(code), model.core.recurrent(state[0]), state)
+            state = (torch.zeros_like(code), torch.zeros_like(code))
+        state = model.core(code, state)
         h = state[0]
         logits.append(model.action(h))
         if t == config.num_glimpses - 1:
@@ -61,7 +61,7 @@ def plain_rollout(model: RAM, images, first, noise):
 
 
 @pytest.mark.parametrize("settings", CORES)
-def test_two_phases_equal_one_plain_pass_and_its_gradients(settings):
+def test_rollout_and_gradients_equal_the_papers_equations(settings):
     model, images, first, noise = look(dataclasses.replace(SMALL, **settings))
     weights = [torch.randn(2, 4, 7, 10), torch.randn(2, 3, 7), torch.randn(2, 3, 7)]
 
@@ -71,15 +71,15 @@ def test_two_phases_equal_one_plain_pass_and_its_gradients(settings):
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
     plain = plain_rollout(model, images, first, noise)
-    looks = model.look(model.retina.pyramid(images), first, noise)
-    learned = model.learn(looks, every_step=True)
-    for mine, reference in zip(learned, plain, strict=True):
+    glimpses = model.look(model.retina.pyramid(images), first, noise)
+    rollout = model.rollout(glimpses, every_step=True)
+    last = model.rollout(glimpses)
+    torch.testing.assert_close(last.logits, rollout.logits[:, -1:])
+    for mine, reference in zip(rollout, plain, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
-    expected, found = gradients(plain), gradients(learned)
+    expected, found = gradients(plain), gradients(rollout)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4, msg=name)
-    last = model.learn(looks)
-    torch.testing.assert_close(last.logits, learned.logits[:, -1:])
 
 
 @pytest.mark.parametrize(("core", "reference"), [("rnn", nn.RNNCell), ("gru", nn.GRUCell), ("lstm", nn.LSTMCell)])
@@ -92,10 +92,10 @@ def test_cores_are_torchs_cells(core, reference):
         cell.weight_hh.copy_(mine.recurrent.weight[0].T)
         cell.bias_ih.copy_(mine.input.bias[0, 0])
         cell.bias_hh.copy_(mine.recurrent.bias[0, 0])
-        state, theirs = mine.start(torch.zeros(1, 5, 12)), None
+        state = theirs = None
         for _ in range(3):
             code = torch.randn(1, 5, 12)
-            state = mine(mine.input(code), mine.recurrent(state[0]), state)
+            state = mine.start(code) if state is None else mine(code, state)
             theirs = cell(code[0], theirs)
             torch.testing.assert_close(state[0][0], theirs[0] if core == "lstm" else theirs, rtol=1e-4, atol=1e-5)
 
@@ -134,18 +134,19 @@ def test_whole_image_networks_see_every_replicates_own_images(model, task):
     changed[0, 1] = 0
     assert torch.equal(net(changed)[1], scores[1])
     assert (net(changed)[0] != scores[0]).any(-1).tolist() == [False, True, False]
-    assert whole_image_rollout(scores).logits.shape == (2, 1, 3, 10)
+    rollout = Rollout.without_decisions(scores[:, None])
+    assert rollout.logits.shape == (2, 1, 3, 10) and rollout.log_probs.shape == (2, 0, 3)
 
 
 def test_locations_follow_the_policy():
     model, images, first, noise = look(SMALL)
     pyramid = model.retina.pyramid(images)
-    drawn, followed = model.look(pyramid, first, noise), model.look(pyramid, first)
-    assert torch.equal(drawn.locations[:, 0], first)
-    torch.testing.assert_close(drawn.drawn[:, 0] - followed.drawn[:, 0], SMALL.location_std * noise[:, 0])
-    assert torch.equal(drawn.locations[:, 1:], drawn.drawn.clamp(-1, 1))
+    sampled, followed = model.look(pyramid, first, noise), model.look(pyramid, first)
+    assert torch.equal(sampled.locations[0], first)
+    torch.testing.assert_close(sampled.samples[0] - followed.samples[0], SMALL.location_std * noise[:, 0])
+    assert torch.equal(torch.stack(sampled.locations[1:]), torch.stack(sampled.samples).clamp(-1, 1))
     wild = model.look(pyramid, first, 50 * noise)
-    assert wild.locations.abs().max() == 1
+    assert torch.stack(wild.locations).abs().max() == 1
 
 
 def test_gaussian_log_prob():
@@ -156,7 +157,7 @@ def test_gaussian_log_prob():
 
 def test_one_glimpse_makes_no_decision():
     model, images, first, _ = look(dataclasses.replace(SMALL, num_glimpses=1))
-    rollout = model.learn(model.look(model.retina.pyramid(images), first, torch.empty(2, 0, 7, 2)))
+    rollout = model.rollout(model.look(model.retina.pyramid(images), first, torch.empty(2, 0, 7, 2)))
     assert rollout.logits.shape == (2, 1, 7, 10)
     assert rollout.log_probs.shape == (2, 0, 7)
 
@@ -167,6 +168,6 @@ def test_the_gain_multiplies_pixels_and_nothing_else():
     with torch.no_grad():
         plain.glimpse.what.weight *= 3
     seen, expected = (m.look(m.retina.pyramid(images), first, noise) for m in (model, plain))
-    torch.testing.assert_close(seen.seen, 3 * expected.seen)
-    torch.testing.assert_close(seen.hiddens, expected.hiddens)
+    torch.testing.assert_close(torch.stack(seen.seen), 3 * torch.stack(expected.seen))
+    torch.testing.assert_close(torch.stack(seen.hiddens), torch.stack(expected.hiddens))
     torch.testing.assert_close(whole_image_input(model.config, images), 3 * images.float() / 255)
