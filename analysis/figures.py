@@ -90,6 +90,13 @@ def new_axes(width: float = 6.6, height: float = 4.0) -> Axes:
     return Figure(figsize=(width, height), layout="constrained").subplots()
 
 
+def figure_of(ax: Axes) -> Figure:
+    """The figure that the axes are part of."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    return figure
+
+
 def row_axes(labels: Sequence[str], xlabel: str, ax: Axes | None, width: float = 6.6, height: float = 0.42) -> Axes:
     """Axes with one named row for each label, row 0 at the top."""
     ax = ax or new_axes(width, 1.2 + height * len(labels))
@@ -117,7 +124,7 @@ def _heat_map(
     low, high = limits or (float(np.nanmin(values)), float(np.nanmax(values)))
     edges = np.arange(len(columns) + 1), np.arange(len(rows) + 1)
     mesh = ax.pcolormesh(*edges, values, cmap="cividis", vmin=low, vmax=high, edgecolors="white", linewidth=0.5)
-    bar = ax.get_figure().colorbar(mesh, ax=ax, label=label)  # pyright: ignore[reportOptionalMemberAccess]
+    bar = figure_of(ax).colorbar(mesh, ax=ax, label=label)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     for (i, j), value in np.ndenumerate(values):
         if write_every and j % write_every == 0 and np.isfinite(value):

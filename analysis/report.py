@@ -282,8 +282,7 @@ def _save_figures(out: Path, drawn: Mapping[str, Axes | Figure]) -> tuple[dict[s
     images: dict[str, str] = {}
     paths: list[Path] = []
     for name, one in drawn.items():
-        figure = one if isinstance(one, Figure) else one.get_figure()
-        assert isinstance(figure, Figure)
+        figure = one if isinstance(one, Figure) else figures.figure_of(one)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,25 +12,17 @@ import tyro
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from analysis import load
+from analysis.answer import answer, cautions, rank_label
 from analysis.crosschecks import crosscheck
-from analysis.fixed_designs import describe, read_companions, summarise
-from analysis.importance import DUMMY, Analysis, analyse
-from analysis.load import (
-    Exported,
-    StudyData,
-    StudyRun,
-    find_study,
-    folder_name,
-    list_studies,
-    load_study,
-    open_source,
-    progress_line,
-    quieten,
-    tracking_uri,
-)
-from analysis.report import answer, cautions, span, write_design_report, write_report
+from analysis.fixed_designs import completion_line, read_fixed_designs, summarise
+from analysis.importance import analyse
+from analysis.load import Exported, Source, StudyData, StudyRun
+from analysis.report import write_design_report, write_report
+from analysis.results import Analysis
+from analysis.text import span
 from analysis.verdicts import judge
-from ramcore.errors import UserError
+from ramcore.errors import UserError, say
 from study.designs import DESIGNS
 
 
@@ -52,45 +45,48 @@ class Args:
 def main(args: Args) -> int:
     """Read, analyse, write. Gives 0, or 2 after a one-line message if the records cannot answer."""
     try:
-        uri = tracking_uri(args.tracking_uri)
-        source = open_source(uri, args.records)
-        studies = list_studies(source)
+        uri = load.tracking_uri(args.tracking_uri)
+        source = load.open_source(uri, args.records)
+        studies = load.list_studies(source)
         study = _choose(studies, args.study)
-        out = args.out or Path("reports") / folder_name(study.name)
-        _say(f"study {study.name} ({study.status}) from {args.records or uri}")
-        records = load_study(source, study, progress_line("reading metrics"))
-        if _report(study) == "comparison":
-            companions = summarise([records])
-            paths = write_design_report(out, records, companions)
-            print(
-                f"\n{study.name}: {describe(records)}; a fixed design has no global ranking\n\n  report: "
-                f"{out / 'report.html'}"
-            )
+        out = args.out or Path("reports") / load.folder_name(study.name)
+        say(f"study {study.name} ({study.status}) from {args.records or uri}")
+        records = load.load_study(source, study, load.progress_line("reading metrics"))
+        if _report_kind(study) == "comparison":
+            paths = write_design_report(out, records, summarise([records]))
+            print(f"\n{study.name}: {completion_line(records)}; a fixed design has no global ranking")
         else:
-            companions = read_companions(source, studies, study)
-            analysis = analyse(records, _say)
-            verdicts = judge(analysis)
-            _say("drawing")
-            checks = crosscheck(records, analysis)
-            paths = write_report(out, records, analysis, verdicts, crosschecks=checks, companions=companions)
-            print_answer(analysis, answer(analysis, verdicts), out)
+            paths = _report_search(out, source, studies, records)
+        print(f"\n  report: {out / 'report.html'}")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     except OSError as error:
-        print(f"error: the report must be writable; {error}. Choose another folder with --out", file=sys.stderr)
+        say(f"error: the report must be writable; {error}. Choose another folder with --out")
         return 2
     if args.attach and not isinstance(source, Exported):
         attach(source, records, out, paths)
     return 0
 
 
-def _choose(studies: list[StudyRun], name: str | None) -> StudyRun:
-    """The study named, or the newest that this command has an answer for. Raises UserError if it has none."""
+def _report_search(out: Path, source: Source, studies: Sequence[StudyRun], records: StudyData) -> list[Path]:
+    """Analyse a search, write its report and print its answer. Gives the files."""
+    fixed_designs = read_fixed_designs(source, studies, records.study)
+    analysis = analyse(records, say)
+    verdicts = judge(analysis)
+    say("drawing")
+    checks = crosscheck(records, analysis)
+    paths = write_report(out, records, analysis, verdicts, crosschecks=checks, fixed_designs=fixed_designs)
+    print_answer(analysis, answer(analysis, verdicts))
+    return paths
+
+
+def _choose(studies: Sequence[StudyRun], name: str | None) -> StudyRun:
+    """The named study, or the newest that this command can report. Raises UserError for one that it cannot."""
     if name is None:
-        return next((s for s in studies if _report(s) != "tables"), studies[0])
-    study = find_study(studies, name)
-    if _report(study) == "tables":
+        return next((s for s in studies if _report_kind(s) != "tables"), studies[0])
+    study = load.find_study(studies, name)
+    if _report_kind(study) == "tables":
         raise UserError(
             f"a sensitivity report needs a search, or the designs ofat or replicate; {study.name} is of the design "
             f"{study.params['design']}. Run python -m analysis.paper --study {study.name}"
@@ -98,14 +94,14 @@ def _choose(studies: list[StudyRun], name: str | None) -> StudyRun:
     return study
 
 
-def _report(study: StudyRun) -> str:
-    """How a study is reported; one of a design that is unknown here, as a search."""
+def _report_kind(study: StudyRun) -> str:
+    """How a study is reported: `Design.report`, or as a search if its design is unknown here."""
     design = DESIGNS.get(study.params.get("design", "search"))
     return design.report if design else "sensitivity"
 
 
 def attach(client: MlflowClient, records: StudyData, out: Path, paths: list[Path]) -> None:
-    """Put the files under sensitivity/ of the study's run; says so and goes on if the server will not have them."""
+    """Log the files under sensitivity/ of the study's run. If the server refuses them, say so and go on."""
     try:
         for path in paths:
             folder = path.parent.relative_to(out).as_posix()
@@ -113,31 +109,26 @@ def attach(client: MlflowClient, records: StudyData, out: Path, paths: list[Path
                 records.study.run_id, str(path), "sensitivity" if folder == "." else f"sensitivity/{folder}"
             )
     except (MlflowException, OSError) as error:
-        _say(f"the report could not be attached to the study's MLflow run ({error}); it lies in {out} all the same")
+        say(f"the report could not be attached to the study's MLflow run ({error}); it is in {out}")
 
 
-def print_answer(analysis: Analysis, sentences: list[str], out: Path) -> None:
-    """The answer and the ranking on stdout, and where the report lies."""
-    print(f"\nSensitivity of {analysis.name}\n")
+def print_answer(analysis: Analysis, sentences: Sequence[str]) -> None:
+    """Print the answer and the ranking to stdout."""
+    print(f"\nSensitivity of {analysis.data.name}\n")
     for sentence in sentences:
         print(f"  {sentence}")
     print(f"\n  {'rank':<10}{'parameter':<22}{'effect (accuracy points)':<28}total Sobol index")
-    for effect in analysis.effects:
-        tied = sum(e.rank == effect.rank for e in analysis.effects) > 1
-        rank = "-" if effect.name == DUMMY or not analysis.ranked else f"{effect.rank}{' tied' if tied else ''}"
-        print(f"  {rank:<10}{effect.name:<22}{span(effect.effect):<28}{span(effect.total, 2)}")
+    for e in analysis.ranking.effects:
+        print(f"  {rank_label(e, analysis):<10}{e.name:<22}{span(e.effect):<28}{span(e.total, 2)}")
+    print("\n  total Sobol index: share of all differences in accuracy that a parameter makes, alone or with others")
+    print("  dummy: a made-up parameter that does nothing; what it gets is error")
     for caution in cautions(analysis):
         print(f"\n  note: {caution}")
-    print(f"\n  report: {out / 'report.html'}")
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr)
 
 
 def cli() -> int:
     """Entry point."""
-    quieten()
+    load.quieten()
     # Matrices of a few hundred rows gain nothing from a second thread (25 s with one, 33 s with two on two idle cores),
     # and beside trials that train the threads wait for each other: 20 s of fitting became over 9 minutes.
     torch.set_num_threads(1)
