@@ -1,11 +1,10 @@
-"""Checkpoints of trials, by trial number, in the study's storage: a folder, or s3://bucket/folder.
+"""Checkpoints of trials, by trial number, in the study's storage.
 
-    <storage>/<study>/trials/0007/epoch_0003.pt    trainer state and all epochs' metrics; the last two are kept
-    <storage>/<study>/trials/0007/best.pt          what is left of a complete trial: its best weights
+    <storage>/<study>/trials/0007/epoch_0003.pt    the trainer's state and all epochs' metrics; the last two are kept
+    <storage>/<study>/trials/0007/best.pt          the best weights of a complete trial, all that is kept of it
 
-Tune's own checkpoints are not used: Tune knows them by its own trial ids, which a new run of the command does not
-have, and its experiment state is written every ten seconds at best. Ours are found by number, by any node, after any
-crash.
+Tune's own checkpoints are not used. Tune finds them by its own trial ids, which a new run of the command does not have,
+and writes its experiment state every ten seconds at best. Ours are found by number, on any node, after any crash.
 """
 
 from __future__ import annotations
@@ -18,18 +17,13 @@ from typing import Any
 
 import torch
 
-from study.storage import Folder, LocalFolder, RemoteFolder, Storage  # noqa: F401  (until all callers moved)
+from study.storage import Folder
 
 logger = logging.getLogger(__name__)
 
 KEPT = 2  # epoch checkpoints of a running trial: the newest, and the one before in case the newest is damaged
 _DIGEST_SIZE = 32  # bytes of a SHA-256
 _EPOCH_FILE = re.compile(r"epoch_(\d{4,})\.pt")
-
-
-def open_folder(storage: str, study: str) -> Folder:
-    """For callers that still have the text."""
-    return Storage.parse(storage).folder(study)
 
 
 class Checkpoints:
@@ -46,11 +40,11 @@ class Checkpoints:
             self.folder.delete(f"{self.name}/{old}")
 
     def load(self, identity: dict[str, Any]) -> dict[str, Any] | None:
-        """The newest checkpoint that is whole and whose "identity" is the one given; None: start from the beginning.
+        """The newest undamaged checkpoint with the given "identity"; None: start from the beginning.
 
         Args:
-            identity: configuration and seeds. A record that lost its last commit to a power cut may give a number to
-                another configuration; that one must not continue from here.
+            identity: configuration and seeds. A record that lost its last commit in a power cut may give the number to
+                another configuration, which must not continue from here.
         """
         for name in reversed(self._epochs()):
             content = self._read(name)
@@ -70,7 +64,7 @@ class Checkpoints:
         return self._read("best.pt")
 
     def drop_epochs(self, *, keep_best: bool) -> None:
-        """Delete what an ended trial no longer needs."""
+        """Delete the files that an ended trial no longer needs."""
         for name in self.folder.names(self.name):
             if not (keep_best and name == "best.pt"):
                 self.folder.delete(f"{self.name}/{name}")
@@ -88,12 +82,12 @@ class Checkpoints:
         if hashlib.sha256(body).digest() != digest:
             logger.warning("%s/%s is damaged (%d bytes, wrong checksum) and is not used", self.name, name, len(raw))
             return None
-        # weights_only: a checkpoint is data, and one that carries code is refused.
+        # weights_only: a checkpoint that contains code is refused.
         return torch.load(io.BytesIO(body), weights_only=True, map_location="cpu")
 
 
 def _pack(content: dict[str, Any]) -> bytes:
-    """A torch file and its SHA-256, because torch does not notice all damage."""
+    """A torch file, followed by its SHA-256, because torch does not notice all damage."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()

@@ -1,8 +1,8 @@
-"""Named places where the fault tests kill, delay or break the program; without their environment variable, nothing.
+"""Named places where the fault tests kill, delay or break the program. Without an environment variable they do nothing.
 
-RAM_STUDY_FAULT=name@n:action, several of them joined by commas. At the n-th passing of the named place in this process:
-`kill` ends the process as `kill -9` would, `full` raises the error of a full disk, `error` a programming error,
-`hang=seconds` waits.
+The variable is RAM_STUDY_FAULT=name@n:action, with commas between several faults. The action is done when this process
+passes the named place for the n-th time: `kill` ends the process as `kill -9` would, `full` raises the error of a full
+disk, `error` raises a programming error, `hang=seconds` waits.
 """
 
 from __future__ import annotations

@@ -1,28 +1,26 @@
-"""The durable record of a study: Optuna's storage, and the only file that writes to it.
+"""The durable record of a study: Optuna's storage, which only this file writes.
 
-Everything a study needs to go on is here or in the checkpoints beside it. The storage is a SQLite file that the
-driver alone writes. SQLite, because its commits survive a killed process and a torn tail, which Optuna's journal file
-does not; write-ahead log with synchronous=FULL, so that a commit also survives a power cut (about 1 ms each, twice an
-epoch), since MLflow and the checkpoints are written after the commit and must never know more than the record.
+A study continues from the record and the checkpoints beside it, and needs nothing else. The storage is a SQLite file
+that the driver alone writes. SQLite, because its commits survive a killed process and a torn tail, which Optuna's
+journal file does not. A write-ahead log with synchronous=FULL, so that a commit also survives a power cut (about 1 ms
+each, twice an epoch): MLflow is written after the commit, and must never hold more than the record.
 
-A trial enters the record with its whole configuration in one commit, and leaves it with its reason first and its final
-state second; whichever of these a crash cuts off, `Record.open` finishes or the caller repeats, to the same end.
+A trial enters the record with its whole configuration in one commit. It ends in two commits: first the reason, then the
+final state. If a crash comes in between, `Record.open` completes what was begun.
 
 In the storage:
   study user attributes   settings (StudySettings), totals (trials asked for, as it grew), rows (of a fixed design),
-                          uid, created, "run 0007" (what one run of the command was: commit, versions, devices, ...),
+                          uid, created, "run 0007" (of one run of the command: commit, versions, devices, ...),
                           "test 0007" (of a trial whose test images were read after its end)
-  trial user attributes   plan (TrialSpec.to_dict); run (the number of the one that began it); origin, row, seeds (for readers);
-                          "epoch 0007" (one record an epoch:
-                          {"time": ms since 1970, "metrics": EpochMetrics.to_dict()}), test, end ({"state", "reason",
-                          "time"})
+  trial user attributes   plan (TrialSpec.to_dict); run (the number of the run that started it); origin, row, seeds (for
+                          readers); "epoch 0007" (one an epoch: {"time": ms since 1970, "metrics":
+                          EpochMetrics.to_dict()}); end ({"state", "reason", "time", "test", "diverged"})
   intermediate values     mean validation accuracy over seeds, by epoch
   state                   RUNNING; COMPLETE with the last epoch's value; PRUNED; FAIL
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import math
 import os
@@ -30,24 +28,26 @@ import statistics
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import optuna
 import sqlalchemy.event
 import sqlalchemy.exc
+from filelock import FileLock, Timeout
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from ramcore.errors import UserError
+from ramcore.errors import UserError, first_line
 from ramcore.space import Space
-from study.checkpoints import open_folder
 from study.designs import DEFAULT_SOBOL_SHARE, TrialSpec
 from study.faults import fault_point
-from study.snapshots import Lease, LeaseHeld, Snapshots, fetch, is_remote, record_folder
+from study.snapshots import Lease, LeaseHeld, Snapshots, fetch
+from study.storage import RECORD, Storage
 
 logger = logging.getLogger(__name__)
 
@@ -58,16 +58,16 @@ OPTUNA_STATE: dict[State, TrialState] = {
     "pruned": TrialState.PRUNED,
     "failed": TrialState.FAIL,
 }
-_TOLERANCE = 1e-6  # largest difference between two reports of one epoch; more means that a resumed trial drifted
+_TOLERANCE = 1e-6  # between two reports of one epoch; a larger difference means that a resumed trial drifted
 
 
 class RecordLost(RuntimeError):
-    """The record cannot be written any more (full disk, storage gone): the study has to stop and can be continued."""
+    """The record can no longer be written (full disk, storage gone). The study must stop, and can be continued."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudySettings:
-    """What makes a study this study: asked for again under the same name, these have to agree."""
+    """The identity of a study: a request to continue it must have the same settings."""
 
     study: str
     task: str
@@ -81,21 +81,29 @@ class StudySettings:
     space: dict[str, Any]  # Space.to_dict()
 
     def differences(self, other: StudySettings) -> list[str]:
-        """What differs, in words: 'epochs 30 there, 10 asked for'."""
+        """The settings that differ, in words: 'epochs 30 there, 10 asked for'."""
         found: list[str] = []
-        ours, theirs = asdict(self), asdict(other)
-        for name in ours:
-            if name == "space":
-                found += _space_differences(ours[name], theirs[name])
-            elif name == "digest" and ours[name] != theirs[name]:
-                found.append(f"images (sha256 {ours[name][:12]} there, {theirs[name][:12]} here)")
-            elif ours[name] != theirs[name]:
-                found.append(f"{name} {ours[name]} there, {theirs[name]} asked for")
+        for field_ in fields(self):
+            ours, theirs = getattr(self, field_.name), getattr(other, field_.name)
+            if field_.name == "space":
+                found += _space_differences(ours, theirs)
+            elif ours != theirs and field_.name == "digest":
+                found.append(f"images (sha256 {ours[:12]} there, {theirs[:12]} here)")
+            elif ours != theirs:
+                found.append(f"{field_.name} {ours} there, {theirs} asked for")
         return found
+
+    def check_same(self, asked: StudySettings) -> None:
+        """Raises UserError if the settings asked for are not these."""
+        if differences := self.differences(asked):
+            raise UserError(
+                f"a study's name stands for one space, task and data; {asked.study} differs in "
+                f"{'; '.join(differences)}: pass another --study, or the same settings"
+            )
 
 
 def _space_differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """As `differences`; the reasons and units of a range may be reworded."""
+    """As `StudySettings.differences`. The reasons and units of a range may be reworded."""
 
     def flat(space: dict[str, Any]) -> dict[str, Any]:
         ranges = {
@@ -120,19 +128,18 @@ class Epoch:
 
 @dataclass(kw_only=True)
 class TrialRecord:
-    """One trial as the record holds it; kept in step with the storage by `Record`."""
+    """One trial of the record. `Record` keeps it equal to what is stored."""
 
     number: int
-    trial_id: int  # Optuna's
     spec: TrialSpec
     started: int  # ms since 1970
-    run: int | None = None  # number of the run of the command that began it
+    run: int | None = None  # number of the run of the command that started it
     epochs: list[Epoch] = field(default_factory=list)  # epochs 1, 2, ... without gaps
     state: State = "running"
     reason: str = ""  # why it ended
     diverged: bool = False  # it ended because a loss or a gradient was not finite
     ended: int | None = None  # ms since 1970
-    test: dict[str, Any] | None = None  # what `ramcore` read on the test images at the trial's end, if it did
+    test: dict[str, Any] | None = None  # on the test images, if they were read; see `study.trainable.read_test`
 
     @property
     def value(self) -> float | None:
@@ -141,21 +148,24 @@ class TrialRecord:
 
 
 class Record:
-    """An open record. Only one process can hold one open for writing; see `open`."""
+    """An open record. Only one process can hold a record open for writing; see `open`."""
 
-    def __init__(self, study: optuna.Study, rdb: RDBStorage, settings: StudySettings, lock: int) -> None:
+    def __init__(self, study: optuna.Study, database: RDBStorage, settings: StudySettings, lock: FileLock) -> None:
         self.study = study
         self.settings = settings
         self.trials: dict[int, TrialRecord] = {}
-        self.changed = threading.Condition()  # notified after each change, for who follows the record
-        self._dirty: set[int] = set()
+        self.changed = threading.Condition()  # notified after each change
         self.created: int = study.user_attrs["created"]  # ms since 1970
         self.uid: str = study.user_attrs["uid"]  # tells two studies of one name apart in MLflow
         self.runs: list[dict[str, Any]] = []  # of the command, those that trained; see `begin_run`
-        self.snapshots: Snapshots | None = None  # of a record whose storage is elsewhere
+        self.totals: list[int] = []  # trials asked for, as it grew
+        self.rows: list[TrialSpec] | None = None  # of a fixed design
+        self.snapshots: Snapshots | None = None  # of a record in a remote storage
+        self._dirty: set[int] = set()  # numbers of the trials that changed; see `take_changed`
         self._lock = lock
-        self._rdb = rdb
-        self._storage = study._storage  # with Optuna's cache of ended trials in front of the database
+        self._rdb = database
+        self._study_id = database.get_study_id_from_name(settings.study)
+        self._trial_ids: dict[int, int] = {}  # Optuna's, of the trials that can be written to
 
     # Opening and closing.
 
@@ -173,12 +183,12 @@ class Record:
         Args:
             folder: of the study; made if absent.
             settings: of the study asked for.
-            total: trials asked for, all runs of the command together; None: as many as there are rows, or were asked
-                for.
-            rows: makes those of a fixed design; None for a search. A continued study keeps those it has.
+            total: trials asked for, all runs of the command together; None: all rows, or as many as were asked for
+                before.
+            rows: makes those of a fixed design; None for a search. A continued study keeps the rows that it has.
 
         Raises:
-            UserError: another process holds it, or it is a study with other settings.
+            UserError: another process holds the record, or it is of a study with other settings.
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -188,54 +198,49 @@ class Record:
                 f"a study's folder must be one that can be written; {folder}: {error.strerror}: pass another --storage"
             ) from error
         try:
-            return cls._open(folder, settings, lock, total=total, rows=rows)
+            with _write_errors():
+                study, database = _open_database(folder / RECORD, settings.study)
+                assert study is not None
+                fault_point("record.open")
+                return cls._opened(study, database, settings, lock, total, rows)
         except BaseException:
-            os.close(lock)
+            lock.release()
             raise
 
     @classmethod
-    def _open(
+    def _opened(
         cls,
-        folder: Path,
+        study: optuna.Study,
+        database: RDBStorage,
         settings: StudySettings,
-        lock: int,
-        *,
+        lock: FileLock,
         total: int | None,
         rows: Callable[[], list[TrialSpec]] | None,
     ) -> Self:
-        with _write_errors():
-            study, rdb = _open_storage(folder / "study.db", settings.study)
-            assert study is not None
-            attrs = study.user_attrs
-            fault_point("record.open")
-            if "settings" in attrs:
-                there = StudySettings(**attrs["settings"])
-                if differences := there.differences(settings):
-                    raise UserError(
-                        f"a study's name stands for one space, task and data; {settings.study} differs in "
-                        f"{'; '.join(differences)}: pass another --study, or the same settings"
-                    )
-            if "uid" not in attrs:
-                study.set_user_attr("created", _now())
-                study.set_user_attr("uid", uuid.uuid4().hex)
-            record = cls(study, rdb, settings, lock)
-            record._ask_for(total, rows)
-            fault_point("record.open.asked")
-            # Last, because its presence says that the rest of the study's attributes are complete.
-            if "settings" not in attrs:
-                study.set_user_attr("settings", asdict(settings))
-            record._load()
-            return record
-
-    def _ask_for(self, total: int | None, rows: Callable[[], list[TrialSpec]] | None) -> None:
-        attrs: dict[str, Any] = self.study.user_attrs
-        if "settings" not in attrs:  # new, or a crash came before it was complete: what is there counts for nothing
-            attrs = {"rows": [plan.to_dict() for plan in rows()]} if rows is not None else {}
-            for name, value in attrs.items():
-                self.study.set_user_attr(name, value)
+        attrs = study.user_attrs
+        complete = "settings" in attrs  # else the study is new, or a crash came before all its attributes were written
+        if complete:
+            StudySettings(**attrs["settings"]).check_same(settings)
+        if "uid" not in attrs:
+            study.set_user_attr("created", _now())
+            study.set_user_attr("uid", uuid.uuid4().hex)
+        record = cls(study, database, settings, lock)
+        if rows is not None and not complete:
+            study.set_user_attr("rows", [spec.to_dict() for spec in rows()])
             fault_point("record.open.rows")
-        self.rows = [TrialSpec.from_dict(row) for row in attrs["rows"]] if "rows" in attrs else None
-        self.totals: list[int] = attrs.get("totals", [])
+        record._load_request(total, new=not complete)
+        fault_point("record.open.asked")
+        if not complete:
+            study.set_user_attr("settings", asdict(settings))
+        record._load_runs()
+        record._load_trials()
+        return record
+
+    def _load_request(self, total: int | None, *, new: bool) -> None:
+        """Load which trials the study was asked for; note the total asked for now if it is larger."""
+        attrs = self.study.user_attrs
+        self.rows = _rows(attrs)
+        self.totals = [] if new else attrs.get("totals", [])
         if total is None and self.rows is not None:
             total = len(self.rows)
         if total is not None and total > (self.totals[-1] if self.totals else 0):
@@ -243,33 +248,41 @@ class Record:
             self.study.set_user_attr("totals", self.totals)
         assert self.totals, "a new study is asked for some trials"
 
-    def _load(self) -> None:
-        tests = self.study.user_attrs
-        while (run := tests.get(_run_key(len(self.runs)))) is not None:
+    def _load_runs(self) -> None:
+        attrs = self.study.user_attrs
+        while (run := attrs.get(_run_key(len(self.runs)))) is not None:
             self.runs.append(run)
+
+    def _load_trials(self) -> None:
+        """Load the trials, and complete the writes that a crash cut off."""
+        attrs = self.study.user_attrs
         for frozen in self.study.get_trials(deepcopy=False):
             trial = _from_storage(frozen)
-            trial.test = tests.get(_test_key(trial.number), trial.test)
+            trial.test = attrs.get(_test_key(trial.number), trial.test)
             self.trials[trial.number] = trial
             self._dirty.add(trial.number)
-            # An epoch's attribute is committed before its intermediate value, an end's reason before its state.
-            for number, epoch in enumerate(trial.epochs, start=1):
-                if frozen.state == TrialState.RUNNING and number not in frozen.intermediate_values:
-                    self._set_value(trial, number, epoch.value)
-            if frozen.state == TrialState.RUNNING and trial.state != "running":
-                self._set_state(trial)
+            if frozen.state == TrialState.RUNNING:
+                self._trial_ids[trial.number] = self._rdb.get_trial_id_from_study_id_trial_number(
+                    self._study_id, trial.number
+                )
+                # An epoch's attribute is committed before its intermediate value, an end's reason before its state.
+                for epoch, entry in enumerate(trial.epochs, start=1):
+                    if epoch not in frozen.intermediate_values:
+                        self._set_value(trial, epoch, entry.value)
+                if trial.state != "running":
+                    self._set_state(trial)
 
     def close(self) -> None:
-        """Let another driver have it."""
-        if self._lock >= 0:
-            if self.snapshots is not None:
-                try:
-                    self.snapshots.close()
-                except (OSError, LeaseHeld) as error:
-                    logger.warning("the storage lacks the record's last state: %s", _first_line(error))
-            os.close(self._lock)
-            self._lock = -1
-            self._rdb.engine.dispose()
+        """Release the record for another driver."""
+        if not self._lock.is_locked:
+            return
+        if self.snapshots is not None:
+            try:
+                self.snapshots.close()
+            except (OSError, LeaseHeld) as error:
+                logger.warning("the storage lacks the record's last state: %s", first_line(error))
+        self._lock.release()
+        self._rdb.engine.dispose()
 
     def __enter__(self) -> Self:
         return self
@@ -280,17 +293,17 @@ class Record:
     # Writing: each of these returns after the commit.
 
     def begin_run(self, provenance: dict[str, Any]) -> None:
-        """Note where and with what the trials that start from now on are trained: commit, versions, devices, ..."""
+        """Enter the commit, versions, devices, ... with which the trials that start from now on are trained."""
         with _write_errors():
             self.study.set_user_attr(_run_key(len(self.runs)), provenance)
         self.runs.append(provenance)
 
     def start(self, spec: TrialSpec, space: Space | None) -> TrialRecord:
-        """Enter a new trial, with everything that defines it in one commit.
+        """Enter a new trial, with everything that defines it, in one commit.
 
         Args:
             spec: the trial.
-            space: for Optuna, the search space that it lies in; None for a trial outside of any (the CNN).
+            space: the search space that it lies in, for Optuna; None for a trial outside (the CNN).
         """
         ranges = distributions(space) if space is not None else {}
         params = {name: getattr(spec.config, name) for name in ranges}
@@ -303,12 +316,13 @@ class Record:
         )
         with _write_errors():
             fault_point("record.start.before")
-            trial_id = self._storage.create_new_trial(self.study._study_id, template_trial=template)
-            number = self._storage.get_trial_number_from_id(trial_id)
+            trial_id = self._rdb.create_new_trial(self._study_id, template_trial=template)
+            number = self._rdb.get_trial_number_from_id(trial_id)
             if self.snapshots is not None:
                 self.snapshots.save()
         fault_point("record.start.after")
-        trial = TrialRecord(number=number, trial_id=trial_id, spec=spec, started=now, run=run)
+        trial = TrialRecord(number=number, spec=spec, started=now, run=run)
+        self._trial_ids[number] = trial_id
         self.trials[number] = trial
         self._touch(number)
         return trial
@@ -334,9 +348,8 @@ class Record:
         entry = Epoch(time=_now(), value=value, metrics=metrics)
         with _write_errors():
             fault_point("record.epoch.before")
-            self._storage.set_trial_user_attr(
-                trial.trial_id, _epoch_key(epoch), {"time": entry.time, "metrics": metrics}
-            )
+            entered = {"time": entry.time, "metrics": metrics}
+            self._rdb.set_trial_user_attr(self._trial_ids[number], _epoch_key(epoch), entered)
         fault_point("record.epoch.between")
         self._set_value(trial, epoch, value)
         with _write_errors():
@@ -357,31 +370,30 @@ class Record:
         end = {"state": state, "reason": reason, "time": _now(), "test": test, "diverged": diverged}
         with _write_errors():
             fault_point("record.end.before")
-            self._storage.set_trial_user_attr(trial.trial_id, "end", end)
+            self._rdb.set_trial_user_attr(self._trial_ids[number], "end", end)
         fault_point("record.end.between")
         _apply_end(trial, end)
         self._set_state(trial)
         with _write_errors():
-            self._soon()
+            if self.snapshots is not None:
+                self.snapshots.soon()
         fault_point("record.end.after")
         self._touch(number)
 
     def set_test(self, number: int, test: dict[str, Any]) -> None:
-        """Keep what was read on the test images of an ended trial (Optuna's ended trials are immutable, so: a
-        study's).
+        """Enter the accuracy on the test images of an ended trial.
+
+        It becomes an attribute of the study, because Optuna allows no change of an ended trial.
         """
         with _write_errors():
             self.study.set_user_attr(_test_key(number), test)
-            self._soon()
+            if self.snapshots is not None:
+                self.snapshots.soon()
         self.trials[number].test = test
         self._touch(number)
 
-    def _soon(self) -> None:
-        if self.snapshots is not None:
-            self.snapshots.soon()
-
     def flush(self) -> None:
-        """See to it that the storage holds everything. Raises RecordLost."""
+        """Write everything to the storage now. Raises RecordLost."""
         with _write_errors():
             if self.snapshots is not None:
                 self.snapshots.save()
@@ -389,19 +401,19 @@ class Record:
     def _set_value(self, trial: TrialRecord, epoch: int, value: float) -> None:
         if math.isfinite(value):
             with _write_errors():
-                self._storage.set_trial_intermediate_value(trial.trial_id, epoch, value)
+                self._rdb.set_trial_intermediate_value(self._trial_ids[trial.number], epoch, value)
 
     def _set_state(self, trial: TrialRecord) -> None:
         values = [trial.value] if trial.value is not None else None
         with _write_errors():
-            self._storage.set_trial_state_values(trial.trial_id, OPTUNA_STATE[trial.state], values)
+            self._rdb.set_trial_state_values(self._trial_ids[trial.number], OPTUNA_STATE[trial.state], values)
 
     @property
     def epochs(self) -> int:
-        """Epochs of all trials together."""
+        """Recorded epochs of all trials together."""
         return sum(len(t.epochs) for t in self.trials.values())
 
-    # Following.
+    # Changes, for those that follow the record.
 
     def _touch(self, number: int) -> None:
         with self.changed:
@@ -418,37 +430,37 @@ class Record:
 
 
 def open_record(
-    storage: str,
+    storage: Storage,
     settings: StudySettings,
     *,
     total: int | None,
     rows: Callable[[], list[TrialSpec]] | None = None,
     say: Callable[[str], None] = logger.info,
 ) -> Record:
-    """`Record.open` for a study in a storage; in a remote one, with its lease and what was written until that was ours.
+    """`Record.open` for a study in a storage. In a remote one, take its lease first.
 
     Args:
-        storage: a folder, or a URI that pyarrow understands.
+        storage: a folder or an object store.
         settings, total, rows: as for `Record.open`.
-        say: is told of waiting for another machine's driver.
+        say: is called with a line if another machine's driver has to be waited for.
 
     Raises:
-        UserError: another driver has it, here or elsewhere, or it is a study with other settings.
+        UserError: another driver has the study, here or elsewhere, or it is a study with other settings.
         RecordLost: the storage cannot be reached.
     """
-    folder = record_folder(storage, settings.study)
+    folder = storage.record_folder(settings.study)
     record = Record.open(folder, settings, total=total, rows=rows)
-    if not is_remote(storage):
+    if not storage.is_remote:
         return record
     try:
-        shared = open_folder(storage, settings.study)
+        shared = storage.folder(settings.study)
         lease = Lease(shared, settings.study, folder)
         lease.take(say)
-        # Whoever had the lease may have gone on since our copy was made.
+        # The driver that had the lease may have gone on since our copy was made.
         record.close()
         fetch(storage, settings.study)
         record = Record.open(folder, settings, total=total, rows=rows)
-        record.snapshots = Snapshots(folder / "study.db", shared, lease)
+        record.snapshots = Snapshots(folder / RECORD, shared, lease)
     except LeaseHeld as error:
         record.close()
         raise UserError(str(error)) from error
@@ -458,31 +470,45 @@ def open_record(
     return record
 
 
-def read_settings(path: Path) -> tuple[StudySettings, int] | None:
-    """Settings of the study in a SQLite file, and the trials it was asked for; None if no complete study is there."""
-    if not path.is_file():
-        return None
-    study, rdb = _open_storage(path, None)
-    attrs = study.user_attrs if study is not None else {}
-    rdb.engine.dispose()
-    return (StudySettings(**attrs["settings"]), attrs["totals"][-1]) if "settings" in attrs else None
+class KnownStudy(NamedTuple):
+    """What a record says of its study before it is opened."""
+
+    settings: StudySettings
+    total: int  # trials that it was asked for
+
+
+def read_settings(path: Path) -> KnownStudy | None:
+    """The settings of the study in a SQLite file; None if no complete study is there."""
+    with _reading(path) as study:
+        attrs = study.user_attrs if study is not None else {}
+    return KnownStudy(StudySettings(**attrs["settings"]), attrs["totals"][-1]) if "settings" in attrs else None
 
 
 def read_totals(path: Path) -> list[int]:
     """The trials that the study in a SQLite file was asked for, as they grew."""
-    study, rdb = _open_storage(path, None)
-    totals = list(study.user_attrs.get("totals", [])) if study is not None else []
-    rdb.engine.dispose()
-    return totals
+    with _reading(path) as study:
+        return list(study.user_attrs.get("totals", [])) if study is not None else []
 
 
 def read_trials(path: Path) -> tuple[list[TrialRecord], list[TrialSpec] | None]:
     """The trials of the study in a SQLite file, and the rows of its design if that is fixed."""
-    study, rdb = _open_storage(path, None)
-    trials = [_from_storage(frozen) for frozen in study.get_trials(deepcopy=False)] if study is not None else []
-    rows = study.user_attrs.get("rows") if study is not None else None
-    rdb.engine.dispose()
-    return trials, None if rows is None else [TrialSpec.from_dict(row) for row in rows]
+    with _reading(path) as study:
+        if study is None:
+            return [], None
+        return [_from_storage(frozen) for frozen in study.get_trials(deepcopy=False)], _rows(study.user_attrs)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[optuna.Study | None]:
+    """The study in a SQLite file; None if there is none."""
+    if not path.is_file():
+        yield None
+        return
+    study, database = _open_database(path, None)
+    try:
+        yield study
+    finally:
+        database.engine.dispose()
 
 
 def best_trial(trials: list[TrialRecord]) -> TrialRecord | None:
@@ -516,7 +542,6 @@ def _from_storage(frozen: FrozenTrial) -> TrialRecord:
     attrs = frozen.user_attrs
     trial = TrialRecord(
         number=frozen.number,
-        trial_id=frozen._trial_id,
         spec=TrialSpec.from_dict(attrs["plan"]),
         started=attrs["started"],
         run=attrs.get("run"),
@@ -532,7 +557,11 @@ def _from_storage(frozen: FrozenTrial) -> TrialRecord:
 def _apply_end(trial: TrialRecord, end: dict[str, Any]) -> None:
     trial.reason, trial.ended, trial.test = end["reason"], end["time"], end["test"]
     trial.diverged = end.get("diverged", end["reason"].startswith("diverged"))  # older records say it in words only
-    trial.state = end["state"]  # last: the tracker's thread takes it for the sign that the rest is there
+    trial.state = end["state"]  # last: once it is set, the tracker's thread reads the other fields
+
+
+def _rows(attrs: dict[str, Any]) -> list[TrialSpec] | None:
+    return [TrialSpec.from_dict(row) for row in attrs["rows"]] if "rows" in attrs else None
 
 
 def _epoch_key(epoch: int) -> str:
@@ -548,7 +577,7 @@ def _test_key(number: int) -> str:
 
 
 def _readable(spec: TrialSpec) -> dict[str, Any]:
-    """What a person looking at Optuna's dashboard wants as columns of their own."""
+    """Attributes that Optuna's dashboard shows as columns."""
     return {"origin": spec.origin, "row": spec.row, "seeds": ",".join(map(str, spec.seeds))}
 
 
@@ -556,8 +585,8 @@ def _now() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _open_storage(path: Path, name: str | None) -> tuple[optuna.Study | None, RDBStorage]:
-    """The Optuna study in a SQLite file, made if absent and named; unnamed: whichever is there."""
+def _open_database(path: Path, name: str | None) -> tuple[optuna.Study | None, RDBStorage]:
+    """The Optuna study in a SQLite file: the named one, made if absent; without a name, the one there, or None."""
     try:
         rdb = RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 60}})
 
@@ -566,7 +595,7 @@ def _open_storage(path: Path, name: str | None) -> tuple[optuna.Study | None, RD
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=FULL")
 
-        rdb.engine.dispose()  # the connection that made the tables was not listened to
+        rdb.engine.dispose()  # the connection that made the tables is older than the listener
         if name is None:
             names = optuna.get_all_study_names(rdb)
             return (optuna.load_study(study_name=names[0], storage=rdb) if names else None), rdb
@@ -574,9 +603,9 @@ def _open_storage(path: Path, name: str | None) -> tuple[optuna.Study | None, RD
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
         cause = error.__cause__ or error
         if isinstance(cause, sqlalchemy.exc.OperationalError) or isinstance(error, sqlalchemy.exc.OperationalError):
-            raise RecordLost(f"the record cannot be opened: {_first_line(cause)}") from error  # full, I/O, locked
+            raise RecordLost(f"the record cannot be opened: {first_line(cause)}") from error  # full, I/O, locked
         raise UserError(
-            f"a study's record must be an Optuna SQLite file; {path} cannot be used ({_first_line(cause)}): "
+            f"a study's record must be an Optuna SQLite file; {path} cannot be used ({first_line(cause)}): "
             "pass another --study, or move the file away"
         ) from error
     return study, rdb
@@ -585,32 +614,27 @@ def _open_storage(path: Path, name: str | None) -> tuple[optuna.Study | None, RD
 _DATABASE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError, LeaseHeld)
 
 
-class _write_errors:
-    """Turn the database's refusal to write into RecordLost."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if error is not None and isinstance(error, _DATABASE_ERRORS):
-            raise RecordLost(f"the record cannot be written: {_first_line(error.__cause__ or error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def _lock(path: Path) -> int:
-    """Hold the file's lock until closed or dead. The file names its holder."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+@contextmanager
+def _write_errors() -> Iterator[None]:
+    """Raises RecordLost where the database cannot be written."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(handle, 100).decode(errors="replace").strip() or "unknown"
-        os.close(handle)
+        yield
+    except _DATABASE_ERRORS as error:
+        raise RecordLost(f"the record cannot be written: {first_line(error.__cause__ or error)}") from error
+
+
+def _lock(path: Path) -> FileLock:
+    """Lock a file until released or until this process ends. The file holds the number of this process.
+
+    Raises UserError if another process has the lock, OSError.
+    """
+    lock = FileLock(path, blocking=False, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        holder = path.read_text(errors="replace").strip() or "unknown"
         raise UserError(
             f"a study has one driver at a time; process {holder} is running {path.parent.name}: wait for it or end it"
         ) from None
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, f"{os.getpid()}".encode(), 0)
-    return handle
+    path.write_text(str(os.getpid()))
+    return lock

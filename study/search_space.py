@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from ramcore.config import Config
 from ramcore.space import Dimension, Space
@@ -92,6 +93,6 @@ def search_space(base: Config) -> Space:
     )
 
 
-def configuration(space: Space, values: dict[str, object]) -> Config:
+def configuration(space: Space, values: Mapping[str, object]) -> Config:
     """The whole configuration of a point of a space."""
     return Config(**{**space.fixed, **space.default, **values})

@@ -1,11 +1,11 @@
-"""The record of a study whose storage is an object store: worked on in a file of this machine, kept in the store.
+"""Copies the record of a study to and from an object store.
 
-SQLite needs a real file, so the driver works on a copy in its cache and writes the whole of it back: before a new
-trial is handed out, soon after one has ended, and once a minute otherwise. A driver machine that is lost for good so
-costs at most the epochs of the last minute, which the trials' checkpoints tell again.
+SQLite needs a real file. So the driver works on a copy in its cache, and writes the whole copy back: before it starts a
+new trial, soon after a trial has ended, and otherwise once a minute. If the driver's machine is lost for good, at most
+the epochs of the last minute are lost, and the trials' checkpoints report these again.
 
-A lock file is seen by one machine only. In the store the driver keeps `driver.json`, which it renews with every minute;
-another machine's driver waits until that stands still, or is refused.
+A lock file is seen by one machine only. So the driver also keeps a lease in the store, `driver.json`, and renews it
+every minute. Another machine's driver waits until the lease is no longer renewed, and is refused if it is.
 """
 
 from __future__ import annotations
@@ -22,63 +22,49 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ramcore.errors import first_line
 from study.storage import RECORD, Folder, Storage
 
 LEASE = "driver.json"
-_COPY = "copy-id"  # names a working copy
-_PUSHED = "in-storage"  # marks a working copy of which the storage has had a state
-_INTERVAL = 60.0  # seconds between two copies while nothing starts or ends
-_EXPIRES = 180.0  # seconds that a lease stands without being renewed before another driver may take over
-_READS = 3  # of a lease that makes no sense, before it counts as none
+_COPY = "copy-id"  # the file with the name of a working copy
+_PUSHED = "in-storage"  # the file that marks a working copy that was written to the storage
+_INTERVAL = 60.0  # seconds between two copies while no trial starts or ends
+_EXPIRES = 180.0  # seconds after which a lease that is not renewed may be taken over
+_READS = 3  # attempts at a lease that cannot be parsed, before it counts as none
 _PATIENCE = 600.0  # seconds that the store may be out of reach before the study stops
 
 logger = logging.getLogger(__name__)
 
 
-def is_remote(storage: str) -> bool:
-    """For callers that still have the text."""
-    return Storage.parse(storage).is_remote
-
-
-def record_folder(storage: str, study: str) -> Path:
-    """For callers that still have the text."""
-    return Storage.parse(storage).record_folder(study)
-
-
-def fetch(storage: Storage | str, study: str) -> None:
-    """Bring the working copy up to the storage, unless it is further. Raises OSError if the storage cannot be
-    reached.
+def fetch(storage: Storage, study: str) -> None:
+    """Replace the working copy by the record in the storage, unless the copy is further. Raises OSError if the storage
+    cannot be reached.
     """
-    storage = Storage.parse(str(storage))
     if not storage.is_remote:
         return
-    path = storage.record_folder(study) / RECORD
+    copy = storage.record_folder(study) / RECORD
+    pushed = copy.parent / _PUSHED
     try:
         content = storage.folder(study).read(RECORD)
     except FileNotFoundError:
-        if (path.parent / _PUSHED).exists():  # it was there once: whoever deleted it meant the whole study
-            _set_aside(path)
-            (path.parent / _PUSHED).unlink()
+        if pushed.exists():  # the storage had the record once, so the whole study was deleted there
+            _set_aside(copy)
+            pushed.unlink()
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fetched = path.with_suffix(".fetched")
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    fetched = copy.with_suffix(".fetched")
     fetched.write_bytes(content)
-    mine, theirs = _extent(path), _extent(fetched)
+    mine, theirs = _extent(copy), _extent(fetched)
     if mine is not None and theirs is not None and mine[0] == theirs[0] and mine >= theirs:
         fetched.unlink()
         return
-    _set_aside(path)
-    fetched.replace(path)
-    (path.parent / _PUSHED).touch()
-
-
-def studies(storage: str) -> list[str]:
-    """For callers that still have the text."""
-    return Storage.parse(storage).studies()
+    _set_aside(copy)
+    fetched.replace(copy)
+    pushed.touch()
 
 
 def _set_aside(path: Path) -> None:
-    """Make room for another record; nothing computed is deleted."""
+    """Rename a working copy, so that another can take its place. No result is deleted."""
     aside = f"{RECORD}.{time.strftime('%Y%m%d-%H%M%S')}"
     for leftover in (path, path.with_name(f"{RECORD}-wal"), path.with_name(f"{RECORD}-shm")):
         if leftover.exists():
@@ -86,7 +72,7 @@ def _set_aside(path: Path) -> None:
 
 
 def _extent(path: Path) -> tuple[str, int, int, int] | None:
-    """Which study a record is of and how far it is: uid, trials, epochs, ended trials; None if it is none."""
+    """Identity and progress of a record: uid, trials, epochs, ended trials. None if the file is no record."""
     queries = (
         "select value_json from study_user_attributes where key = 'uid'",
         "select count(*) from trials",
@@ -104,20 +90,20 @@ def _extent(path: Path) -> tuple[str, int, int, int] | None:
 
 
 class LeaseHeld(ValueError):
-    """Another machine's driver is running the study; the message says rule, fact and fix in one line."""
+    """Another machine's driver is running the study. The message is one line."""
 
 
 class Lease:
     """The right to drive a study, as a file in its storage."""
 
     def __init__(self, folder: Folder, study: str, copy: Path) -> None:
-        """Of a study.
+        """For one study.
 
         Args:
             folder: of the study in its storage.
             study: its name.
-            copy: folder of the working copy. Drivers of one copy keep each other out by its lock file, so among them
-                a lease that was left behind need not be waited for.
+            copy: folder of the working copy. Its lock file admits one driver at a time, so a lease that an earlier
+                driver of the same copy left behind need not be waited for.
         """
         self._folder = folder
         self._study = study
@@ -128,7 +114,7 @@ class Lease:
         self._copy = place.read_text()
 
     def take(self, say: Callable[[str], None]) -> None:
-        """Take it, waiting while another machine's may still be renewed. Raises LeaseHeld if it is; OSError."""
+        """Take the lease; wait first if another machine may still renew it. Raises LeaseHeld if it does; OSError."""
         first = self._read()
         if first is not None and first.get("copy") != self._copy:
             left = _EXPIRES - max(0.0, time.time() - first["time"])
@@ -146,7 +132,7 @@ class Lease:
         self.renew()
 
     def renew(self) -> None:
-        """Say that we are still here. Raises OSError."""
+        """Write the lease with the time of now. Raises OSError."""
         mine = {"holder": self._holder, "copy": self._copy, "host": socket.gethostname(), "time": time.time()}
         self._folder.write(LEASE, json.dumps(mine).encode())
 
@@ -166,13 +152,13 @@ class Lease:
                 return json.loads(self._folder.read(LEASE))
             except FileNotFoundError:
                 return None
-            except ValueError:  # read while it was being written, by a store that is none of the best
+            except ValueError:  # read while it was being written, in a store without atomic writes
                 time.sleep(0.2)
         return None
 
 
 class Snapshots:
-    """Writes a record back to its storage, from a thread of its own where nobody has to wait for it."""
+    """Writes a record back to its storage: at once, or in a thread of its own."""
 
     def __init__(self, path: Path, folder: Folder, lease: Lease) -> None:
         self._path = path
@@ -201,18 +187,17 @@ class Snapshots:
             self._written = time.monotonic()
 
     def soon(self) -> None:
-        """Have it written back without waiting. Raises OSError if that has not worked for long, or must not be."""
-        if self._lost is not None:
-            raise OSError(self._lost)
+        """Write it back soon, without waiting. Raises OSError as `check` does."""
+        self.check()
         self._wake.set()
 
     def check(self) -> None:
-        """Raises OSError if writing back has not worked for long, or must not be."""
+        """Raises OSError if the storage was out of reach for too long, or another driver has taken over."""
         if self._lost is not None:
             raise OSError(self._lost)
 
     def close(self) -> None:
-        """Write the last state back and let the next driver start. Raises OSError, LeaseHeld."""
+        """Write the last state back, and give the lease back. Raises OSError, LeaseHeld."""
         self._closing.set()
         self._wake.set()
         self._thread.join()
@@ -232,7 +217,7 @@ class Snapshots:
                 self._lost = str(error)
                 return
             except (OSError, sqlite3.Error) as error:
-                logger.warning("the record could not be written back to its storage: %s", str(error)[:200])
+                logger.warning("the record could not be written back to its storage: %s", first_line(error))
                 if time.monotonic() - self._written > _PATIENCE:
-                    self._lost = f"the storage was out of reach for {_PATIENCE / 60:.0f} minutes: {str(error)[:200]}"
+                    self._lost = f"the storage was out of reach for {_PATIENCE / 60:.0f} minutes: {first_line(error)}"
                 self._closing.wait(5.0)

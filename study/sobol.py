@@ -9,7 +9,7 @@ from ramcore.space import Space, Values
 
 
 class SobolSequence:
-    """The feasible points of a scrambled Sobol sequence. The same space and seed give the same points, always.
+    """The feasible points of a scrambled Sobol sequence. The same space and seed always give the same points.
 
     Source: Owen, "Scrambling Sobol' and Niederreiter-Xing points", Journal of Complexity 1998, by scipy.
     """
@@ -17,16 +17,16 @@ class SobolSequence:
     def __init__(self, space: Space, seed: int) -> None:
         self._space = space
         self._seed = seed
-        self._log2 = 5  # of how many points were drawn
+        self._log2 = 5  # of the number of points drawn
         self._points: list[Values] = []
 
     def __getitem__(self, index: int) -> Values:
         """The point of an index from 0."""
         while len(self._points) <= index:
             self._log2 += 1
-            engine = qmc.Sobol(len(self._space.dimensions), scramble=True, rng=np.random.default_rng(self._seed))
+            sampler = qmc.Sobol(len(self._space.dimensions), scramble=True, rng=np.random.default_rng(self._seed))
             self._points = []  # a longer sequence begins with the shorter one
-            for row in engine.random_base2(self._log2):
+            for row in sampler.random_base2(self._log2):
                 pairs = zip(self._space.dimensions, row, strict=True)
                 point = {dimension.name: dimension.sample(float(u)) for dimension, u in pairs}
                 if self._space.feasible(point):

@@ -1,9 +1,9 @@
-"""What a worker does with one trial. The only file that trains, checkpoints and reports.
+"""Trains one trial in a worker. The only file that trains, checkpoints and reports.
 
-The order after each epoch is: checkpoint, report; the driver then commits the report to the record, decides whether
-the trial goes on, and lets the tracker know. So the record never knows an epoch that no checkpoint holds, and a crash
-anywhere leaves a trial that repeats at most one epoch. A checkpoint carries the metrics of all its epochs: the
-resumed trial reports again what the record may lack, and the record ignores what it has.
+After each epoch the worker saves a checkpoint, then reports. The driver commits the report to the record, and decides
+whether the trial goes on. So the record never holds an epoch that no checkpoint holds, and a crash anywhere costs a
+trial at most one epoch. A checkpoint holds the metrics of all epochs: a resumed trial reports again what the record may
+lack, and the record ignores what it has.
 """
 
 from __future__ import annotations
@@ -22,21 +22,23 @@ import torch
 
 from ramcore.config import Config
 from ramcore.data import Split, TaskData
+from ramcore.errors import first_line
 from ramcore.trainer import Trainer
-from study.checkpoints import Checkpoints, open_folder
+from study.checkpoints import Checkpoints
 from study.faults import fault_point
+from study.storage import Storage
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a worker is told about a trial."""
+    """A trial as a worker gets it."""
 
     number: int
     config: Config
     seeds: tuple[int, ...]
-    test: bool  # whether to read the test images at its end
-    held: int  # epochs the record holds already
-    storage: str
+    test: bool  # whether to read the test images at the end
+    held: int  # epochs that the record holds already
+    storage: str  # `str(Storage)`
     study: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,7 +53,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class SharedData:
-    """The images as numpy arrays, which Ray keeps once a node and every trial there reads without a copy."""
+    """The images as numpy arrays. Ray keeps them once a node, and every trial there reads them without a copy."""
 
     data: str
     digest: str
@@ -59,16 +61,16 @@ class SharedData:
 
     @staticmethod
     def of(task: TaskData) -> SharedData:
-        """From tensors; a source's images serve all its tasks."""
+        """From tensors. All tasks are made from the same images."""
         names = task.sizes
         arrays = {f"{n}.images": task.split(n).images.numpy() for n in names}  # type: ignore[arg-type]
         arrays |= {f"{n}.labels": task.split(n).labels.numpy() for n in names}  # type: ignore[arg-type]
         return SharedData(data=task.data, digest=task.digest, arrays=arrays)
 
     def task(self, task: str) -> TaskData:
-        """As tensors over the same memory, laid out as a task."""
+        """A task, of tensors over the same memory."""
         with warnings.catch_warnings():
-            # The shared memory is read-only and torch cannot express that; nothing writes to a task's images.
+            # The shared memory is read-only, which torch cannot express. Nothing writes to a task's images.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             tensors = {name: torch.from_numpy(array) for name, array in self.arrays.items()}
         splits = {n: Split(tensors[f"{n}.images"], tensors[f"{n}.labels"]) for n in ("train", "validation", "test")}
@@ -78,43 +80,30 @@ class SharedData:
 def run_trial(job: Job, data: SharedData, report: Callable[[dict[str, Any]], None], device: str = "cpu") -> None:
     """Train one trial to its last epoch, or until `report` does not return.
 
-    `report` is given {"epoch": 1-based, "metrics": EpochMetrics.to_dict()}, with "test" beside them in the last epoch
-    of the designs that read the test images; or, instead, {"error": one line, "details": traceback} when training
-    failed, or {"interrupted": one line} when its surroundings did (full disk, storage out of reach).
+    `report` is called after each epoch with {"epoch": 1-based, "metrics": EpochMetrics.to_dict()}. In the last epoch of
+    a design that reads the test images, "test" is added. If training fails, it is called with {"error": one line,
+    "details": traceback}; if the storage of the checkpoints fails (full, out of reach), with {"interrupted": one line}.
     """
-    if device != "cpu":  # actors are reused: the memory of the trial before is given back before more is taken
+    if device != "cpu":  # a worker trains one trial after another: free the memory of the one before
         gc.collect()
         torch.cuda.empty_cache()
     try:
         _train(job, data, report, device)
     except _StorageLost as error:
         report({"interrupted": str(error)})
-    except Exception as error:  # the boundary: whatever a trial raises is that trial's failure, told to the driver
-        lines = (str(error) or "no message").splitlines()
-        report({"error": f"{type(error).__name__}: {lines[0]}", "details": traceback.format_exc()})
-
-
-class _StorageLost(Exception):
-    """The checkpoints' storage is full, gone or out of reach: not the trial's fault."""
-
-
-@contextmanager
-def _storage() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise _StorageLost(f"{error.strerror}: {error.filename or 'checkpoint'}" if error.strerror else said) from error
+    except Exception as error:  # anything that a trial raises is that trial's failure
+        line = f"{type(error).__name__}: {first_line(error, 1000)}"
+        report({"error": line, "details": traceback.format_exc()})
 
 
 def _train(job: Job, data: SharedData, report: Callable[[dict[str, Any]], None], device: str) -> None:
     fault_point("trial.start")
-    with _storage():
-        checkpoints = Checkpoints(open_folder(job.storage, job.study), job.number)
+    with _storage_errors():
+        checkpoints = Checkpoints(Storage.parse(job.storage).folder(job.study), job.number)
     trainer = Trainer(job.config, data.task(job.config.task), seeds=job.seeds, device=device)
     identity = {"config": asdict(job.config), "seeds": list(job.seeds)}
-    history: list[dict[str, Any]] = []
-    with _storage():
+    history: list[dict[str, Any]] = []  # the metrics of every epoch
+    with _storage_errors():
         saved = checkpoints.load(identity)
     if saved:
         trainer.load_state_dict(saved["trainer"])
@@ -124,7 +113,7 @@ def _train(job: Job, data: SharedData, report: Callable[[dict[str, Any]], None],
         result: dict[str, Any] = {"epoch": metrics["epoch"], "metrics": metrics}
         if metrics["epoch"] == job.config.epochs and not any(metrics["diverged"]):
             best = {"identity": identity, "weights": trainer.best_weights(), "epoch": list(trainer.best_epoch)}
-            with _storage():
+            with _storage_errors():
                 checkpoints.save_best(best)
             if job.test:
                 result["test"] = read_test(trainer)
@@ -132,21 +121,34 @@ def _train(job: Job, data: SharedData, report: Callable[[dict[str, Any]], None],
         report(result)
         fault_point("report.after")
 
-    # The newest epoch that the record holds is told again too: a crash may have come before the decision about it.
+    # The newest recorded epoch is reported again too: a crash may have come before the decision that follows it.
     for metrics in history[max(0, job.held - 1) :]:
         tell(metrics)
     while trainer.epochs_done < job.config.epochs:
         metrics = trainer.epoch().to_dict()
         history.append(metrics)
-        with _storage():
-            checkpoints.save(
-                trainer.epochs_done, {"identity": identity, "trainer": trainer.state_dict(), "history": history}
-            )
+        state = {"identity": identity, "trainer": trainer.state_dict(), "history": history}
+        with _storage_errors():
+            checkpoints.save(trainer.epochs_done, state)
         tell(metrics)
 
 
+class _StorageLost(Exception):
+    """The storage of the checkpoints is full, gone or out of reach: not the trial's fault."""
+
+
+@contextmanager
+def _storage_errors() -> Iterator[None]:
+    """Raises _StorageLost for an error of the storage."""
+    try:
+        yield
+    except OSError as error:
+        said = f"{error.strerror}: {error.filename or 'checkpoint'}" if error.strerror else first_line(error)
+        raise _StorageLost(said) from error
+
+
 def read_test(trainer: Trainer) -> dict[str, Any]:
-    """Accuracy on the test images with each seed's best weights: the one reading that is reported."""
+    """The results on the test images with each seed's best weights: the ones that are reported."""
     evaluation = trainer.evaluate("test")
     return {
         "accuracy": list(evaluation.accuracy),
@@ -158,9 +160,9 @@ def read_test(trainer: Trainer) -> dict[str, Any]:
 
 def tune_trial(config: dict[str, Any], data: SharedData, cpus: float, gpus: float) -> None:
     """`run_trial` as Tune calls it, in an actor that runs one trial after another."""
-    from ray import tune
+    from ray import tune  # puts off Ray
 
     torch.set_num_threads(max(1, int(cpus)))
     device = "cuda" if gpus > 0 and torch.cuda.is_available() else "cpu"
-    # One JSON text a report: Tune would flatten nested metrics into a column each.
+    # Each report is one JSON text, because Tune would make a column of every nested metric.
     run_trial(Job.from_dict(config), data, lambda result: tune.report({"result": json.dumps(result)}), device)

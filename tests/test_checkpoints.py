@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections import Counter
 
 import pytest
 import torch
 
-from study.checkpoints import Checkpoints, LocalFolder, RemoteFolder, open_folder
+from study.checkpoints import Checkpoints, _pack
+from study.storage import LocalFolder, RemoteFolder, Storage
 
 
 class Malicious:
@@ -16,7 +18,7 @@ class Malicious:
 
 @pytest.fixture(params=["local", "remote"])
 def checkpoints(request, tmp_path):
-    """A folder of this machine, and pyarrow's view of one as it would see an object store."""
+    """Checkpoints in a folder of this machine, and in one that pyarrow opens as it opens an object store."""
     folder = LocalFolder(tmp_path) if request.param == "local" else RemoteFolder(tmp_path.as_uri())
     (tmp_path / "trials" / "0007").mkdir(parents=True)
     return Checkpoints(folder, 7)
@@ -29,7 +31,7 @@ def state(epoch: int) -> dict:
     return {"identity": ME, "trainer": {"weights": torch.full((50, 50), float(epoch))}, "history": [{"val": (0.1,)}]}
 
 
-def test_the_newest_of_the_two_last_is_loaded(checkpoints):
+def test_last_two_checkpoints_are_kept_and_newest_is_loaded(checkpoints):
     for epoch in (1, 2, 3):
         checkpoints.save(epoch, state(epoch))
     assert checkpoints.folder.names("trials/0007") == ["epoch_0002.pt", "epoch_0003.pt"]
@@ -38,7 +40,7 @@ def test_the_newest_of_the_two_last_is_loaded(checkpoints):
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
-def test_a_damaged_newest_one_falls_back_to_the_one_before(checkpoints, tmp_path, damage):
+def test_damaged_newest_checkpoint_is_skipped_for_the_one_before(checkpoints, tmp_path, damage):
     for epoch in (1, 2):
         checkpoints.save(epoch, state(epoch))
     path = tmp_path / "trials" / "0007" / "epoch_0002.pt"
@@ -53,16 +55,16 @@ def test_a_damaged_newest_one_falls_back_to_the_one_before(checkpoints, tmp_path
     assert checkpoints.load(ME)["trainer"]["weights"][0, 0] == 1
 
 
-def test_another_configurations_checkpoint_is_not_continued(checkpoints):
+def test_checkpoint_of_another_configuration_is_not_loaded(checkpoints):
     checkpoints.save(1, state(1))
     assert checkpoints.load(ME | {"seeds": [5]}) is None
 
 
-def test_nothing_there_is_a_fresh_start(checkpoints):
+def test_missing_checkpoints_load_as_none(checkpoints):
     assert checkpoints.load(ME) is None and checkpoints.load_best() is None
 
 
-def test_an_ended_trial_keeps_its_best_weights_only(checkpoints):
+def test_ended_trial_keeps_only_best_weights(checkpoints):
     checkpoints.save(1, state(1))
     checkpoints.save_best({"weights": {"w": torch.ones(2)}})
     checkpoints.drop_epochs(keep_best=True)
@@ -72,33 +74,32 @@ def test_an_ended_trial_keeps_its_best_weights_only(checkpoints):
     assert checkpoints.folder.names("trials/0007") == []
 
 
-def test_a_checkpoint_that_carries_code_is_refused(checkpoints, capsys):
-    from study.checkpoints import _pack
-
+def test_checkpoint_with_code_is_refused(checkpoints, capsys):
     checkpoints.folder.write("trials/0007/best.pt", _pack({"weights": Malicious()}))
     with pytest.raises(pickle.UnpicklingError):
         checkpoints.load_best()
     assert "code in a checkpoint ran" not in capsys.readouterr().out
 
 
-def test_a_full_disk_leaves_the_older_checkpoints_alone(tmp_path, monkeypatch):
+def test_full_disk_leaves_older_checkpoint_intact(tmp_path, monkeypatch):
     checkpoints = Checkpoints(LocalFolder(tmp_path), 7)
     checkpoints.save(1, state(1))
     monkeypatch.setenv("RAM_STUDY_FAULT", "file.write.half@1:full")
-    monkeypatch.setattr("study.faults._passed", type(__import__("collections").Counter())())
+    monkeypatch.setattr("study.faults._passed", Counter())
     with pytest.raises(OSError, match="No space left"):
         checkpoints.save(2, state(2))
     assert [p.name for p in (tmp_path / "trials" / "0007").iterdir()] == ["epoch_0001.pt"]
-    assert checkpoints.load(ME)["trainer"]["weights"][0, 0] == 1
+    loaded = checkpoints.load(ME)
+    assert loaded is not None and loaded["trainer"]["weights"][0, 0] == 1
 
 
-def test_storage_is_a_path_or_a_uri(tmp_path):
-    local = open_folder(str(tmp_path), "study")
+def test_storage_folder_is_local_for_path_and_remote_for_uri(tmp_path):
+    local = Storage.parse(str(tmp_path)).folder("study")
     assert isinstance(local, LocalFolder) and local.root == tmp_path / "study"
-    assert isinstance(open_folder(tmp_path.as_uri(), "study"), RemoteFolder)
+    assert isinstance(Storage.parse(tmp_path.as_uri()).folder("study"), RemoteFolder)
 
 
-def test_checkpoints_are_plain_torch_files_with_a_checksum(checkpoints, tmp_path):
+def test_checkpoint_is_torch_file_followed_by_checksum(checkpoints, tmp_path):
     checkpoints.save(1, state(1))
     content = (tmp_path / "trials" / "0007" / "epoch_0001.pt").read_bytes()
     assert torch.load(io.BytesIO(content[:-32]), weights_only=True)["identity"] == ME

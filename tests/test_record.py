@@ -43,11 +43,11 @@ def folder(tmp_path):
     return tmp_path / "s"
 
 
-def open_record(folder, settings=SETTINGS, total=5, rows=None) -> Record:
+def open_record(folder, settings=SETTINGS, total: int | None = 5, rows=None) -> Record:
     return Record.open(folder, settings, total=total, rows=rows)
 
 
-def test_a_trial_is_whole_from_its_first_commit(folder):
+def test_new_trial_is_stored_whole_in_one_commit(folder):
     with open_record(folder) as record:
         trial = record.start(plan(), SPACE)
         (stored,) = record.study.get_trials()
@@ -56,7 +56,7 @@ def test_a_trial_is_whole_from_its_first_commit(folder):
     assert stored.user_attrs["origin"] == "sobol" and stored.user_attrs["seeds"] == "0,1"
 
 
-def test_reports_become_intermediate_values_and_a_repeated_one_is_ignored(folder, caplog):
+def test_reports_become_intermediate_values_and_repeated_ones_are_ignored(folder, caplog):
     with open_record(folder) as record:
         record.start(plan(), SPACE)
         assert record.add_epoch(0, 1, metrics(1, 0.2, 0.4))
@@ -73,7 +73,7 @@ def test_reports_become_intermediate_values_and_a_repeated_one_is_ignored(folder
     ("state", "optuna_state", "value"),
     [("complete", TrialState.COMPLETE, 0.3), ("pruned", TrialState.PRUNED, None), ("failed", TrialState.FAIL, None)],
 )
-def test_ends(folder, state, optuna_state, value):
+def test_first_end_of_a_trial_is_stored_and_second_is_ignored(folder, state, optuna_state, value):
     with open_record(folder) as record:
         record.start(plan(), SPACE)
         record.add_epoch(0, 1, metrics(1, 0.2, 0.4))
@@ -88,7 +88,7 @@ def test_ends(folder, state, optuna_state, value):
         assert (trial.state, trial.reason, len(trial.epochs)) == (state, "why", 1)
 
 
-def test_a_nan_is_kept_as_an_epoch_but_not_told_as_a_value(folder):
+def test_nan_is_kept_as_epoch_but_not_as_intermediate_value(folder):
     with open_record(folder) as record:
         record.start(plan(), SPACE)
         record.add_epoch(0, 1, metrics(1, math.nan, 0.4))
@@ -98,7 +98,7 @@ def test_a_nan_is_kept_as_an_epoch_but_not_told_as_a_value(folder):
         assert math.isnan(record.trials[0].epochs[0].value)
 
 
-def test_what_a_crash_cut_off_is_completed_on_opening(folder, monkeypatch):
+def test_opening_completes_writes_that_a_crash_cut_off(folder, monkeypatch):
     with open_record(folder) as record:
         record.start(plan(), SPACE)
         record.add_epoch(0, 1, metrics(1, 0.2, 0.4))
@@ -113,7 +113,7 @@ def test_what_a_crash_cut_off_is_completed_on_opening(folder, monkeypatch):
     assert (stored.state, stored.value) == (TrialState.COMPLETE, 0.4)
 
 
-def test_the_test_reading_of_an_ended_trial_survives(folder):
+def test_test_accuracy_of_ended_trial_is_kept(folder):
     with open_record(folder) as record:
         record.start(plan(), SPACE)
         record.end(0, "complete", "finished")
@@ -122,7 +122,7 @@ def test_the_test_reading_of_an_ended_trial_survives(folder):
         assert record.trials[0].test == {"accuracy": [0.5]}
 
 
-def test_more_trials_extend_and_fewer_do_not_shrink(folder):
+def test_larger_total_extends_study_and_smaller_one_changes_nothing(folder):
     with open_record(folder, total=5) as record:
         assert record.totals == [5]
     with open_record(folder, total=3) as record:
@@ -151,7 +151,7 @@ def test_other_settings_under_the_same_name_are_refused_and_named(folder, change
     open_record(folder).close()  # the refusal let go of the lock
 
 
-def test_another_space_is_refused_and_named_but_a_reworded_reason_is_not(folder):
+def test_another_space_is_refused_but_a_reworded_reason_is_accepted(folder):
     open_record(folder).close()
     space = SPACE.to_dict()
     space["dimensions"][1] |= {"high": 30, "reason": "another"}
@@ -162,9 +162,9 @@ def test_another_space_is_refused_and_named_but_a_reworded_reason_is_not(folder)
     open_record(folder, dataclasses.replace(SETTINGS, space=space)).close()
 
 
-def test_a_second_driver_is_refused_and_told_who_is_first(folder, tmp_path):
+def test_second_driver_is_refused_with_process_number_of_the_first(folder, tmp_path):
     script = (
-        "import sys; from pathlib import Path; from study.record import _lock; _lock(Path(sys.argv[1]));"
+        "import sys; from pathlib import Path; from study.record import _lock; held = _lock(Path(sys.argv[1]));"
         "print('held', flush=True); sys.stdin.read()"
     )
     folder.mkdir()
@@ -177,14 +177,14 @@ def test_a_second_driver_is_refused_and_told_who_is_first(folder, tmp_path):
     open_record(folder).close()
 
 
-def test_a_file_that_is_no_record_is_refused(folder):
+def test_file_that_is_no_database_is_refused(folder):
     folder.mkdir()
     (folder / "study.db").write_text("not a database, " * 100)
     with pytest.raises(UserError, match="must be an Optuna SQLite file"):
         open_record(folder)
 
 
-def test_the_record_can_be_read_from_outside(folder):
+def test_record_can_be_read_without_opening_it_for_writing(folder):
     assert read_settings(folder / "study.db") is None
     with open_record(folder) as record:
         for i, accuracy in enumerate((0.2, 0.6, 0.4)):
@@ -204,7 +204,7 @@ def test_commits_are_durable(folder):
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2  # FULL
 
 
-def test_optunas_own_tools_can_open_it(folder):
+def test_optuna_can_load_the_study(folder):
     with open_record(folder) as record:
         record.start(plan(), SPACE)
         study = optuna.load_study(study_name="s", storage=f"sqlite:///{folder / 'study.db'}")

@@ -17,18 +17,20 @@ from pathlib import Path
 
 import boto3
 import mlflow
+import optuna
 import pytest
 import torch
 from moto.server import ThreadedMotoServer
 from optuna.trial import TrialState
 from test_record import SETTINGS, SPACE, metrics, plan
 
-from study.checkpoints import Checkpoints, RemoteFolder, open_folder
-from study.cluster import probe
-from study.record import Record, open_record
+from study.checkpoints import Checkpoints
 from study.flags import USAGE, Flags
+from study.probe import probe
+from study.record import Record, open_record
 from study.run import main
-from study.snapshots import fetch, record_folder, studies
+from study.snapshots import fetch
+from study.storage import RemoteFolder, Storage
 
 ROOT = Path(__file__).resolve().parent.parent
 STORAGE = "s3://bucket/ram-study"
@@ -63,8 +65,8 @@ def keys(*, marks: bool = False) -> list[str]:
     return sorted(item["Key"] for item in found if marks or not item["Key"].endswith("/"))
 
 
-def test_checkpoints_live_in_a_bucket(store):
-    checkpoints = Checkpoints(open_folder(STORAGE, "s"), 7)
+def test_checkpoints_are_saved_in_and_loaded_from_a_bucket(store):
+    checkpoints = Checkpoints(Storage.parse(STORAGE).folder("s"), 7)
     assert isinstance(checkpoints.folder, RemoteFolder)
     assert checkpoints.load(ME) is None and checkpoints.load_best() is None
     for epoch in (1, 2, 3):
@@ -72,28 +74,30 @@ def test_checkpoints_live_in_a_bucket(store):
         checkpoints.save(epoch, state)
     folder = "ram-study/s/trials/0007"
     assert keys() == [f"{folder}/epoch_0002.pt", f"{folder}/epoch_0003.pt"]
-    assert checkpoints.load(ME)["trainer"]["weights"][0] == 3
+    loaded = checkpoints.load(ME)
+    assert loaded is not None and loaded["trainer"]["weights"][0] == 3
     content = checkpoints.folder.read("trials/0007/epoch_0003.pt")
     checkpoints.folder.write("trials/0007/epoch_0003.pt", content[: len(content) // 2])
-    assert checkpoints.load(ME)["trainer"]["weights"][0] == 2  # the newest is damaged
+    loaded = checkpoints.load(ME)
+    assert loaded is not None and loaded["trainer"]["weights"][0] == 2  # the newest is damaged
     checkpoints.save_best({"weights": {"w": torch.ones(2)}})
     checkpoints.drop_epochs(keep_best=True)
     assert keys() == [f"{folder}/best.pt"]
 
 
-def test_looking_at_a_bucket_leaves_nothing_there(store):
+def test_probing_a_bucket_leaves_nothing_there(store):
     answer = probe(STORAGE, ".probe-of-this-test")
-    assert not answer["lacks"] and not answer["unreachable"]
+    assert not answer.lacks and not answer.unreachable
     assert all("probe" not in key for key in keys(marks=True))
-    open_folder(STORAGE, "s").write("study.db", b"")
-    open_folder(STORAGE, ".hidden").write("x", b"")
-    assert studies(STORAGE) == ["s"]
+    Storage.parse(STORAGE).folder("s").write("study.db", b"")
+    Storage.parse(STORAGE).folder(".hidden").write("x", b"")
+    assert Storage.parse(STORAGE).studies() == ["s"]
 
 
-def test_a_record_outlives_the_drivers_machine(store):
+def test_record_survives_loss_of_driver_machine(store):
     def open_here() -> Record:
-        fetch(STORAGE, "s")
-        return open_record(STORAGE, SETTINGS, total=5)
+        fetch(Storage.parse(STORAGE), "s")
+        return open_record(Storage.parse(STORAGE), SETTINGS, total=5)
 
     with open_here() as record:
         for index, accuracy in enumerate((0.2, 0.6)):
@@ -108,7 +112,7 @@ def test_a_record_outlives_the_drivers_machine(store):
         assert record.uid == uid
 
 
-def test_a_bucket_that_is_not_there_is_refused(store, tmp_path, monkeypatch, capsys):
+def test_missing_bucket_is_refused_in_one_line(store, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(Flags(data="digits", storage="s3://nosuch/folder")) == USAGE
     (line,) = capsys.readouterr().err.strip().splitlines()
@@ -133,11 +137,11 @@ def epochs_in(path: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_study_in_s3_goes_on_when_the_head_is_lost(store, tmp_path):
+def test_study_in_s3_continues_when_head_is_lost(store, tmp_path):
     first = start(tmp_path)
     try:
         end = time.monotonic() + 500
-        working = record_folder(STORAGE, "s") / "study.db"
+        working = Storage.parse(STORAGE).record_folder("s") / "study.db"
         while not (any("best.pt" in key for key in keys()) and epochs_in(working) >= 5):
             assert first.poll() is None and time.monotonic() < end, first.communicate()[1]
             time.sleep(0.2)
@@ -152,13 +156,11 @@ def test_a_study_in_s3_goes_on_when_the_head_is_lost(store, tmp_path):
         first.kill()
     assert second.returncode == 0, err
     assert "4 trials finished" in out or "stopped early" in out
-    fetched = record_folder(STORAGE, "s")
+    fetched = Storage.parse(STORAGE).record_folder("s")
     assert set(ended_before) <= set(keys())
     # What the bucket holds is the whole study, not the copy on this machine's disk.
     shutil.rmtree(store)
-    fetch(STORAGE, "s")
-    import optuna
-
+    fetch(Storage.parse(STORAGE), "s")
     study = optuna.load_study(study_name="s", storage=f"sqlite:///{fetched}/study.db")
     assert len(study.trials) == 4
     assert all(t.state in (TrialState.COMPLETE, TrialState.PRUNED) for t in study.trials)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+import optuna
 import pytest
 from crash import Silent
 from ray.tune.experiment import Trial
@@ -14,6 +15,7 @@ from study.record import Record, StudySettings
 from study.scheduler import SAME_FAILURES, StudyScheduler
 from study.search_space import search_space
 from study.storage import Storage
+from study.tpe import FeasibleTPE
 from study.tune_adapters import MAX_WORKER_DEATHS, TuneScheduler
 
 EPOCHS = 4
@@ -66,12 +68,12 @@ def train(scheduler: StudyScheduler, number: int, accuracy: float) -> int:
     return epoch
 
 
-def test_only_tpe_trials_are_stopped_and_only_they_are_told_as_pruned(opened):
+def test_only_tpe_trials_are_stopped_early_and_pruned(opened):
     scheduler = opened(10)  # 1 published, 7 Sobol, 2 TPE
     for n in range(10):
         job = scheduler.next_job()
         assert job.number == n
-        # Each worse than the one before: halving would stop all but the first, if it were asked.
+        # Each is worse than the one before: ASHA would stop all but the first.
         assert train(scheduler, n, 0.9 - 0.05 * n) == (EPOCHS if scheduler.record.trials[n].spec.origin != "tpe" else 1)
     assert scheduler.next_job() is None and scheduler.finished
     states = [
@@ -82,14 +84,14 @@ def test_only_tpe_trials_are_stopped_and_only_they_are_told_as_pruned(opened):
     assert scheduler.record.trials[9].reason == "stopped by successive halving at epoch 1"
 
 
-def test_a_good_tpe_trial_goes_on_to_the_end(opened):
+def test_good_tpe_trial_completes(opened):
     scheduler = opened(10)
     for n in range(10):
         scheduler.next_job()
         assert train(scheduler, n, 0.1 + 0.05 * n) == EPOCHS
 
 
-def test_the_objective_is_the_mean_over_seeds_after_the_last_epoch(opened):
+def test_objective_is_mean_over_seeds_after_last_epoch(opened):
     scheduler = opened(1)
     scheduler.next_job()
     for epoch, accuracy in enumerate(((0.5, 0.7), (0.9, 0.9), (0.3, 0.5), (0.6, 0.8)), start=1):
@@ -97,7 +99,7 @@ def test_the_objective_is_the_mean_over_seeds_after_the_last_epoch(opened):
     assert scheduler.record.study.best_value == pytest.approx(0.7)
 
 
-def test_configurations_are_feasible_and_the_same_for_a_study_that_was_killed(opened, tmp_path):
+def test_killed_study_gets_the_same_feasible_configurations(opened, tmp_path):
     def configurations(*, kill: bool) -> list:
         scheduler, found = opened(12), []
         for n in range(12):
@@ -116,43 +118,53 @@ def test_configurations_are_feasible_and_the_same_for_a_study_that_was_killed(op
     assert configurations(kill=False) == killed
 
 
-def test_tpe_suggests_by_trial_number(opened):
+def test_tpe_suggestion_depends_on_trial_number(opened):
     scheduler = opened(4)
     for n in range(3):
         scheduler.next_job()
         train(scheduler, n, 0.1 * n)
-    study = scheduler.record.study
-    again = [FeasibleTPE(SPACE, 0, 7).suggest(study) for _ in range(2)]
-    assert again[0] == again[1] != FeasibleTPE(SPACE, 0, 8).suggest(study)
-    assert all(SPACE.contains(FeasibleTPE(SPACE, 0, n).suggest(study)) for n in range(30))
+    tpe = FeasibleTPE(scheduler.record, SPACE)
+    again = [tpe.suggest(7), FeasibleTPE(scheduler.record, SPACE).suggest(7)]
+    assert again[0] == again[1] == tpe.suggest(7) != tpe.suggest(8)
+    assert all(SPACE.contains(tpe.suggest(n)) for n in range(30))
 
 
-def test_tpe_sees_in_memory_what_optunas_storage_holds(opened):
+def suggestion_from_storage(record: Record, number: int) -> dict:
+    """The suggestion of TPE when it reads every trial from Optuna's own storage."""
+    study = optuna.create_study(direction="maximize")
+    study.ask()
+    study.add_trials(optuna.load_study(study_name="s", storage=record.study._storage).get_trials())
+    tpe = FeasibleTPE(record, SPACE)
+    tpe._study, tpe._coming, tpe._follow_record = study, study.get_trials()[0], lambda: None
+    return tpe.suggest(number)
+
+
+def test_tpe_in_memory_suggests_as_from_optunas_storage(opened):
     scheduler = opened(12)
+    tpe = FeasibleTPE(scheduler.record, SPACE)
     for n in range(10):
         scheduler.next_job()
         train(scheduler, n, 0.9 - 0.05 * n)  # the last two are stopped early
+        tpe.suggest(n + 1)  # follows the record as it grows
     scheduler.next_job()
     report(scheduler, 10, 1, 0.95)  # runs
     scheduler.next_job()
     scheduler.report(11, {"error": "RuntimeError: no", "details": ""})
-    seen = Seen(scheduler.record, SPACE)
     for number in range(12, 18):
-        assert FeasibleTPE(SPACE, 0, number).suggest(seen) == FeasibleTPE(SPACE, 0, number).suggest(
-            scheduler.record.study
-        )
-    train(scheduler, 10, 0.99)  # told from the beginning: epoch 1 is known
-    assert FeasibleTPE(SPACE, 0, 18).suggest(seen) == FeasibleTPE(SPACE, 0, 18).suggest(scheduler.record.study)
+        assert tpe.suggest(number) == suggestion_from_storage(scheduler.record, number)
+    train(scheduler, 10, 0.99)  # reported from the beginning: epoch 1 is known
+    assert tpe.suggest(18) == suggestion_from_storage(scheduler.record, 18)
+    assert tpe.suggest(18) == FeasibleTPE(scheduler.record, SPACE).suggest(18)
 
 
-def test_an_infeasible_suggestion_is_clamped_at_last(opened, monkeypatch):
+def test_suggestion_that_stays_infeasible_is_clamped(opened, monkeypatch):
     scheduler = opened(4)
-    corner = SPACE.default | {"patch_size": 14, "num_scales": 4}
-    monkeypatch.setattr(FeasibleTPE, "_sample", lambda *_: dict(corner))
-    assert FeasibleTPE(SPACE, 0, 1).suggest(scheduler.record.study) == corner | {"num_scales": 3}
+    corner = {**SPACE.default, "patch_size": 14, "num_scales": 4}
+    monkeypatch.setattr(optuna.samplers.TPESampler, "sample_relative", lambda *_: dict(corner))
+    assert FeasibleTPE(scheduler.record, SPACE).suggest(1) == corner | {"num_scales": 3}
 
 
-def test_lost_trials_are_taken_up_first_and_under_their_own_number(opened):
+def test_reopened_study_continues_running_trials_first_under_their_numbers(opened):
     scheduler = opened(6)
     jobs = [scheduler.next_job() for _ in range(3)]
     report(scheduler, 0, 1, 0.5)
@@ -163,7 +175,7 @@ def test_lost_trials_are_taken_up_first_and_under_their_own_number(opened):
     assert again[0].config == jobs[0].config and again[1].config == jobs[2].config
 
 
-def test_a_decision_that_a_crash_cut_off_is_taken_when_the_epoch_is_told_again(opened):
+def test_decision_lost_in_crash_is_made_when_epoch_is_reported_again(opened):
     scheduler = opened(10)
     for n in range(9):
         scheduler.next_job()
@@ -176,7 +188,7 @@ def test_a_decision_that_a_crash_cut_off_is_taken_when_the_epoch_is_told_again(o
     assert scheduler.record.trials[9].state == "pruned"
 
 
-def test_an_epoch_before_the_newest_is_not_judged_again(opened):
+def test_repeated_report_of_older_epoch_does_not_stop_trial(opened):
     scheduler = opened(10)
     for n in range(8):
         scheduler.next_job()
@@ -185,11 +197,11 @@ def test_an_epoch_before_the_newest_is_not_judged_again(opened):
     assert report(scheduler, 8, 1, 0.9) and report(scheduler, 8, 2, 0.9) and report(scheduler, 8, 3, 0.2)
     scheduler.next_job()
     train(scheduler, 9, 0.99)
-    assert report(scheduler, 8, 1, 0.9)  # its worker died and told everything again
+    assert report(scheduler, 8, 1, 0.9)  # its worker died, and the next one reports everything again
     assert report(scheduler, 8, 2, 0.9)
 
 
-def test_a_diverged_trial_fails_with_its_seeds_and_epoch(opened):
+def test_diverged_trial_fails_and_reason_names_seed_and_epoch(opened):
     scheduler = opened(2)
     scheduler.next_job()
     report(scheduler, 0, 1, 0.5)
@@ -199,7 +211,7 @@ def test_a_diverged_trial_fails_with_its_seeds_and_epoch(opened):
     assert stored.state.name == "FAIL" and stored.intermediate_values == {1: 0.5}
 
 
-def test_an_error_fails_its_trial_alone(opened):
+def test_error_fails_its_own_trial_only(opened):
     scheduler = opened(5)
     scheduler.next_job()
     assert not scheduler.report(0, {"error": "RuntimeError: no", "details": ""})
@@ -210,7 +222,7 @@ def test_an_error_fails_its_trial_alone(opened):
     assert scheduler.finished and scheduler.stopping is None
 
 
-def test_the_same_error_in_the_first_trials_stops_the_study(opened):
+def test_same_error_in_first_trials_stops_study(opened):
     scheduler = opened(9)
     for n in range(SAME_FAILURES):
         scheduler.next_job()
@@ -221,7 +233,7 @@ def test_the_same_error_in_the_first_trials_stops_the_study(opened):
     )
 
 
-def test_different_errors_or_a_trained_trial_between_do_not(opened):
+def test_different_errors_in_first_trials_do_not_stop_study(opened):
     scheduler = opened(12)
     for n, message in enumerate(("ValueError: a", "ValueError: a", "KeyError: b", "ValueError: a", "ValueError: a")):
         scheduler.next_job()
@@ -229,14 +241,14 @@ def test_different_errors_or_a_trained_trial_between_do_not(opened):
     assert scheduler.broken is None
 
 
-def test_a_full_disk_stops_the_study_and_leaves_the_trial_to_be_continued(opened):
+def test_full_disk_stops_study_and_trial_stays_running(opened):
     scheduler = opened(5)
     scheduler.next_job()
     assert not scheduler.report(0, {"interrupted": "No space left on device: x"})
     assert scheduler.stopping == "No space left on device: x" and scheduler.record.trials[0].state == "running"
 
 
-def test_more_trials_are_added_to_a_finished_study(opened):
+def test_finished_study_can_be_extended(opened):
     scheduler = opened(3)
     for n in range(3):
         scheduler.next_job()
@@ -246,17 +258,17 @@ def test_more_trials_are_added_to_a_finished_study(opened):
     assert not scheduler.finished and scheduler.next_job().number == 3
 
 
-def test_of_trials_that_end_at_once_every_worker_is_kept_for_the_next(opened):
+def test_workers_of_trials_that_end_together_are_all_kept(opened):
     controller = SimpleNamespace(_actor_cache=_ObjectCache(may_keep_one=True))
     trial = SimpleNamespace(placement_group_factory="1 CPU")
     adapter = TuneScheduler(opened(), slots=3)
-    for _ in range(2):  # more trials, once more room
+    for _ in range(2):  # a second trial changes nothing
         adapter.on_trial_add(controller, trial)
     assert [controller._actor_cache.cache_object("1 CPU", worker) for worker in "abcd"] == [True, True, True, False]
-    adapter.on_trial_add(SimpleNamespace(), trial)  # a Ray without it is none the worse
+    adapter.on_trial_add(SimpleNamespace(), trial)  # a Ray without the cache: no error
 
 
-def test_idle_workers_go_once_nothing_is_left_to_hand_out(opened):
+def test_idle_workers_end_when_no_trial_is_left_to_start(opened):
     cache = _ObjectCache(may_keep_one=True)
     controller = SimpleNamespace(_actor_cache=cache, get_trials=lambda: [])
     scheduler = opened(2)
@@ -274,9 +286,7 @@ def test_idle_workers_go_once_nothing_is_left_to_hand_out(opened):
 
 
 def dead(number: int, failures: int, status: str = "") -> SimpleNamespace:
-    """A trial of Tune's whose worker has died so often, as Tune shows it: as ERROR when it will start it again, as
-    RUNNING when it gives it up.
-    """
+    """Tune's trial after so many worker deaths. Its status is ERROR if Tune restarts it, RUNNING if Tune gives up."""
     status = status or (Trial.ERROR if failures <= MAX_WORKER_DEATHS else Trial.RUNNING)
     metadata = SimpleNamespace(num_failures=failures)
 
@@ -289,20 +299,20 @@ def dead(number: int, failures: int, status: str = "") -> SimpleNamespace:
     )  # fmt: skip
 
 
-def test_a_trial_whose_worker_dies_again_and_again_without_an_epoch_fails(opened):
+def test_trial_whose_worker_keeps_dying_without_an_epoch_fails(opened):
     scheduler = opened(3)
     scheduler.next_job()
     adapter = TuneScheduler(scheduler, slots=1)
     for failures in range(1, MAX_WORKER_DEATHS + 1):
         adapter.on_trial_error(None, dead(0, failures))
         assert scheduler.record.trials[0].state == "running"
-        assert not scheduler._interrupted  # Tune has it
+        assert not scheduler._interrupted  # Tune restarts it
     adapter.on_trial_error(None, dead(0, MAX_WORKER_DEATHS + 1))
     assert scheduler.record.trials[0].state == "failed"
     assert scheduler.record.trials[0].reason == "error: its worker died 6 times; no message"
 
 
-def test_a_trial_that_comes_on_survives_any_number_of_worker_deaths(opened):
+def test_trial_that_makes_progress_survives_any_number_of_worker_deaths(opened):
     scheduler = opened(3)
     scheduler.next_job()
     adapter = TuneScheduler(scheduler, slots=1)
@@ -317,7 +327,7 @@ def test_a_trial_that_comes_on_survives_any_number_of_worker_deaths(opened):
     assert scheduler.next_job().number == 0
 
 
-def test_a_trial_that_tune_loses_before_it_began_is_handed_out_again_once(opened):
+def test_trial_that_tune_loses_before_it_began_is_started_again_once(opened):
     scheduler = opened(3)
     scheduler.next_job()
     adapter = TuneScheduler(scheduler, slots=1)

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from ramcore.trainer import Trainer
-from study.checkpoints import Checkpoints, open_folder
+from study.checkpoints import Checkpoints
+from study.storage import Storage
 from study.trainable import Job, SharedData, run_trial
 
 
 class Stopped(BaseException):
-    """How a worker is stopped: the report does not return."""
+    """Stops a worker: the report does not return."""
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def data(tiny) -> SharedData:
 
 
 def reports(job: Job, data: SharedData, *, stop_after: int | None = None, device: str = "cpu") -> list[dict]:
-    """What a worker reports; stopped after so many reports."""
+    """The reports of a worker that is stopped after `stop_after` of them."""
     found: list[dict] = []
 
     def report(result: dict) -> None:
@@ -47,56 +48,56 @@ def without_time(results: list[dict]) -> list[dict]:
     return [r | {"metrics": {k: v for k, v in r["metrics"].items() if k != "seconds"}} for r in results]
 
 
-def test_the_images_are_shared_and_not_copied(data, tiny):
+def test_images_are_shared_and_not_copied(data, tiny):
     task = data.task("translated")
     assert task.task == "translated" and task.digest == tiny[1].digest
     assert np.shares_memory(task.train.images.numpy(), data.arrays["train.images"])
     assert np.shares_memory(data.arrays["train.images"], tiny[1].train.images.numpy())
 
 
-def test_read_only_memory_is_trained_on_without_a_warning(job, data):
+def test_read_only_images_are_trained_on_without_warning(job, data):
     for array in data.arrays.values():
         array.flags.writeable = False  # as Ray hands it out
     assert len(reports(job, data)) == 3
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
-def test_a_resumed_trial_reports_what_one_that_was_never_stopped_does(job, data, tmp_path, stop_after):
+def test_resumed_trial_reports_the_same_as_an_uninterrupted_one(job, data, tmp_path, stop_after):
     whole = without_time(reports(dataclasses.replace(job, number=8), data))
     first = without_time(reports(job, data, stop_after=stop_after))
     again = without_time(reports(dataclasses.replace(job, held=stop_after), data))
     assert first == whole[:stop_after]
-    assert again == whole[stop_after - 1 :]  # the newest held one is told again, for the decision about it
-    assert without_time(reports(job, data)) == whole  # a restarted worker that does not know what is held tells all
+    assert again == whole[stop_after - 1 :]  # the newest recorded epoch is reported again
+    assert without_time(reports(job, data)) == whole  # with held=0, all epochs are reported
 
 
-def test_an_epoch_is_checkpointed_before_it_is_reported(job, data, tmp_path):
+def test_epoch_is_checkpointed_before_it_is_reported(job, data, tmp_path):
     reports(job, data, stop_after=2)
-    names = open_folder(str(tmp_path), "s").names("trials/0007")
+    names = Storage.parse(str(tmp_path)).folder("s").names("trials/0007")
     assert names == ["epoch_0001.pt", "epoch_0002.pt"]
 
 
-def test_the_last_report_leaves_the_best_weights(job, data, tmp_path):
+def test_best_weights_are_saved_with_last_report(job, data, tmp_path):
     last = reports(job, data)[-1]
-    saved = Checkpoints(open_folder(str(tmp_path), "s"), 7).load_best()
+    saved = Checkpoints(Storage.parse(str(tmp_path)).folder("s"), 7).load_best()
     assert saved is not None and len(saved["epoch"]) == 2 and "test" not in last
     assert {w.shape[0] for w in saved["weights"].values()} == {2}
 
 
-def test_paper_and_replicate_trials_read_the_test_images_once_at_the_end(job, data):
+def test_tested_trial_reports_test_accuracy_once_at_the_end(job, data):
     results = reports(dataclasses.replace(job, test=True), data)
     assert ["test" in r for r in results] == [False, False, True]
     test = results[-1]["test"]
     assert len(test["accuracy"]) == len(test["epoch"]) == 2 and all(0 <= a <= 1 for a in test["accuracy"])
 
 
-def test_an_error_is_told_in_one_line(job, data):
+def test_error_is_reported_in_one_line(job, data):
     (result,) = reports(dataclasses.replace(job, seeds=(3, 3)), data)
     assert result["error"].startswith("UserError: seeds must be different") and "\n" not in result["error"]
     assert "Traceback" in result["details"]
 
 
-def test_a_full_disk_is_not_the_trials_fault(job, data, monkeypatch):
+def test_full_disk_is_reported_as_interruption(job, data, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device", "epoch_0001.pt")
 
@@ -104,7 +105,7 @@ def test_a_full_disk_is_not_the_trials_fault(job, data, monkeypatch):
     assert reports(job, data) == [{"interrupted": "No space left on device: epoch_0001.pt"}]
 
 
-def test_an_error_of_files_that_are_not_checkpoints_is_the_trials(job, data, monkeypatch):
+def test_file_error_outside_checkpoints_is_reported_as_error(job, data, monkeypatch):
     def absent(*_):
         raise FileNotFoundError(2, "No such file or directory", "kernel.so")
 
@@ -113,12 +114,12 @@ def test_an_error_of_files_that_are_not_checkpoints_is_the_trials(job, data, mon
     assert result["error"].startswith("FileNotFoundError: ")
 
 
-def test_a_job_survives_its_journey(job):
+def test_job_survives_conversion_to_dict_and_back(job):
     assert Job.from_dict(job.to_dict()) == job
 
 
 @pytest.mark.gpu
-def test_a_reused_worker_gives_the_gpus_memory_back(job, data):
+def test_reused_worker_frees_gpu_memory_of_earlier_trials(job, data):
     reports(job, data, device="cuda")
     first = torch.cuda.memory_reserved()
     for number in range(8, 12):
