@@ -1,8 +1,8 @@
 """The trainer: R replicates of one configuration, one a seed, trained in one step.
 
-`Trainer.epoch()` trains one epoch and returns its metrics; what to do with them is the caller's affair. Everything
-random is a function of (seed, epoch, step) (see `ramcore.rng`), so the trainer's state is its weights, Adam's moments
-and the number of epochs done, and a replicate does not depend on those beside it.
+`Trainer.epoch()` trains one epoch and returns its metrics; the caller reports, saves and stops. All random numbers are
+functions of (seed, epoch, step) (see `ramcore.rng`). So the trainer's state is the weights, Adam's moments and the
+number of epochs done, and a replicate does not depend on the others.
 
 R replicates, B images of a batch, N training images.
 """
@@ -31,9 +31,9 @@ from ramcore.rng import Stream, key, permutation, uniform
 
 @dataclass(frozen=True, kw_only=True)
 class EpochMetrics:
-    """One epoch, a value per seed. A seed that diverged has NaN from then on."""
+    """Metrics of one epoch, a value a seed. A seed that has diverged has NaN."""
 
-    epoch: int  # 1 is the first
+    epoch: int  # the first is 1
     seconds: float  # training and validation
     seeds: tuple[int, ...]
     train_loss: tuple[float, ...]  # mean classification loss, nats
@@ -46,23 +46,23 @@ class EpochMetrics:
     diverged: tuple[bool, ...]  # a loss or gradient was not finite, in this epoch or before
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only."""
+        """Plain values, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EpochMetrics:
-        """The inverse of `to_dict`, also after a round trip through JSON."""
+        """The inverse of `to_dict`, also after JSON has turned tuples into lists."""
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values.items()}
         return cls(**fields)
 
 
-_STEPS_DRAWN = 50  # steps whose random numbers are drawn at once, which is far cheaper than step by step
-_CNN_CHANNELS = 20  # dropped whole
+_STEPS_DRAWN = 50  # steps whose random numbers are drawn at once: far cheaper than step by step
+_CNN_CHANNELS = 20  # maps of the cnn's second convolution; dropout drops whole maps
 
 
 @contextmanager
 def _denormals_as_zero() -> Iterator[None]:
-    """Adam's moments of idle units decay into denormals, on which a CPU computes some 30 times slower (a step: 1.1)."""
+    """Flush denormals to zero. Adam's moments of idle units become denormal, which made a training step 10 % slower."""
     torch.set_flush_denormal(True)
     try:
         yield
@@ -71,10 +71,11 @@ def _denormals_as_zero() -> Iterator[None]:
 
 
 class Draws(NamedTuple):
-    """Everything random in one step, each with leading dimension R; what the model does not use has no elements.
+    """The random numbers of one step. A field that the configuration does not use has no elements.
 
-    images: (R, B) their numbers. placement: (R,) keys. first: (R, B, 2). noise: (R, T - 1, B, 2). classes: (R, B) and
-    dropout: (R, B, channels), in [0, 1).
+    images: (R, B) int64, indices of training images. placement: (R,) keys of `TaskData.render`.
+    first: (R, B, 2) and noise: (R, T - 1, B, 2), of `RAM.look`.
+    classes: (R, B) and dropout: (R, B, channels), uniform in [0, 1).
     """
 
     images: Tensor
@@ -85,11 +86,12 @@ class Draws(NamedTuple):
     dropout: Tensor
 
 
-_METERS = ("train_loss", "train_accuracy", "reward", "baseline_error", "gradient_norm")
+# The fields of EpochMetrics that are means over the steps, in the order of `Trainer._sums`.
+_SUMMED = ("train_loss", "train_accuracy", "reward", "baseline_error", "gradient_norm")
 
 
 class Trainer:
-    """Trains R replicates of one configuration."""
+    """Trains R replicates of one configuration, one a seed."""
 
     def __init__(
         self, config: Config, data: TaskData, seeds: Sequence[int] = (0,), device: torch.device | str = "cpu"
@@ -97,13 +99,13 @@ class Trainer:
         """Build untrained replicates.
 
         Args:
-            config: what to train.
-            data: the task; moved to the device if it is elsewhere.
-            seeds: one replicate each; at least one, all different, none negative.
+            config: of all replicates.
+            data: the task's images; copied to the device if they are elsewhere.
+            seeds: at least one, all different, none negative.
             device: where to train.
 
         Raises:
-            UserError: unusable seeds, another task's data, a batch larger than the training split.
+            UserError: the seeds are unusable, the data is another task's, or a batch exceeds the training split.
         """
         if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
             raise UserError(f"seeds must be different whole numbers of at least 0; got {list(seeds)}")
@@ -125,7 +127,7 @@ class Trainer:
         rate = torch.tensor(config.learning_rate, device=self.device) if captured else config.learning_rate
         self._adam = torch.optim.Adam(self._parameters, lr=rate, fused=True, capturable=captured)
         self._alive = torch.ones(len(seeds), dtype=torch.bool, device=self.device)
-        self._meters = torch.zeros(len(_METERS), len(seeds), device=self.device)
+        self._sums = torch.zeros(len(_SUMMED), len(seeds), device=self.device)
         self._best_accuracy = torch.full((len(seeds),), -1.0)
         self._best_epoch = torch.zeros(len(seeds), dtype=torch.int64)
         self._best_weights = self._copy_weights()
@@ -133,25 +135,23 @@ class Trainer:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches of the training split; each epoch leaves a different remainder out."""
+        """Whole batches of the training split. The images left over differ from epoch to epoch."""
         return self.data.sizes["train"] // self.config.batch_size
 
     def epoch(self) -> EpochMetrics:
-        """Train one epoch, then evaluate on the validation split and keep each seed's best weights."""
+        """Train one epoch, evaluate on the validation split and keep each seed's best weights."""
         started = time.perf_counter()
         steps = self.steps_per_epoch
-        if self._run_step is None:
-            self._run_step = self._capture() if self.device.type == "cuda" else self._step
-        self._meters.zero_()
+        self._sums.zero_()
         with _denormals_as_zero():
-            for step, draws in enumerate(self._draws(self.epochs_done)):
+            for step, draws in enumerate(self.draws(self.epochs_done)):
                 self._follow_schedules(self.epochs_done * steps + step)
-                self._run_step(draws)
+                self.step(draws)
         self.epochs_done += 1
         evaluation = evaluate(self.model, self.config, self.seeds, self.data, "validation", every_step=False)
         diverged = (~self._alive).tolist()
         self._keep_best(evaluation, diverged)
-        meters = (self._meters / steps).tolist()
+        means = (self._sums / steps).tolist()
 
         def alive_only(values: Sequence[float]) -> tuple[float, ...]:
             return tuple(math.nan if dead else value for value, dead in zip(values, diverged, strict=True))
@@ -160,14 +160,14 @@ class Trainer:
             epoch=self.epochs_done,
             seconds=time.perf_counter() - started,
             seeds=self.seeds,
-            **{name: alive_only(values) for name, values in zip(_METERS, meters, strict=True)},
+            **{name: alive_only(values) for name, values in zip(_SUMMED, means, strict=True)},
             val_loss=alive_only(evaluation.loss),
             val_accuracy=alive_only(evaluation.accuracy),
             diverged=tuple(diverged),
         )
 
     def evaluate(self, split: SplitName, weights: Literal["best", "last"] = "best") -> Evaluation:
-        """Evaluate each seed with its weights of best validation accuracy, or the last ones."""
+        """Evaluate each seed on a split, with its weights of best validation accuracy or with its last ones."""
         if weights == "last" or self.epochs_done == 0:
             return evaluate(self.model, self.config, self.seeds, self.data, split)
         model = build_model(self.config, self._seeds)
@@ -176,16 +176,16 @@ class Trainer:
 
     @property
     def best_epoch(self) -> tuple[int, ...]:
-        """Epoch of each seed's best validation accuracy; 0 before the first."""
+        """Epoch of each seed's best validation accuracy; 0 before the first epoch."""
         return tuple(self._best_epoch.tolist())
 
     def best_weights(self, replicate: int | None = None) -> dict[str, Tensor]:
-        """Weights of best validation accuracy, on the CPU, leading dimension R (1 if one replicate is asked for)."""
+        """Weights of best validation accuracy, on the CPU. Leading dimension R, or 1 for one replicate."""
         chosen = slice(None) if replicate is None else slice(replicate, replicate + 1)
         return {name: value[chosen].cpu().clone() for name, value in self._best_weights.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to continue as if never stopped; loads with torch.load(..., weights_only=True)."""
+        """The state from which training continues bit for bit. torch.load(..., weights_only=True) can load it."""
         return {
             "config": asdict(self.config),
             "seeds": list(self.seeds),
@@ -204,16 +204,16 @@ class Trainer:
         Raises:
             UserError: the state is of another configuration or other seeds.
         """
-        for name, found, mine in (
-            # A field that is newer than the checkpoint has its default there.
+        for name, found, own in (
+            # A field that is newer than the checkpoint had its default value.
             ("configuration", asdict(Config()) | state["config"], asdict(self.config)),
             ("seeds", state["seeds"], list(self.seeds)),
         ):
-            if found != mine:
-                raise UserError(f"a checkpoint continues the {name} it was made with, {found}; got {mine}")
+            if found != own:
+                raise UserError(f"a checkpoint continues the {name} it was made with, {found}; got {own}")
         self.model.load_state_dict(state["weights"])
         self._adam.load_state_dict(state["adam"])
-        for group in self._adam.param_groups:  # a checkpoint may come from the other kind of device
+        for group in self._adam.param_groups:  # the checkpoint may come from another kind of device
             rate = float(group["lr"])
             group["capturable"] = self.device.type == "cuda"
             group["lr"] = torch.tensor(rate, device=self.device) if group["capturable"] else rate
@@ -224,8 +224,8 @@ class Trainer:
         self.epochs_done = state["epochs_done"]
         self._run_step = None
 
-    def _draws(self, epoch: int) -> Iterator[Draws]:
-        """What is random in each step of an epoch, a function of (seed, epoch, step) alone."""
+    def draws(self, epoch: int) -> Iterator[Draws]:
+        """The random numbers of each step of an epoch."""
         config, data, seeds = self.config, self.data, self._seeds[:, None]
         batch, steps = config.batch_size, self.steps_per_epoch
         order = permutation(key(self._seeds, Stream.BATCH_ORDER, epoch), data.sizes["train"])
@@ -247,8 +247,14 @@ class Trainer:
             for i in range(count):
                 yield Draws(index[:, i], placement, first[:, i], noise[:, i], classes[:, i], dropout[:, i])
 
-    def _step(self, draws: Draws) -> None:
-        """One optimisation step. Nothing in it waits for a GPU."""
+    def step(self, draws: Draws) -> None:
+        """One optimisation step; on a GPU a CUDA graph, captured at the first step."""
+        if self._run_step is None:
+            self._run_step = self._capture() if self.device.type == "cuda" else self._optimise
+        self._run_step(draws)
+
+    def _optimise(self, draws: Draws) -> None:
+        """Compute the losses, clip the gradients, move the weights. No operation waits for the GPU."""
         losses = self._losses(draws)
         self._adam.zero_grad(set_to_none=True)
         losses.total.sum().backward()
@@ -256,18 +262,18 @@ class Trainer:
         norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])
         norm = torch.linalg.vector_norm(norms, dim=0)
         self._alive &= torch.isfinite(norm) & torch.isfinite(losses.total)
-        # A diverged seed is not trained on. Whether there is one is cheap to ask, except of a GPU, which would stall.
-        mask = self.device.type != "cpu" or not self._alive.all()
+        # A diverged seed gets no more gradient. A CPU skips this if there is none; a GPU would have to wait to know.
+        may_have_diverged = self.device.type != "cpu" or not self._alive.all()
         clip = self.config.gradient_clip
         scale = (clip / norm).clamp(max=1) if clip > 0 else None
         for gradient in gradients:
             shape = (-1,) + (1,) * (gradient.dim() - 1)
             if scale is not None:
                 gradient *= scale.view(shape)
-            if mask:
+            if may_have_diverged:
                 gradient.masked_fill_(~self._alive.view(shape), 0)
         self._adam.step()
-        self._meters += torch.stack([losses.classification, losses.accuracy, losses.reward, losses.baseline, norm])
+        self._sums += torch.stack([losses.classification, losses.accuracy, losses.reward, losses.baseline, norm])
 
     def _losses(self, draws: Draws) -> Losses:
         config, data = self.config, self.data
@@ -282,7 +288,7 @@ class Trainer:
         return hybrid_loss(config, rollout, data.train.labels[draws.images], draws.classes)
 
     def _follow_schedules(self, steps_done: int) -> None:
-        """Set the learning rate and the policy's standard deviation of the next step."""
+        """Set the learning rate and the policy's standard deviation for the next step."""
         config = self.config
         progress = steps_done / (config.epochs * self.steps_per_epoch)
         left = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
@@ -299,23 +305,23 @@ class Trainer:
                 group["lr"] = rate
 
     def _capture(self) -> Callable[[Draws], None]:
-        """The step as a CUDA graph: one launch instead of hundreds, and the same numbers."""
-        mine = Draws(*(t.clone() for t in next(self._draws(0))))
+        """The step as a CUDA graph: one launch instead of hundreds, with the same results."""
+        inputs = Draws(*(t.clone() for t in next(self.draws(0))))
         before = self.state_dict()
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):  # capture needs warm kernels and allocated Adam moments
+        with torch.cuda.stream(side):  # capturing needs loaded kernels and allocated Adam moments
             for _ in range(3):
-                self._step(mine)
+                self._optimise(inputs)
         torch.cuda.current_stream(self.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         self._adam.zero_grad(set_to_none=True)
         with torch.cuda.graph(graph):
-            self._step(mine)
+            self._optimise(inputs)
         self._restore_in_place(before)
 
         def replay(draws: Draws) -> None:
-            for old, new in zip(mine, draws, strict=True):
+            for old, new in zip(inputs, draws, strict=True):
                 old.copy_(new)
             graph.replay()
 
@@ -323,7 +329,7 @@ class Trainer:
 
     @torch.no_grad()
     def _restore_in_place(self, state: dict[str, Any]) -> None:
-        """Undo the warm-up steps without moving a tensor that the graph refers to."""
+        """Undo the warm-up steps. The tensors stay in place, since the graph refers to their memory."""
         for name, value in self.model.state_dict().items():
             value.copy_(state["weights"][name])
         saved = state["adam"]["state"]
@@ -331,7 +337,7 @@ class Trainer:
             for name, value in self._adam.state[parameter].items():
                 value.copy_(saved[i][name]) if i in saved else value.zero_()
         self._alive.copy_(state["alive"])
-        self._meters.zero_()
+        self._sums.zero_()
 
     def _copy_weights(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self.model.state_dict().items()}

@@ -37,7 +37,7 @@ def weights_of(trainer: Trainer):
 
 
 @pytest.mark.parametrize("settings", VARIANTS)
-def test_seeds_together_equal_seeds_alone(tiny, settings):
+def test_seeds_trained_together_equal_seeds_trained_alone(tiny, settings):
     config, data = tiny
     config = dataclasses.replace(config, **settings)
     together = Trainer(config, data, seeds=(5, 2, 9))
@@ -54,7 +54,7 @@ def test_seeds_together_equal_seeds_alone(tiny, settings):
 
 
 @pytest.mark.parametrize("settings", VARIANTS)
-def test_continues_bit_for_bit_in_a_new_process(tiny, tmp_path, settings):
+def test_resumed_training_equals_uninterrupted_training_bit_for_bit(tiny, tmp_path, settings):
     config, data = tiny
     config = dataclasses.replace(config, **settings)
     whole = Trainer(config, data, seeds=(0, 1))
@@ -99,7 +99,7 @@ def test_same_configuration_and_seed_give_identical_metrics(tiny):
     assert runs[0] == runs[1]
 
 
-def test_learns_the_digits(digits_task, tiny):
+def test_twelve_epochs_learn_the_digits_and_keep_the_best_epoch(digits_task, tiny):
     config = dataclasses.replace(
         tiny[0], hidden_size=64, glimpse_size=32, patch_size=8, epochs=12, core="gru", step_supervision=0.5
     )
@@ -122,7 +122,7 @@ def test_learns_the_digits(digits_task, tiny):
     assert min(trainer.evaluate("test").accuracy) > 0.75
 
 
-def test_monte_carlo_evaluation_averages_sampled_rollouts(digits_task, tiny):
+def test_more_sampled_rollouts_lower_the_evaluation_loss(digits_task, tiny):
     config = dataclasses.replace(tiny[0], epochs=6, core="gru", hidden_size=64, location_std=0.4)
     trainer = Trainer(config, digits_task("original"))
     for _ in range(6):
@@ -136,7 +136,7 @@ def test_monte_carlo_evaluation_averages_sampled_rollouts(digits_task, tiny):
     assert loss(16) < loss(4) < loss(1)  # averaging probabilities can only lower the expected cross-entropy
 
 
-def test_divergence_is_reported_and_not_trained_on(tiny):
+def test_diverged_seed_is_reported_and_no_longer_trained(tiny):
     config, data = tiny
     trainer = Trainer(dataclasses.replace(config, schedule="constant"), data, seeds=(0, 1))
     first = trainer.epoch()
@@ -156,16 +156,16 @@ def test_divergence_is_reported_and_not_trained_on(tiny):
     assert restored.epoch().diverged == (False, True)
 
 
-def test_gradient_clip_bounds_each_replicates_step(tiny):
-    """With SGD-like first Adam steps invisible, look at the gradients themselves."""
+def test_gradient_clip_bounds_each_replicates_gradient(tiny):
+    """Adam's first steps do not depend on the gradient's size, so the test reads the gradients."""
     config, data = tiny
     clipped = Trainer(dataclasses.replace(config, gradient_clip=0.01), data, seeds=(0, 1))
-    clipped._step(next(clipped._draws(0)))
+    clipped.step(next(clipped.draws(0)))
     norms = torch.stack([p.grad.flatten(1).square().sum(1) for p in clipped.model.parameters()]).sum(0).sqrt()
     torch.testing.assert_close(norms, torch.full((2,), 0.01))
 
 
-def test_the_policys_std_falls_to_its_share(tiny):
+def test_location_std_falls_to_its_share_over_the_epochs(tiny):
     config, data = tiny
     trainer = Trainer(dataclasses.replace(config, location_std=0.2, location_std_end=0.5), data, (0, 1))
     stds = []
@@ -178,7 +178,7 @@ def test_the_policys_std_falls_to_its_share(tiny):
     assert 0.1 < stds[-1] < 0.102 < stds[0] < 0.2
 
 
-def test_cosine_schedule_ends_at_zero(tiny):
+def test_cosine_schedule_lowers_the_learning_rate_to_zero(tiny):
     config, data = tiny
     trainer = Trainer(config, data)
     rates = []
@@ -199,13 +199,13 @@ def test_cosine_schedule_ends_at_zero(tiny):
         ((0,), {"task": "translated"}, "data must be digits translated; got digits original"),
     ],
 )
-def test_refusals(tiny, seeds, changes, message):
+def test_unusable_seeds_batch_or_data_are_refused(tiny, seeds, changes, message):
     config, data = tiny
     with pytest.raises(UserError, match=message):
         Trainer(dataclasses.replace(config, **changes), data, seeds=seeds)
 
 
-def test_a_checkpoint_of_another_run_is_refused(tiny):
+def test_checkpoint_of_another_run_is_refused(tiny):
     config, data = tiny
     state = Trainer(config, data, seeds=(0, 1)).state_dict()
     with pytest.raises(UserError, match=r"continues the seeds it was made with, \[0, 1\]; got \[0, 2\]"):
@@ -217,7 +217,7 @@ def test_a_checkpoint_of_another_run_is_refused(tiny):
 
 
 @pytest.mark.gpu
-def test_gpu_trains_as_the_cpu_does(tiny):
+def test_gpu_and_cpu_training_agree(tiny):
     config, data = tiny
     cpu, gpu = Trainer(config, data, seeds=(0, 1)), Trainer(config, data, seeds=(0, 1), device="cuda")
     for _ in range(2):
