@@ -70,13 +70,7 @@ class _Run:
     """One run of the command, over an open record."""
 
     def __init__(
-        self,
-        flags: Flags,
-        prepared: Prepared,
-        record: Record,
-        ray_pool: pool.Pool,
-        uri: str,
-        check: cluster.Check,
+        self, flags: Flags, prepared: Prepared, record: Record, ray_pool: pool.Pool, uri: str, check: cluster.Check
     ) -> None:
         settings = record.settings
         self.flags = flags
@@ -87,12 +81,7 @@ class _Run:
         self.check = check
         self.folder = prepared.storage.folder(settings.study)
         self.display = Display(study=settings.study, epochs=settings.epochs)
-        self.scheduler = StudyScheduler(
-            record,
-            space=prepared.space,
-            storage=prepared.storage,
-            callback=self.display,
-        )
+        self.scheduler = StudyScheduler(record, space=prepared.space, storage=prepared.storage, callback=self.display)
         self.tracker: tracking.Tracker | None = None  # until Ray has started
         self.devices = pool.local_resources() if flags.address is None else {}
         self.machine_hours = cluster.MachineHours(machines=1)

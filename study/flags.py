@@ -33,7 +33,7 @@ SOME_FAILED = 3  # done, with failed trials
 STOPPED = 75  # by a budget or a full disk; the same command continues
 
 SUBMITTED = "RAM_STUDY_SUBMITTED"  # environment variable of a submitted job: command, commit, dirty, as JSON
-_DATA = ("auto", *get_args(Data))
+DATA = ("auto", *get_args(Data))
 
 
 def _choice(names: Collection[str], text: str) -> Any:
@@ -50,13 +50,29 @@ def _defaults(show: Callable[[Design], object]) -> str:
     return ", ".join([*(f"{value} for {' and '.join(groups[value])}" for value in special), f"{usual} for the others"])
 
 
-_DEFAULT_TASKS = _defaults(lambda design: " and ".join(design.tasks))
-_DEFAULT_EPOCHS = _defaults(lambda design: design.epochs)
-_DEFAULT_SEEDS = _defaults(lambda design: design.seeds_per_trial)
-_DESIGN_HELP = "Which configurations are tried. " + " ".join(f"{name}: {d.summary}." for name, d in DESIGNS.items())
-_TRIALS_HELP = (
-    "Trials that the study has in the end, with those of earlier runs. "
+_TASK = _choice(
+    TASKS, f"How digits are placed on the canvas. Default: {_defaults(lambda design: ' and '.join(design.tasks))}."
+)
+_DATA = _choice(DATA, "The images. auto: MNIST if it can be had, else the bundled digits, with a warning.")
+_DESIGN = _choice(
+    DESIGNS,
+    "Which configurations are tried. "
+    + "".join(f"{name}: {design.summary}. " for name, design in DESIGNS.items())
+    + "Default: search.",
+)
+_TRIALS = tyro.conf.arg(
+    help="Trials that the study has in the end, with those of earlier runs. "
     f"Default: {DEFAULT_TRIALS} for a search; the other designs have one for each of their rows."
+)
+_EPOCHS = tyro.conf.arg(
+    help=f"Epochs of a trial that is not stopped early. Default: {_defaults(lambda design: design.epochs)}."
+)
+_SEEDS = tyro.conf.arg(
+    help=f"Seeds of a trial, trained side by side. Default: {_defaults(lambda design: design.seeds_per_trial)}."
+)
+_SOBOL_SHARE = tyro.conf.arg(
+    help="Share of a search's trials that are Sobol points. These are never stopped early. "
+    f"Default: {DEFAULT_SOBOL_SHARE}."
 )
 
 
@@ -68,29 +84,15 @@ class Flags:
     this machine; on a node of a cluster whose environment says so, it runs on the cluster.
     """
 
-    task: Annotated[str | None, _choice(TASKS, f"How digits are placed on the canvas. Default: {_DEFAULT_TASKS}.")] = (
-        None
-    )
-    data: Annotated[
-        str, _choice(_DATA, "The images. auto: MNIST if it can be had, else the bundled digits, with a warning.")
-    ] = "auto"
+    task: Annotated[str | None, _TASK] = None
+    data: Annotated[str, _DATA] = "auto"
     data_dir: Path | None = None
     """Folder of the IDX files. Default: $RAM_DATA_DIR, then the per-user cache, then a download."""
-    design: Annotated[str | None, _choice(DESIGNS, f"{_DESIGN_HELP} Default: search.")] = None
-    trials: Annotated[int | None, tyro.conf.arg(help=_TRIALS_HELP)] = None
-    epochs: Annotated[
-        int | None, tyro.conf.arg(help=f"Epochs of a trial that is not stopped early. Default: {_DEFAULT_EPOCHS}.")
-    ] = None
-    seeds_per_trial: Annotated[
-        int | None, tyro.conf.arg(help=f"Training seeds of a trial, trained side by side. Default: {_DEFAULT_SEEDS}.")
-    ] = None
-    sobol_share: Annotated[
-        float | None,
-        tyro.conf.arg(
-            help=f"Share of a search's trials that are Sobol points. These are never stopped early. "
-            f"Default: {DEFAULT_SOBOL_SHARE}."
-        ),
-    ] = None
+    design: Annotated[str | None, _DESIGN] = None
+    trials: Annotated[int | None, _TRIALS] = None
+    epochs: Annotated[int | None, _EPOCHS] = None
+    seeds_per_trial: Annotated[int | None, _SEEDS] = None
+    sobol_share: Annotated[float | None, _SOBOL_SHARE] = None
     study: str | None = None
     """Name of the study. An existing study is continued with its own settings. Default: made of task, data and
     design."""
@@ -137,7 +139,7 @@ def check(flags: Flags) -> None:
     """Refuse flags that can be judged without the data, the storage or the cluster. Raises UserError."""
     for name, value, choices in (
         ("--task", flags.task, TASKS),
-        ("--data", flags.data, _DATA),
+        ("--data", flags.data, DATA),
         ("--design", flags.design, DESIGNS),
     ):
         if value is not None and value not in choices:

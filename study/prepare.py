@@ -15,16 +15,8 @@ from ramcore.errors import UserError
 from ramcore.recipes import TUNED
 from ramcore.sources import DataMissing, load_task
 from ramcore.space import Space, Values
-from study.designs import (
-    DEFAULT_SOBOL_SHARE,
-    DEFAULT_TRIALS,
-    DESIGNS,
-    SPREAD_POINTS,
-    SPREAD_SEED,
-    Design,
-    DesignInputs,
-    TrialSpec,
-)
+from study import designs
+from study.designs import DESIGNS, Design, DesignInputs, TrialSpec
 from study.flags import Flags, check_design
 from study.record import KnownStudy, RecordLost, StudySettings, best_trial, read_settings, read_trials
 from study.search_space import search_space
@@ -109,12 +101,12 @@ def prepare(flags: Flags) -> Prepared:
     warnings: list[str] = []
     meant = _find_study(flags, storage, warnings)
     design, known = DESIGNS[meant.design], meant.known
-    source = _find_source(storage, meant, warnings) if design.from_search and known is None else None
+    source = _find_source(flags, storage, meant, warnings) if design.from_search and known is None else None
 
     followed = known or source
     epochs = flags.epochs or (followed.settings.epochs if followed else design.epochs)
     seeds = flags.seeds_per_trial or (known.settings.seeds_per_trial if known else design.seeds_per_trial)
-    total = flags.trials or (DEFAULT_TRIALS if design.rows is None else None)
+    total = flags.trials or (designs.DEFAULT_TRIALS if design.rows is None else None)
     if known:  # a study never has fewer than it was asked for
         total = max(flags.trials or 0, known.total)
 
@@ -131,7 +123,7 @@ def prepare(flags: Flags) -> Prepared:
         epochs=epochs,
         seeds_per_trial=seeds,
         seed=SEED,
-        sobol_share=flags.sobol_share or (known.settings.sobol_share if known else DEFAULT_SOBOL_SHARE),
+        sobol_share=flags.sobol_share or (known.settings.sobol_share if known else designs.DEFAULT_SOBOL_SHARE),
         space=space.to_dict() if space else _EMPTY_SPACE,
     )
     if known and (differences := known.settings.differences(settings)):
@@ -197,15 +189,15 @@ def _load(wanted: str, task: str, data_dir: Path | None, warnings: list[str]) ->
         return load_task(Config(data="digits", task=task))
 
 
-def _find_source(storage: Storage, meant: _Meant, warnings: list[str]) -> _Source:
+def _find_source(flags: Flags, storage: Storage, meant: _Meant, warnings: list[str]) -> _Source:
     """The newest search of the same task and data that has a complete trial. Raises UserError if there is none."""
     task, data = meant.tasks[0], meant.data.data
     found = [_read_source(storage, name, task, data) for name in storage.studies()]
     source = max((source for source in found if source), key=lambda source: source.changed, default=None)
     if source is None:
         raise UserError(
-            f"this design starts from a search's best configuration; {storage} holds no search of {task} {data} with a "
-            f"finished trial: run `python -m study.run --task {task} --data {data}` first"
+            f"this design starts from a search's best configuration; {flags.storage} holds no search of {task} {data} "
+            f"with a finished trial: run `python -m study.run --task {task} --data {data}` first"
         )
     if source.unfinished:
         warnings.append(
@@ -242,13 +234,13 @@ def _rows(design: Design, inputs: DesignInputs, source: _Source | None) -> Calla
 
     def around_the_best() -> list[TrialSpec]:
         assert source is not None and inputs.space is not None
-        points = SobolSequence(inputs.space, SPREAD_SEED)
+        points = SobolSequence(inputs.space, designs.SPREAD_SEED)
         return make(
             dataclasses.replace(
                 inputs,
                 best={name: source.best[name] for name in inputs.space.names},
                 source=source.settings.study,
-                spread=[points[i] for i in range(SPREAD_POINTS)],
+                spread=[points[i] for i in range(designs.SPREAD_POINTS)],
             )
         )
 
