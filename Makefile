@@ -1,9 +1,9 @@
-# make study: from a clone to a first report on hyperparameters.   make test: lint, types and tests.   make help: the rest.
+# make study: a first report on hyperparameters.   make test: lint, types and tests.   make help: all targets.
 PYTHON ?= python3
 PY := .venv/bin/python
 SETUP := .venv/.set-up
 
-# The quick study: bundled digits, chosen so that it ends within 5 minutes on 2 cores and still has something to say.
+# The quick study: bundled digits, few enough trials to end within 5 minutes on 2 cores, enough for a report.
 QUICK := --data digits --task original --epochs 12 --trials 28
 
 .PHONY: help setup study test lint format bench clean
@@ -15,7 +15,7 @@ setup: $(SETUP) ## Make .venv with the pinned packages
 
 $(SETUP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python must be 3.11 or newer; $(PYTHON) is {v.major}.{v.minor}: make PYTHON=python3.11 ...")'
-	@echo 'Setting up .venv: some minutes, once'
+	@echo 'Setting up .venv: takes some minutes, once'
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[cluster,test,dev]'
 	@touch $(SETUP)

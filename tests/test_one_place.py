@@ -49,10 +49,10 @@ def insert(path: Path, after: str, text: str) -> None:
     path.write_text(content.replace(after, after + text))
 
 
-def run(code: Path, module: str, *arguments: str) -> str:
+def run(code: Path, command: str) -> str:
     """What a command of the copied code prints."""
     done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
+        [sys.executable, "-m", *command.split()],
         capture_output=True,
         text=True,
         cwd=code,
@@ -64,31 +64,27 @@ def run(code: Path, module: str, *arguments: str) -> str:
 
 def test_one_line_in_tasks_makes_a_task_that_is_planned_and_trained(code):
     insert(code / "ramcore" / "config.py", TASKS, NEW_TASK)
-    assert "translated-80" in run(code, "study.run", "--help")
-    plan = run(code, "study.run", "--task", "translated-80", "--data", "digits", "--trials", "2", "--dry-run")
+    task = "--task translated-80 --data digits"
+    assert "translated-80" in run(code, "study.run --help")
+    plan = run(code, f"study.run {task} --trials 2 --seeds-per-trial 1 --dry-run")
     assert "Study translated-80-digits-search: new" in plan
-    small = ("--num-glimpses", "2", "--num-scales", "2", "--glimpse-size", "16", "--hidden-size", "16")
-    printed = run(
-        code,
-        "ramcore.train",
-        *("--task", "translated-80", "--data", "digits", "--epochs", "1", "--batch-size", "100", "--threads", "1"),
-        *small,
-    )
+    small = "--num-glimpses 2 --num-scales 2 --glimpse-size 16 --hidden-size 16 --batch-size 100 --epochs 1"
+    printed = run(code, f"ramcore.train {task} {small} --threads 1")
     assert "ram on translated-80 digits" in printed
     assert "seed 0: validation" in printed
 
 
 def test_one_record_in_designs_makes_a_design_that_is_planned(code):
     insert(code / "study" / "designs.py", DESIGNS, NEW_DESIGN)
-    shown = run(code, "study.run", "--help")
+    shown = run(code, "study.run --help")
     assert "mine" in shown and "the base configuration, alone" in shown
-    plan = run(code, "study.run", "--design", "mine", "--data", "digits", "--dry-run")
-    assert "Study translated-digits-mine: new" in plan
+    plan = run(code, "study.run --design mine --task original --data digits --dry-run")
+    assert "Study original-digits-mine: new" in plan
     assert "design     mine; 2 epochs, 1 seeds a trial" in plan
 
 
 def test_a_field_and_its_range_make_a_searched_hyperparameter(code):
     insert(code / "ramcore" / "config.py", FIELDS, NEW_FIELD)
     insert(code / "study" / "search_space.py", DIMENSIONS, NEW_DIMENSION)
-    plan = run(code, "study.run", "--data", "digits", "--trials", "2", "--dry-run")
+    plan = run(code, "study.run --task original --data digits --trials 2 --seeds-per-trial 1 --dry-run")
     assert "weight_decay" in plan and "1e-06 to 0.01, log (per step): a guess" in plan
