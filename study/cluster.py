@@ -351,7 +351,8 @@ class Check:
 
     def _ask(self, new: list[Node]) -> Iterator[tuple[Node, Answer | str]]:
         """Each node's answer, or the problem if it gives none. Nodes that leave meanwhile are skipped."""
-        import ray  # here, to put it off
+        # Imported here to put off Ray.
+        import ray
         from ray.exceptions import GetTimeoutError, NodeDiedError, RayError, TaskUnschedulableError
 
         asked = {}

@@ -167,6 +167,8 @@ def test_no_modules_import_each_other_in_a_circle():
 def test_imports_inside_functions_put_off_ray_mlflow_or_torch():
     wrong = []
     for module, items in IMPORTS.items():
+        if module == "study.probe":  # runs on nodes that may lack any package
+            continue
         for item in (i for i in items if i.in_function):
             inner = project_module(item.name)
             put_off = brings(inner) if inner else {item.name.partition(".")[0]}
