@@ -82,6 +82,7 @@ def _run(flags: Flags) -> int:
     from study.prepare import prepare
     from study.record import RecordLost
 
+    _quieten()
     try:
         prepared = prepare(flags)
         for warning in prepared.warnings:
@@ -90,6 +91,7 @@ def _run(flags: Flags) -> int:
             _protect_local_ray()
         from study.driver import run_study  # puts off Ray and MLflow
 
+        _quieten()
         return run_study(flags, prepared)
     except RecordLost as error:
         return stopped(error)
@@ -120,6 +122,11 @@ def _configure_logging() -> None:
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("study").setLevel(logging.INFO)
+    _quieten()
+
+
+def _quieten() -> None:
+    """Hide the libraries' messages. They set their own levels when they are imported: call this again after that."""
     for noisy in ("mlflow", "alembic", "optuna", "ray"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
