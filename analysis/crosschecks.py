@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import optuna
 import pandas as pd
+from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator
 
 from analysis.load import StudyData
@@ -68,21 +69,23 @@ def crosscheck(records: StudyData, analysis: Analysis) -> pd.DataFrame:
 
 def last_accuracy(epochs: pd.DataFrame) -> pd.Series:
     """Mean accuracy over seeds at each trial's last epoch with a value, by trial."""
-    table = epochs[epochs["val_accuracy"].notna()]
+    table = epochs.loc[epochs["val_accuracy"].notna()]
     last = table.groupby("trial")["epoch"].transform("max")
-    return table[table["epoch"] == last].groupby("trial")["val_accuracy"].mean()
+    return table.loc[table["epoch"] == last].groupby("trial")["val_accuracy"].mean()
 
 
 def unit_table(records: StudyData, dimensions: Sequence[Dimension]) -> pd.DataFrame:
     """Unit-cube coordinates of every trial."""
-    return pd.DataFrame({d.name: d.to_unit(records.trials[d.name]) for d in dimensions}, index=records.trials.index)
+    return pd.DataFrame(
+        {d.name: d.to_unit(list(records.trials[d.name])) for d in dimensions}, index=records.trials.index
+    )
 
 
 def _importances(
     names: Sequence[str], x: Array, y: Array, evaluator: FanovaImportanceEvaluator | PedAnovaImportanceEvaluator
 ) -> dict[str, float]:
     ordered = sorted(names)
-    distributions = {name: optuna.distributions.FloatDistribution(0.0, 1.0) for name in ordered}
+    distributions: dict[str, BaseDistribution] = {name: FloatDistribution(0.0, 1.0) for name in ordered}
     column = {name: list(names).index(name) for name in ordered}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from analysis.effects import Marginal, Predictor, allowed, sobol_indices, space_points
 from analysis.observations import Observations, log_epoch
@@ -24,7 +25,7 @@ def marginal_curve(data: Data, observations: Observations, i: int, found: Margin
     return Curve(dimension.name, dimension.from_unit(found.grid), found.grid, low, mid, high, extrapolated)
 
 
-def _extrapolated(data: Data, observations: Observations, i: int, grid: Array) -> Array:
+def _extrapolated(data: Data, observations: Observations, i: int, grid: Array) -> NDArray[np.bool_]:
     """Which coordinates lie beyond all but one of the trials seen near the full budget, and which the space's rule
     mostly forbids in combination with the other parameters -> (G,) bool.
     """

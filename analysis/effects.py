@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import qmc
 
 from analysis.failures import Failures
@@ -73,11 +74,11 @@ def space_points(dimensions: Sequence[Dimension], count: int, seed: int) -> Arra
     return np.column_stack([d.quantile(uniform[:, i]) for i, d in enumerate(dimensions)])
 
 
-def allowed(space: Space, dimensions: Sequence[Dimension], x: Array) -> Array:
+def allowed(space: Space, dimensions: Sequence[Dimension], x: Array) -> NDArray[np.bool_]:
     """Which coordinates (N, D) the space's rule allows, other fields at their default -> (N,) bool."""
     columns = [d.from_unit(x[:, i]) for i, d in enumerate(dimensions)]
     names = [d.name for d in dimensions]
-    return np.array([space.feasible(dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)])
+    return np.array([space.feasible(dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)], bool)
 
 
 class Marginal(NamedTuple):

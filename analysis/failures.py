@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from analysis.basis import Basis
 from analysis.sampler import elliptical_step
@@ -38,11 +39,11 @@ class Failures(NamedTuple):
 
 
 def fit_failures(
-    bases: Sequence[Basis], x: Array, failed: Array, draws: int, rng: np.random.Generator
+    bases: Sequence[Basis], x: Array, failed: NDArray[np.bool_], draws: int, rng: np.random.Generator
 ) -> Failures | None:
     """Regress failure on each dimension's first two functions; None if nothing failed.
 
-    x: unit coordinates (N, D); failed: (N,) bool. Every dimension has its own scale, which is small unless the data ask
+    x: unit coordinates (N, D); failed: (N,). Every dimension has its own scale, which is small unless the data ask
     for more, so that two failures in fifty trials do not implicate every parameter. Sampled by elliptical slice
     sampling (Murray et al. 2010): the prior is Gaussian in standardised weights and log scales.
     """

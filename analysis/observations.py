@@ -123,7 +123,7 @@ def _contrasts(per_seed: pd.DataFrame, bins: int) -> Contrasts:
         if len(wide) < 2 or not wide.shape[1]:
             continue
         here = wide.columns.to_numpy(dtype=int)
-        means = curve.groupby("bin")[["u", "epochs"]].mean().loc[here]
+        means = curve.groupby("bin").agg(u=("u", "mean"), epochs=("epochs", "mean")).loc[here]
         departures = (wide - wide.mean()).to_numpy()
         full, row_u, row_count = np.zeros((bins, bins)), np.zeros(bins), np.zeros(bins)
         full[np.ix_(here, here)] = departures.T @ departures

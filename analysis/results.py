@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import t
 
 from analysis.failures import Failures
@@ -112,7 +113,9 @@ class Curve(NamedTuple):
     low: Array
     mid: Array
     high: Array
-    extrapolated: Array  # bool: fewer than two full-budget trials at or beyond it, or mostly forbidden combinations
+    extrapolated: NDArray[
+        np.bool_
+    ]  # fewer than two full-budget trials at or beyond it, or mostly forbidden combinations
 
 
 class PairSurface(NamedTuple):

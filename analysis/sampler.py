@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from arviz_stats.base import array_stats
+from arviz_stats.base import array_stats  # pyright: ignore[reportPrivateImportUsage]
 from scipy.optimize import minimize
 from torch import Tensor
 
@@ -91,5 +91,5 @@ def elliptical_step(
 def diagnose(chains: list[Tensor]) -> tuple[float, float]:
     """The largest rank-normalised R-hat and the smallest bulk effective sample size of any hyperparameter."""
     values = torch.stack(chains).numpy()
-    rhat = array_stats.rhat(values, chain_axis=0, draw_axis=1)
-    return float(rhat.max()), float(array_stats.ess(values, chain_axis=0, draw_axis=1).min())
+    rhat = np.max(array_stats.rhat(values, chain_axis=0, draw_axis=1))
+    return float(rhat), float(np.min(array_stats.ess(values, chain_axis=0, draw_axis=1)))

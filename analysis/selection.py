@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from analysis.load import StudyData
 from analysis.observations import Observations, observe
@@ -49,10 +50,10 @@ class Selection(NamedTuple):
 
     data: Data
     observations: Observations
-    complete: Array  # (T,) bool: which trials of the observations are complete
+    complete: NDArray[np.bool_]  # (T,) which trials of the observations are complete
     tried: Array  # (N, D) unit coordinates of all trials of the search, those without results among them
-    failed: Array  # (N,) bool, diverged trials among them
-    diverged: Array  # (N,) bool
+    failed: NDArray[np.bool_]  # (N,) diverged trials among them
+    diverged: NDArray[np.bool_]  # (N,)
 
 
 def select(records: StudyData) -> Selection:

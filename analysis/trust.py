@@ -148,7 +148,7 @@ def estimated_seed_noise(
     """The same as the surface estimates it, for studies of one seed a trial."""
     scale = float(observations.y.std()) or 1.0
     logits = surface.predictive_sd(posterior.theta, scale, 1.0)
-    centre = float(late["val_accuracy"].mean()) if len(late) else 0.5
+    centre = float(late["val_accuracy"].to_numpy(dtype=float).mean()) if len(late) else 0.5
     return 100 * np.repeat(logits, len(posterior.weights) // len(logits)) * max(centre * (1 - centre), 1e-4)
 
 
@@ -156,7 +156,8 @@ def seed_sds(epochs: pd.DataFrame) -> Array:
     """Standard deviation between seeds of each trial that has two or more, accuracy points, of their mean accuracies in
     these epochs; unbiased if accuracies are normal.
     """
-    trials = epochs.groupby(["trial", "seed"])["val_accuracy"].mean().groupby("trial")
+    means = epochs.groupby(["trial", "seed"]).agg(accuracy=("val_accuracy", "mean"))
+    trials = means.groupby("trial")["accuracy"]
     seeds, sds = trials.size().to_numpy(dtype=float), 100 * trials.std(ddof=1).to_numpy(dtype=float)
     sds, seeds = sds[seeds > 1], seeds[seeds > 1]
     return sds / (np.sqrt(2 / (seeds - 1)) * np.exp(gammaln(seeds / 2) - gammaln((seeds - 1) / 2)))
