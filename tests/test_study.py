@@ -35,14 +35,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
-    """A working directory of its own; nothing may reach for the network."""
+    """A working directory of the test's own, and no tracking server from the environment."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return tmp_path
 
 
 def refused(capsys, **flags) -> str:
-    """The one line with which a command is refused."""
+    """Run a command that is refused; returns the one line that it prints."""
     assert main(Flags(**{"data": "digits", **flags})) == USAGE
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -139,7 +139,7 @@ def test_dry_run_of_paper_lists_its_rows(here, capsys):
     assert "cluttered RAM 6 gl 20x20 3 s" in out and "translated CNN" in out
 
 
-# What a person reads.
+# What the display prints.
 
 
 def trial(number: int, *accuracy: float, origin: str = "sobol", state: str = "complete", **values) -> TrialRecord:
@@ -210,8 +210,9 @@ def test_percent_and_duration_are_formatted():
 
 @pytest.fixture
 def fragile(here, empty_database, monkeypatch) -> list[str]:
-    """Ray replaced by one that breaks down so often as there are entries in this list, and then trains in turn; and
-    no model is logged, which takes seconds.
+    """Replaces Ray by one that breaks down once for each entry of this list, then trains the trials one by one.
+
+    No model is logged, because that takes seconds.
     """
     shutil.copy(empty_database, here / "mlflow.db")
     # In full: MLflow keeps what it opened, and would write into the database of the test before.
@@ -347,7 +348,7 @@ def test_provenance_is_of_the_last_run_that_trained(fragile, monkeypatch):
     assert told["versions"]["torch"] == torch.__version__ and told["flags"]["data"] == "digits"
 
 
-# A study that meets another one.
+# Studies that exist already.
 
 
 def test_study_of_digits_continues_on_digits_after_mnist_appears(fragile, idx_folder, capsys):
@@ -383,12 +384,12 @@ def test_design_from_unfinished_search_prints_warning(fragile, capsys):
     assert "the best configuration that s has now, and that search is not finished (2 of 4 trials have ended)" in said
 
 
-# The whole thing.
+# A whole study.
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A small real study, run as a person would."""
+    """A small real study, run from the command line."""
     folder = tmp_path_factory.mktemp("study")
     return folder, command(folder, "--data", "digits", "--task", "original", "--trials", "4", "--epochs", "2")
 
@@ -418,7 +419,7 @@ def test_study_prints_results_to_stdout_and_progress_to_stderr(finished):
 
 def test_finished_study_is_reported_again_without_new_trials(finished):
     folder, done = finished
-    again = command(folder, "--study", "original-digits-search")  # its name says it all
+    again = command(folder, "--study", "original-digits-search")  # the study has the other settings
     assert again.returncode == 0, again.stderr
     assert again.stdout == done.stdout
     study = optuna.load_study(

@@ -1,4 +1,4 @@
-"""From a laptop: the command as a job of a real cluster, whose doors want its token."""
+"""The command as a job of a real cluster that requires a token, submitted as from a laptop."""
 
 from __future__ import annotations
 
@@ -102,13 +102,13 @@ def status(address: str, route: str, token: str | None = None, method: str = "GE
         ("GET", "/api/v0/logs"),
     ],
 )
-def test_without_the_token_no_door_opens(head, method, route):
+def test_request_without_token_or_with_wrong_token_is_rejected(head, method, route):
     assert status(head.address, route, None, method) == 401
     assert status(head.address, route, "0" * 64, method) == 403
 
 
 def laptop(head: Head, folder: Path, *flags: str, token: str | None = "") -> subprocess.Popen[str]:
-    """The command on another machine, as far as one machine can be two: another home, no environment of a cluster."""
+    """Start the command as on another machine: with its own home and without a cluster's environment."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAM_", "RAY_", "MLFLOW_")) and k != "HOME"}
     environment |= {"HOME": str(folder), "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
     if token is not None:
@@ -123,7 +123,7 @@ def laptop(head: Head, folder: Path, *flags: str, token: str | None = "") -> sub
 @pytest.mark.parametrize(
     ("token", "said"), [(None, "wants one and this machine has none"), ("0" * 64, "wants one and this machine's is")]
 )
-def test_a_missing_or_wrong_token_is_said_in_one_line(head, tmp_path, token, said):
+def test_missing_or_wrong_token_is_refused_in_one_line(head, tmp_path, token, said):
     process = laptop(head, tmp_path, *STUDY, token=token)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 2 and out == ""
@@ -134,7 +134,7 @@ def test_a_missing_or_wrong_token_is_said_in_one_line(head, tmp_path, token, sai
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_money_budget_is_weighed_where_the_price_is_known(head, tmp_path):
+def test_money_budget_without_price_is_refused_by_the_job(head, tmp_path):
     process = laptop(head, tmp_path, *STUDY, "--money-budget", "5")
     out, _ = process.communicate(timeout=200)
     assert process.returncode == 2
@@ -143,7 +143,7 @@ def test_a_money_budget_is_weighed_where_the_price_is_known(head, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_plan_does_not_count_as_the_studys_driver(head, tmp_path):
+def test_dry_run_job_is_stopped_when_left_and_does_not_block_another(head, tmp_path):
     plan = laptop(head, tmp_path, *STUDY, "--study", "planned", "--dry-run")
     assert plan.stderr is not None
     job = re.search(r"as job (\S+)", plan.stderr.readline())
@@ -158,7 +158,7 @@ def test_a_plan_does_not_count_as_the_studys_driver(head, tmp_path):
     assert state(head, job[1]) in ("STOPPED", "SUCCEEDED")
 
 
-def test_the_job_gets_the_flags_that_were_given(monkeypatch):
+def test_job_gets_given_flags_without_address_and_defaults(monkeypatch):
     monkeypatch.delenv("RAM_STORAGE", raising=False)
     flags = Flags(address="http://127.0.0.1:8265", data="digits", trials=5, cpus_per_trial=0.5, dry_run=True)
     assert arguments(flags) == ["--data", "digits", "--trials", "5", "--cpus-per-trial", "0.5", "--dry-run"]
@@ -168,7 +168,7 @@ def test_the_job_gets_the_flags_that_were_given(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_study_is_submitted_left_found_again_stopped_and_continued(head, tmp_path):
+def test_submitted_study_is_left_followed_again_stopped_and_continued(head, tmp_path):
     flags = (*STUDY, "--study", "s", "--epochs", "60")
     first = laptop(head, tmp_path, *flags)
     assert first.stderr is not None
@@ -210,7 +210,7 @@ def test_a_study_is_submitted_left_found_again_stopped_and_continued(head, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_jobs_refusal_is_the_commands(head, tmp_path):
+def test_refusal_by_the_job_is_the_commands_refusal(head, tmp_path):
     process = laptop(head, tmp_path, "--data", "digits", "--storage", "elsewhere")
     out, _ = process.communicate(timeout=200)
     assert process.returncode == 2
