@@ -23,7 +23,7 @@ import tyro
 
 from ramcore.config import TASKS, Data
 from ramcore.errors import UserError, say
-from study.designs import DEFAULT_SOBOL_SHARE, DEFAULT_TRIALS, DESIGNS, Design
+from study.designs import DEFAULT_SOBOL_SHARE, DEFAULT_TRIALS, DESIGNS, Design, get_design
 
 # Exit codes. SIGINT and SIGTERM give 130 and 143; the same command continues then too.
 DONE = 0
@@ -184,7 +184,7 @@ def check_numbers(flags: Flags) -> None:
 
 def check_design(flags: Flags, name: str) -> None:
     """Refuse flags that do not go with the study's design. Raises UserError."""
-    design = DESIGNS[name]
+    design = get_design(name)
     if flags.task is not None and flags.task not in design.possible_tasks:
         raise UserError(
             f"--design {name} is for the tasks {', '.join(design.possible_tasks)}; got --task {flags.task}: "

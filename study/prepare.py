@@ -71,8 +71,8 @@ class Prepared:
         return total - sum(t.state != "running" for t in trials)
 
 
-class _Meant(NamedTuple):
-    """The study that the flags mean."""
+class _Identity(NamedTuple):
+    """Which study the flags mean."""
 
     name: str
     design: str
@@ -99,9 +99,9 @@ def prepare(flags: Flags) -> Prepared:
     """
     storage = Storage.parse(flags.storage)
     warnings: list[str] = []
-    meant = _find_study(flags, storage, warnings)
-    design, known = DESIGNS[meant.design], meant.known
-    source = _find_source(flags, storage, meant, warnings) if design.from_search and known is None else None
+    identity = _find_study(flags, storage, warnings)
+    design, known = DESIGNS[identity.design], identity.known
+    source = _find_source(flags, storage, identity, warnings) if design.from_search and known is None else None
 
     followed = known or source
     epochs = flags.epochs or (followed.settings.epochs if followed else design.epochs)
@@ -110,40 +110,37 @@ def prepare(flags: Flags) -> Prepared:
     if known:  # a study never has fewer than it was asked for
         total = max(flags.trials or 0, known.total)
 
-    recipe = DIGITS if meant.data.data == "digits" else {}
-    base = dataclasses.replace(TUNED, data=meant.data.data, task=meant.tasks[0], epochs=epochs, **recipe)
+    recipe = DIGITS if identity.data.data == "digits" else {}
+    base = dataclasses.replace(TUNED, data=identity.data.data, task=identity.tasks[0], epochs=epochs, **recipe)
     space = search_space(base) if design.has_space else None
-    inputs = DesignInputs(base=base, tasks=meant.tasks, seeds_per_trial=seeds, space=space)
+    inputs = DesignInputs(base=base, tasks=identity.tasks, seeds_per_trial=seeds, space=space)
     settings = StudySettings(
-        study=meant.name,
-        task="+".join(meant.tasks),
-        data=meant.data.data,
-        digest=meant.data.digest,
-        design=meant.design,
+        study=identity.name,
+        task="+".join(identity.tasks),
+        data=identity.data.data,
+        digest=identity.data.digest,
+        design=identity.design,
         epochs=epochs,
         seeds_per_trial=seeds,
         seed=SEED,
         sobol_share=flags.sobol_share or (known.settings.sobol_share if known else designs.DEFAULT_SOBOL_SHARE),
         space=space.to_dict() if space else _EMPTY_SPACE,
     )
-    if known and (differences := known.settings.differences(settings)):
-        raise UserError(
-            f"a study's name stands for one space, task and data; {meant.name} differs in {'; '.join(differences)}: "
-            "pass another --study, or the same settings"
-        )
+    if known:
+        known.settings.check_same(settings)
     return Prepared(
         settings=settings,
         space=space,
         rows=_rows(design, inputs, source),
         total=total,
-        data=meant.data,
+        data=identity.data,
         storage=storage,
         exists=known is not None,
         warnings=tuple(warnings),
     )
 
 
-def _find_study(flags: Flags, storage: Storage, warnings: list[str]) -> _Meant:
+def _find_study(flags: Flags, storage: Storage, warnings: list[str]) -> _Identity:
     """Find the study that the flags mean, and its data. Raises UserError."""
     known = _read(storage, flags.study) if flags.study else None
     design = flags.design or (known.settings.design if known else "search")
@@ -162,7 +159,7 @@ def _find_study(flags: Flags, storage: Storage, warnings: list[str]) -> _Meant:
                 warnings.append(f"{name} is continued, on the bundled digits: pass --data mnist for a study of MNIST")
     data = _load(wanted, tasks[0], flags.data_dir, warnings)
     name = flags.study or _default_name(tasks, data.data, design)
-    return _Meant(name, design, tasks, data, known or _read(storage, name))
+    return _Identity(name, design, tasks, data, known or _read(storage, name))
 
 
 def _default_name(tasks: tuple[str, ...], data: str, design: str) -> str:
@@ -189,9 +186,9 @@ def _load(wanted: str, task: str, data_dir: Path | None, warnings: list[str]) ->
         return load_task(Config(data="digits", task=task))
 
 
-def _find_source(flags: Flags, storage: Storage, meant: _Meant, warnings: list[str]) -> _Source:
+def _find_source(flags: Flags, storage: Storage, identity: _Identity, warnings: list[str]) -> _Source:
     """The newest search of the same task and data that has a complete trial. Raises UserError if there is none."""
-    task, data = meant.tasks[0], meant.data.data
+    task, data = identity.tasks[0], identity.data.data
     found = [_read_source(storage, name, task, data) for name in storage.studies()]
     source = max((source for source in found if source), key=lambda source: source.changed, default=None)
     if source is None:
