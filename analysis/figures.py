@@ -410,5 +410,5 @@ def replicates(rows: Sequence[Replicate], ax: Axes | None = None) -> Axes:
     labels = [f"{r.row} ({r.seeds} seeds)" for r in rows]
     ax = row_axes(labels, "validation accuracy at the full budget (points)", ax)
     for y, r in enumerate(rows):
-        draw_interval(ax, y, Interval(r.low, r.accuracy, r.high))
+        draw_interval(ax, y, r.mean)
     return ax

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import studentized_range
 
 from analysis.load import NoTrials, Source, StudyData, StudyRun, load_study
-from analysis.results import INTERVAL, mean_interval
+from analysis.results import INTERVAL, Interval, mean_interval
 from analysis.selection import count_trials
 from ramcore.space import Array
 from study.designs import DESIGNS
@@ -54,6 +54,11 @@ class Replicate(NamedTuple):
     sd: float  # between seeds; NaN with one
     seeds: int
     test: float  # mean test accuracy; NaN if not tested
+
+    @property
+    def mean(self) -> Interval:
+        """Mean accuracy with its interval."""
+        return Interval(self.low, self.accuracy, self.high)
 
 
 class FixedDesigns(NamedTuple):
