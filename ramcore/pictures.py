@@ -1,14 +1,18 @@
-"""Pictures of where a network looks and what it sees (the case study's Figure 4). The only room of ramcore that draws.
+"""Pictures of where a network looks and what it sees (the case study's Figure 4).
 
+This is the only module of ramcore that draws, and so the only one that imports matplotlib.
 T glimpses, K scales, P patch side, S canvas side.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from ramcore.config import Config
@@ -16,10 +20,6 @@ from ramcore.data import SplitName, TaskData
 from ramcore.errors import UserError
 from ramcore.evaluation import build_model, first_locations
 from ramcore.model import RAM
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 RED = "#d62728"
 
@@ -75,8 +75,6 @@ def glimpse_paths(
 
 def draw_canvas(path: GlimpsePath, config: Config, ax: Axes) -> Axes:
     """The canvas with each glimpse's finest patch in red, numbered in order, and the path between their centres."""
-    from matplotlib.patches import Rectangle
-
     size, patch = config.canvas_size, config.patch_size
     centres = np.floor((path.locations + 1) * (size / 2) + 0.5) - (patch % 2) / -2
     ax.imshow(path.canvas, cmap="gray", vmin=0, vmax=1, extent=(0, size, size, 0))
@@ -102,8 +100,6 @@ def retina_view(seen: np.ndarray, scale_factor: int) -> np.ndarray:
 
 def draw_glimpses(config: Config, paths: list[GlimpsePath]) -> Figure:
     """A row an image: the canvas with its glimpses, then what the retina saw at each and the class it then favoured."""
-    from matplotlib.figure import Figure
-
     columns = config.num_glimpses + 1
     figure = Figure(figsize=(1.5 * columns, 1.75 * len(paths) + 0.3), layout="constrained")
     axes = figure.subplots(len(paths), columns, squeeze=False)

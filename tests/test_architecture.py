@@ -120,9 +120,10 @@ def loaded_by(*names: str) -> set[str]:
     return set(run.stdout.split())
 
 
-def test_ramcore_needs_torch_and_numpy_only():
+def test_ramcore_needs_torch_and_numpy_only_but_for_its_command_and_its_pictures():
     core = [m for m in module_names("ramcore") if m not in ("ramcore.train", "ramcore.pictures")]
-    assert not loaded_by(*core) & set(HEAVY)
+    assert not {m.partition(".")[0] for m in loaded_by(*core)} & set(HEAVY)
+    assert "matplotlib" in brings("ramcore.pictures")
 
 
 @pytest.mark.parametrize(
