@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# What cluster.yaml and cluster-local.yaml run on the machines of a cluster:
+# The commands that cluster.yaml and cluster-local.yaml run on the machines of a cluster:
 #
-#   cluster.sh node      install the project and write the environment; on every machine
-#   cluster.sh head      make Ray's token and say where Ray and MLflow are; on the head
-#   cluster.sh mlflow    (re)start the MLflow server, which ends with Ray; on the head
-#   cluster.sh watch     end what Ray leaves behind when the head has gone; on workers. Then run what else is given
+#   cluster.sh node      on every machine: install the project and write the environment
+#   cluster.sh head      on the head: make Ray's token; add the addresses of Ray and MLflow to the environment
+#   cluster.sh mlflow    on the head: (re)start the MLflow server, which ends when Ray ends
+#   cluster.sh watch     on workers: when the head is gone, end Ray's processes; then run the rest of the command line
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-ENVIRONMENT=~/.ram-study.env # read by every shell, and so by Ray, its job server and all trials
-MLFLOW_PORT=5001             # not 5000, which macOS keeps for itself: the port is forwarded to laptops
+ENVIRONMENT=~/.ram-study.env # every shell reads it, and so do Ray, its job server and all trials
+MLFLOW_PORT=5001             # not 5000, which macOS uses: the port is forwarded to laptops
 MLFLOW=http://127.0.0.1:$MLFLOW_PORT
 
 node() {
@@ -22,15 +22,15 @@ node() {
         .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[cluster]'
         sha256sum pyproject.toml constraints.txt > .venv/installed
     fi
-    chmod 600 ~/cluster.yaml # it may hold the keys of a storage
+    chmod 600 ~/cluster.yaml # it may hold the keys of the storage
     (umask 077 && environment > "$ENVIRONMENT")
-    # First in the file, because the usual ~/.bashrc ends early for shells without a terminal.
+    # The first line of the file, because the usual ~/.bashrc ends early in shells without a terminal.
     local line="[ ! -f $ENVIRONMENT ] || . $ENVIRONMENT" bashrc=""
     [ ! -f ~/.bashrc ] || bashrc=$(cat ~/.bashrc)
     [[ $bashrc == "$line"* ]] || printf '%s\n%s\n' "$line" "$bashrc" > ~/.bashrc
 }
 
-environment() { # what is under metadata: environment: in the cluster's yaml, and what is always so
+environment() { # metadata: environment: of the cluster's yaml, then what is the same for all clusters
     .venv/bin/python - ~/cluster.yaml << 'PYTHON'
 import shlex, sys, yaml
 
@@ -77,8 +77,8 @@ answers() {
     .venv/bin/python -c "import urllib.request as r; r.urlopen('$MLFLOW/health', timeout=1)" 2> /dev/null
 }
 
-serve() { # on loopback: other machines come through SSH
-    trap 'trap "" TERM; kill -- -$$; wait' EXIT # the whole session that `mlflow` above made for it
+serve() { # on loopback; other machines reach it through SSH
+    trap 'trap "" TERM; kill -- -$$; wait' EXIT # the whole session that `mlflow` above made
     trap 'exit 0' TERM
     MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false .venv/bin/mlflow server --host 127.0.0.1 --port $MLFLOW_PORT --workers 2 \
         --allowed-hosts "127.0.0.1:$MLFLOW_PORT,localhost:$MLFLOW_PORT" \
@@ -89,14 +89,14 @@ serve() { # on loopback: other machines come through SSH
     done
 }
 
-watch() { # without its head a raylet ends after a minute; its agents do not, and nor does the machine
+watch() { # without its head a raylet ends after a minute, but its agents and the machine do not
     setsid nohup flock --nonblock ~/.ram-study.watch bash cluster.sh when_alone "$@" > /dev/null 2>&1 < /dev/null &
 }
 
 when_alone() {
     while pgrep --euid "$(id -u)" --exact raylet > /dev/null; do
         sleep 5
-        # A restart leaves a gap.
+        # During a restart there is no raylet for a moment.
         pgrep --euid "$(id -u)" --exact raylet > /dev/null || sleep 60
     done
     .venv/bin/ray stop --force || true

@@ -204,7 +204,7 @@ def check_lasting(storage: str, tracking_uri: str) -> None:
     """
     if not in_shipped_code():
         return
-    if Storage.parse(storage).place != storage.rstrip("/"):  # a relative path
+    if not Storage.parse(storage).is_remote and not Path(storage).is_absolute():
         raise UserError(
             f"a job's folder goes when it ends, so --storage must be an absolute path or a URI; got {storage}: "
             "set RAM_STORAGE on the cluster's nodes, or pass --storage"

@@ -1,12 +1,11 @@
-"""The best model as MLflow keeps it: weights and configuration as data, this file as the code that reads them.
+"""The best model in MLflow: weights and configuration as data, and this file as the code that loads them.
 
     model = mlflow.pyfunc.load_model("runs:/<parent run>/model")
     probabilities = model.predict(images)
 
-images: (B, S, S) float32 in [0, 1], canvases of the model's task; probabilities: (B, R, 10) float32, one network a
-    training seed. The scores that a study reports are means over seeds of the accuracy of each network: see
-    `accuracy`. Weights are read with weights_only=True, so a model carries no pickled code; `ramcore` has to be
-    installed where it is loaded.
+images: (B, S, S) float32 in [0, 1], canvases of the model's task. probabilities: (B, R, 10) float32, one network for
+    each training seed. A study reports the mean over seeds of each network's accuracy: see `accuracy`. Weights are read
+    with weights_only=True, so a model cannot carry pickled code. `ramcore` must be installed where a model is loaded.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class ServedModel(PythonModel):
         self.network.load_state_dict(saved["weights"])
 
     def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> Any:
-        """Probabilities (B, R, 10) of canvases (B, S, S) in [0, 1]. Where image i first looks is a function of i."""
+        """Probabilities (B, R, 10) of canvases (B, S, S) in [0, 1]. The first glimpse of image i depends on i only."""
         images = torch.from_numpy(np.asarray(model_input) * 255).round().to(torch.uint8)
         parts: list[Tensor] = []
         for start in range(0, len(images), BATCH_SIZE):

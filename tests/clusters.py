@@ -1,4 +1,4 @@
-"""Clusters of several Ray nodes on this machine, on loopback; for the tests of what a study does with one."""
+"""Clusters of several Ray nodes on this machine, on loopback, for tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import ray
 from ray._raylet import Config
 from ray.cluster_utils import Cluster
 
-STARTS = 3  # a busy machine may take longer for a node's start than the 30 s that Ray allows
+STARTS = 3  # tries: on a busy machine a node may take longer to start than the 30 s that Ray allows
 
 
 def free_port() -> int:
@@ -35,7 +35,7 @@ def add_node(cluster: Cluster, **node: Any) -> Any:
 
 @contextlib.contextmanager
 def cluster_of(head_cpus: int, *workers: dict[str, Any]) -> Iterator[Cluster]:
-    """A cluster with a head of so many CPUs, and workers with these arguments of Ray's."""
+    """A cluster with a head of `head_cpus` CPUs, and workers with these arguments of Ray's."""
     with pytest.MonkeyPatch.context() as patch:
         # Ray's constant and, for the processes it starts, the variable it is made of; see `study.run`.
         patch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", False)
@@ -45,7 +45,7 @@ def cluster_of(head_cpus: int, *workers: dict[str, Any]) -> Iterator[Cluster]:
         for name in ("RAM_MAX_WORKERS", "RAM_WORKER_CPUS", "RAM_WORKER_GPUS"):
             patch.delenv(name, raising=False)
         assert not ray.is_initialized()
-        cluster = Cluster(shutdown_at_exit=False)  # its hooks are signal handlers, which threads cannot set
+        cluster = Cluster(shutdown_at_exit=False)  # it would set signal handlers, which only the main thread can
         atexit.register(cluster.shutdown)
         try:
             add_node(cluster, num_cpus=head_cpus)

@@ -1,6 +1,7 @@
-"""Machines for tests: each a network, pid, mount and host-name namespace with its own sshd, on a bridge that exists in
-a namespace of its own. They see this machine's programs, but their homes, /tmp, /run and processes are theirs. When the
-process that made them ends, however it ends, the kernel ends them and everything in them. Needs root.
+"""Machines for tests: namespaces of this machine, each with its own network, processes, mounts, host name and sshd.
+
+A bridge in a namespace of its own connects them. They share this machine's programs, but have their own homes, /tmp and
+/run. When the process that made them ends in any way, the kernel ends them and everything in them. Needs root.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ Subsystem sftp internal-sftp
 
 
 def missing() -> list[str]:
-    """Programs that a lab needs and this machine lacks."""
+    """The programs that a lab needs and this machine lacks."""
     return [name for name in NEEDED if shutil.which(name, path=_PATH) is None]
 
 
@@ -59,8 +60,9 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def bake(image: Path, files: dict[str, Path | str], command: str) -> None:
-    """Fill a folder that becomes the home on every machine of a lab: copy files, run a command there. The network is
-    this machine's, so a command may install packages; run again on the same folder, it finds what it left.
+    """Fill a folder that becomes the home on every machine of a lab: copy files, then run a command there.
+
+    The command uses this machine's network, so it may install packages. It may run again on the same folder.
     """
     image.mkdir(parents=True, exist_ok=True)
     for name, source in files.items():
@@ -78,13 +80,13 @@ _numbers = itertools.count()
 
 
 class Host:
-    """One machine of a lab, up from its making until `power_off`."""
+    """One machine of a lab. It is up from its creation until `power_off`."""
 
     def __init__(self, lab: Lab, name: str, address: str) -> None:
         self.name = name
         self.address = address
         self.number = next(_numbers)
-        self._disk = lab.path / "disks" / f"{name}-{self.number}"  # a new one each time it is switched on
+        self._disk = lab.path / "disks" / f"{name}-{self.number}"  # a new one for each start
         boot = _BOOT.format(
             disk=self._disk, home=HOME, image=lab.image, lab=lab.path, name=name, sshd=shutil.which("sshd", path=_PATH)
         )
@@ -92,7 +94,7 @@ class Host:
             [*lab.enter, "unshare", "--net", "--pid", "--mount", "--uts", "--ipc", "--fork", "--kill-child",
              "--mount-proc", "bash", "-c", boot],
             stdin=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,  # `unshare` speaks when the plug is pulled
+            stderr=subprocess.DEVNULL,  # `unshare` prints a line at `power_off`
         )  # fmt: skip
         self.init = _child(_child(self._process.pid))  # nsenter, unshare, init
         lab.plug_in(self)
@@ -102,12 +104,12 @@ class Host:
             time.sleep(0.05)
 
     def run(self, command: str, *, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        """A login shell on the machine's console."""
+        """Run a command in a login shell on the machine."""
         return subprocess.run([*self.console, command], capture_output=True, text=True, check=check, timeout=timeout)
 
     @property
     def console(self) -> list[str]:
-        """What a command given to a login shell on the console begins with."""
+        """The words before a command that runs in a login shell on the machine."""
         return [
             "nsenter", f"--target={self.init}", "--net", "--pid", "--mount", "--uts", "--ipc",
             "env", "-i", f"HOME={HOME}", f"PATH={_PATH}", "USER=root", "TERM=dumb",
@@ -115,21 +117,21 @@ class Host:
         ]  # fmt: skip
 
     def processes(self) -> list[str]:
-        """Command lines of what runs on it, without kernel threads and what asks."""
+        """The command lines of its processes, without this `ps` itself."""
         return [line for line in self.run("ps -eo args=").stdout.splitlines() if not line.startswith("ps ")]
 
     def power_off(self) -> None:
-        """At once, as with the plug pulled: nothing on it gets to say goodbye."""
+        """End it at once, without a shutdown."""
         subprocess.run(["kill", "-KILL", str(self.init)], check=True)
         self.wait()
 
     def wait(self) -> None:
-        """Until it is off."""
+        """Wait until it is off."""
         self._process.wait(timeout=20)
 
 
 class Lab:
-    """A bridge and the machines on it; a context manager, at whose end nothing of it is left."""
+    """A bridge and the machines on it. As a context manager, it removes all of them at its end."""
 
     def __init__(self, path: Path, image: Path, names: tuple[str, ...]) -> None:
         self.path = path
@@ -161,12 +163,12 @@ class Lab:
         return self
 
     def boot(self, name: str) -> Host:
-        """Switch a machine on."""
+        """Start a machine."""
         self.hosts[name] = Host(self, name, self.addresses[name])
         return self.hosts[name]
 
     def plug_in(self, host: Host) -> None:
-        """Connect a machine with the bridge."""
+        """Connect a machine to the bridge."""
         wire = f"to-{host.number}"
         self._ip(f"link add {wire} type veth peer name eth0 netns {host.init}")
         self._ip(f"link set {wire} master switch up")
@@ -176,7 +178,7 @@ class Lab:
             subprocess.run([*inside, *command.split()], check=True)
 
     def on_bridge(self, command: list[str]) -> subprocess.Popen[bytes]:
-        """Something that serves the machines from outside of them all, at BRIDGE."""
+        """Start a server for the machines, at BRIDGE, outside of all of them."""
         quiet = subprocess.DEVNULL
         return subprocess.Popen(
             [*self._net, "setpriv", "--pdeathsig", "KILL", *command], stdin=quiet, stdout=quiet, stderr=quiet
@@ -197,11 +199,11 @@ class Lab:
 
 
 def _child(pid: int) -> int:
-    """The process that a waiting `unshare` or `setpriv` began, as this machine numbers it."""
+    """The child of a waiting `unshare` or `setpriv`, by its id on this machine."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         if children:
             return int(children[0])
         time.sleep(0.02)
-    raise TimeoutError(f"process {pid} has begun nothing")
+    raise TimeoutError(f"process {pid} has no child")

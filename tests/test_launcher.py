@@ -1,5 +1,6 @@
-"""cluster.yaml, cluster-local.yaml and aws-stack.yaml as far as one machine without a cloud can tell. What several
-machines tell is in test_launcher_e2e.py.
+"""Tests of cluster.yaml, cluster-local.yaml, aws-stack.yaml and kuberay.yaml that need one machine and no cloud.
+
+test_launcher_e2e.py tests them on several machines.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ ROOT = Path(__file__).parent.parent
 RAY = Path(sys.executable).with_name("ray")
 YAML = ["cluster.yaml", "cluster-local.yaml"]
 MARK = "@EDIT "
-KUBERNETES = "1.34"  # whose schema pods are checked against
+KUBERNETES = "1.34"  # the version of the schema that pods are checked against
 
 
 def edited(name: str, **values: str) -> str:
-    """A file as after editing: the marks deleted, and behind them the values given by key, else the examples."""
+    """A file after editing: without the marks, and with the given values by key, else the examples."""
     text = (ROOT / name).read_text()
     for key, value in values.items():
         text, count = re.subn(rf"(?m)^( *{key}: (?:&\w+ )?){MARK}\S+", rf"\g<1>{value}", text)
@@ -44,12 +45,12 @@ def marks(name: str) -> list[int]:
 
 
 @pytest.mark.parametrize("name", YAML)
-def test_an_edited_file_passes_rays_own_checks(name):
+def test_edited_file_passes_rays_validation(name):
     validate_config(config(name))
 
 
 @pytest.mark.parametrize("name", [*YAML, "kuberay.yaml"])
-def test_every_mark_left_over_is_an_error_at_its_own_line(name):
+def test_mark_that_is_left_is_a_yaml_error(name):
     text = (ROOT / name).read_text()
     assert marks(name)
     for mark in marks(name):
@@ -59,7 +60,7 @@ def test_every_mark_left_over_is_an_error_at_its_own_line(name):
 
 
 @pytest.mark.parametrize("name", YAML)
-def test_ray_up_stops_at_a_mark_that_is_left(name, tmp_path):
+def test_ray_up_with_a_mark_left_names_its_line_and_starts_nothing(name, tmp_path):
     last = marks(name)[-1]
     text = (ROOT / name).read_text()
     (tmp_path / name).write_text(text[:last].replace(MARK, "") + text[last:])
@@ -72,12 +73,12 @@ def test_ray_up_stops_at_a_mark_that_is_left(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", YAML)
-def test_what_is_to_be_edited_is_at_the_top(name):
+def test_marks_stand_above_the_cluster_name(name):
     text = (ROOT / name).read_text()
     assert all(mark < text.index("\ncluster_name:") for mark in marks(name))
 
 
-def test_the_head_runs_no_trials_and_the_workers_are_spot_machines_that_go_away():
+def test_head_has_no_cpus_and_workers_are_spot_machines_that_end_when_idle():
     read = config("cluster.yaml")
     head, worker = (read["available_node_types"][kind] for kind in ("head", "worker"))
     assert read["head_node_type"] == "head" and head["resources"] == {"CPU": 0} and head["max_workers"] == 0
@@ -91,7 +92,7 @@ def test_the_head_runs_no_trials_and_the_workers_are_spot_machines_that_go_away(
     assert read["provider"]["cache_stopped_nodes"] is False
 
 
-def test_a_worker_that_never_joins_and_one_whose_head_is_lost_end_themselves():
+def test_worker_that_never_joins_or_loses_its_head_shuts_down():
     read = config("cluster.yaml")
     worker = read["available_node_types"]["worker"]["node_config"]
     assert worker["InstanceInitiatedShutdownBehavior"] == "terminate"
@@ -100,7 +101,7 @@ def test_a_worker_that_never_joins_and_one_whose_head_is_lost_end_themselves():
     assert "shutdown -c" in called_off and "cluster.sh watch sudo shutdown now" in watched
 
 
-def test_every_machine_on_aws_has_its_role_its_image_and_the_closed_firewall():
+def test_aws_machines_have_role_image_and_closed_firewall():
     for kind, node in config("cluster.yaml")["available_node_types"].items():
         assert node["node_config"]["IamInstanceProfile"] == {"Name": f"ram-study-{kind}"}
         assert node["node_config"]["ImageId"].startswith("ami-")
@@ -109,7 +110,7 @@ def test_every_machine_on_aws_has_its_role_its_image_and_the_closed_firewall():
 
 
 @pytest.mark.parametrize("name", YAML)
-def test_servers_are_bound_to_loopback_and_tokens_are_distributed(name):
+def test_servers_are_bound_to_loopback_and_the_token_is_distributed(name):
     read = config(name)
     start = " ".join(read["head_start_ray_commands"])
     assert "--dashboard-host=127.0.0.1" in start and "cluster.sh mlflow" in start
@@ -120,7 +121,7 @@ def test_servers_are_bound_to_loopback_and_tokens_are_distributed(name):
 
 
 @pytest.mark.parametrize("name", YAML)
-def test_every_node_gets_the_whole_project(name):
+def test_file_mounts_hold_the_whole_project(name):
     mounts = config(name)["file_mounts"]
     assert mounts["~/cluster.yaml"] == name
     sent = {path for path in mounts.values() if path != name}
@@ -131,14 +132,14 @@ def test_every_node_gets_the_whole_project(name):
         assert (ROOT / path).exists() and mounts[f"~/ram-study/{path}"] == path
 
 
-def test_the_two_files_prepare_their_nodes_alike():
+def test_both_files_prepare_their_nodes_alike():
     aws, local = config("cluster.yaml"), config("cluster-local.yaml")
     for key in ("setup_commands", "head_setup_commands", "cluster_synced_files", "rsync_exclude"):
         assert aws[key] == local[key], key
 
 
-# KubeRay's own types (RayJobSpec, RayClusterSpec and what they are made of, as of 1.5.1), without what we do not use of
-# pods: those are Kubernetes' own and checked against its schema.
+# KubeRay's types (RayJobSpec, RayClusterSpec and their parts, as of 1.5.1). Pods are Kubernetes' type, checked
+# against its own schema.
 _STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
 _COUNT = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 
@@ -217,7 +218,7 @@ _RAY_JOB = _fields(
 )
 
 
-def test_the_kubernetes_manifest_passes_its_schema():
+def test_kubernetes_manifest_passes_its_schema():
     job = yaml.safe_load(edited("kuberay.yaml"))
     jsonschema.validate(job, _RAY_JOB)
     cluster = job["spec"]["rayClusterSpec"]
@@ -225,7 +226,7 @@ def test_the_kubernetes_manifest_passes_its_schema():
         assert group["template"].keys() <= {"metadata", "spec"}
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, **group["template"]}
         kubernetes_validate.validate(pod, KUBERNETES, strict=True)
-        # Not in the schema, but Kubernetes refuses GPUs whose request is not their limit.
+        # The schema does not say it, but Kubernetes refuses GPUs whose request differs from their limit.
         for container in pod["spec"]["containers"]:
             limits, requests = (container["resources"][kind].get("nvidia.com/gpu") for kind in ("limits", "requests"))
             assert limits == requests
@@ -240,14 +241,14 @@ def test_the_kubernetes_manifest_passes_its_schema():
         ("mode: token", "mode: password"),
     ],
 )
-def test_the_schema_tells_a_wrong_manifest(at, wrong):
+def test_wrong_kubernetes_manifest_fails_the_schema(at, wrong):
     text = edited("kuberay.yaml")
     assert text.count(at) == 1
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(yaml.safe_load(text.replace(at, wrong)), _RAY_JOB)
 
 
-def test_the_kubernetes_manifest_says_of_its_workers_what_they_are():
+def test_kubernetes_environment_agrees_with_its_workers():
     cluster = yaml.safe_load(edited("kuberay.yaml"))["spec"]["rayClusterSpec"]
     head, (workers,) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
     (container,) = workers["template"]["spec"]["containers"]
@@ -265,7 +266,7 @@ def test_the_kubernetes_manifest_says_of_its_workers_what_they_are():
 
 @pytest.fixture(scope="module")
 def aws():
-    """AWS's API on loopback; yields a maker of clients."""
+    """A mock of AWS's API on loopback; yields a function that makes clients."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [n for n in os.environ if n.startswith("AWS_")]:
             patch.delenv(name)
@@ -284,7 +285,7 @@ def aws():
 def stack(aws) -> dict[str, str]:
     """The outputs of aws-stack.yaml, made as CLUSTER.md says."""
     template = (ROOT / "aws-stack.yaml").read_text()
-    # The mock knows other images of AWS's only.
+    # The mock does not know this image.
     default = "/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubuntu-24.04/latest/ami-id"
     assert default in template
     template = template.replace(default, "/aws/service/ami-amazon-linux-latest/al2023-ami-kernel-default-x86_64")
@@ -300,7 +301,7 @@ def stack(aws) -> dict[str, str]:
     return {output["OutputKey"]: output["OutputValue"] for output in made["Outputs"]}
 
 
-def test_the_stack_is_a_valid_template():
+def test_stack_is_a_valid_template():
     run = subprocess.run(
         [Path(sys.executable).with_name("cfn-lint"), "--regions", "eu-central-1", "--", ROOT / "aws-stack.yaml"],
         capture_output=True,
@@ -308,10 +309,10 @@ def test_the_stack_is_a_valid_template():
     )
     assert run.returncode == 0, run.stdout
     events = yaml.parse((ROOT / "aws-stack.yaml").read_text())
-    assert not any(isinstance(event, yaml.AliasEvent) for event in events)  # CloudFormation knows none
+    assert not any(isinstance(event, yaml.AliasEvent) for event in events)  # CloudFormation does not support aliases
 
 
-def test_the_stacks_firewall_lets_in_ssh_from_one_network_and_nothing_else(aws, stack):
+def test_stack_firewall_lets_in_only_ssh_from_one_network(aws, stack):
     group = aws("ec2").describe_security_groups(GroupIds=[stack["SecurityGroup"]])["SecurityGroups"][0]
     open_to_networks = [rule for rule in group["IpPermissions"] if rule["IpRanges"] or rule["Ipv6Ranges"]]
     assert [(r["FromPort"], r["ToPort"], r["IpRanges"][0]["CidrIp"]) for r in open_to_networks] == [
@@ -321,7 +322,7 @@ def test_the_stacks_firewall_lets_in_ssh_from_one_network_and_nothing_else(aws, 
     assert [pair["GroupId"] for rule in others for pair in rule["UserIdGroupPairs"]] == [stack["SecurityGroup"]]
 
 
-def test_workers_may_use_the_bucket_and_nothing_else(aws, stack):
+def test_worker_role_may_use_only_the_bucket(aws, stack):
     iam = aws("iam")
     bucket = stack["Storage"].removeprefix("s3://").partition("/")[0]
     role = iam.get_instance_profile(InstanceProfileName="ram-study-worker")["InstanceProfile"]["Roles"][0]
@@ -334,7 +335,7 @@ def test_workers_may_use_the_bucket_and_nothing_else(aws, stack):
     assert all(action.startswith("s3:") for s in statements for action in s["Action"])
 
 
-def test_only_the_clusters_own_machines_can_be_tagged_or_ended(aws, stack):
+def test_policies_can_tag_or_end_only_the_clusters_machines(aws, stack):
     iam = aws("iam")
     launcher = next(p for p in iam.list_policies(Scope="Local")["Policies"] if p["PolicyName"] == "ram-study-launcher")
     documents = [
@@ -355,7 +356,7 @@ def test_only_the_clusters_own_machines_can_be_tagged_or_ended(aws, stack):
 
 
 def ray(*command: str, home: Path) -> subprocess.CompletedProcess[str]:
-    """Ray's command line as from a laptop whose ssh and rsync reach nobody: they note what they are told to do."""
+    """Run Ray's command line with an ssh and rsync that only log their arguments."""
     programs = home / "bin"
     programs.mkdir(exist_ok=True)
     for name in ("ssh", "rsync"):
@@ -365,7 +366,7 @@ def ray(*command: str, home: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([RAY, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
 
-def test_ray_up_launches_the_head_and_ray_down_leaves_nothing(aws, stack, tmp_path):
+def test_ray_up_launches_the_head_and_ray_down_ends_it(aws, stack, tmp_path):
     path = tmp_path / "cluster.yaml"
     path.write_text(
         edited(
@@ -388,7 +389,7 @@ def test_ray_up_launches_the_head_and_ray_down_leaves_nothing(aws, stack, tmp_pa
     assert head["KeyName"] == "ram-study" and (tmp_path / ".ssh" / "ram-study.pem").stat().st_mode & 0o77 == 0
     assert [group["GroupId"] for group in head["SecurityGroups"]] == [stack["SecurityGroup"]]
     assert head.get("InstanceLifecycle") is None  # not a spot machine
-    assert {"Key": "ray-cluster-name", "Value": "ram-study"} in head["Tags"]  # what the stack's policies go by
+    assert {"Key": "ray-cluster-name", "Value": "ram-study"} in head["Tags"]  # the tag that the stack's policies check
     assert [g["GroupName"] for g in ec2.describe_security_groups()["SecurityGroups"] if "ray" in g["GroupName"]] == []
 
     told = (tmp_path / "ssh.log").read_text()

@@ -1,13 +1,14 @@
-"""The whole story of CLUSTER.md on own machines: `python -m pytest -m root -s tests/test_launcher_e2e.py`.
+"""All steps of CLUSTER.md on own machines: `python -m pytest -m root -s tests/test_launcher_e2e.py`.
 
-Its machines are namespaces of this one (tests/hosts.py): a laptop, a head, three workers and an S3 server. From the
-laptop: launch, submit, lose a worker, gain one, look, fetch, tear down. The first run installs the project once more,
-for the machines, which takes minutes.
+The machines are namespaces of this machine (tests/hosts.py): a laptop, a head, three workers and an S3 server. The
+laptop launches the cluster, submits a study, loses a worker, gains one, fetches the results and tears down. The first
+run installs the project for the machines, which takes minutes.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sqlite3
 import subprocess
@@ -39,22 +40,23 @@ _started = time.monotonic()
 
 
 def note(text: str) -> None:
-    """A line of the timeline."""
+    """Print a line of the timeline."""
     print(f"{time.monotonic() - _started:6.1f} s  {text}", flush=True)
 
 
 def until(what: str, happens: Callable[[], object], patience: float = PATIENCE) -> None:
     deadline = time.monotonic() + patience
     while not happens():
-        assert time.monotonic() < deadline, f"in vain waited {patience:g} s until {what}"
+        assert time.monotonic() < deadline, f"waited {patience:g} s in vain until {what}"
         time.sleep(0.5)
     note(what)
 
 
 @pytest.fixture(scope="module")
-def image(pytestconfig: pytest.Config) -> Path:
-    """What every machine's home holds at first: the installed project, kept for the next run."""
-    folder = pytestconfig.cache.mkdir("machine") if pytestconfig.cache else ROOT / ".machine"
+def image() -> Path:
+    """The first content of every machine's home: the installed project. It is kept for the next run."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ram-study" / "test-machine"
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "cluster.yaml").write_text("metadata: {environment: {}}\n")  # the real one comes with `ray up`
     files: dict[str, Path | str] = {}
     for name in PROJECT:
@@ -83,7 +85,7 @@ def lab(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 @pytest.fixture(scope="module")
 def laptop(lab: Lab) -> Host:
-    """With a checkout of the project, edited as CLUSTER.md says."""
+    """The laptop, with a checkout of the project that is edited as CLUSTER.md says."""
     host = lab.hosts["laptop"]
     listed = subprocess.run(
         ["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -111,14 +113,14 @@ def laptop(lab: Lab) -> Host:
         assert text.count(mark) == 1, mark
         text = text.replace(mark, value)
     subprocess.run([*host.console, f"cat > ~/ram-study/{YAML}"], input=text.encode(), check=True)
-    # A change that the machines' installation lacks.
+    # A change of the code that the machines' installation lacks.
     change = f"sed -i 's/^    def tell(.*$/&\\n        {CHANGE}/' study/trainable.py"
     host.run(f"cd ~/ram-study && {change} && grep -qF '{CHANGE}' study/trainable.py")
     return host
 
 
 def in_checkout(laptop: Host, command: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """A command given on the laptop, in the checkout, with .venv activated."""
+    """Run a command on the laptop, in the checkout, with .venv activated."""
     run = laptop.run(f"cd ~/ram-study && . .venv/bin/activate && {command}", check=False, timeout=PATIENCE)
     assert not check or run.returncode == 0, f"{command}\n{run.stdout}\n{run.stderr}"
     return run
@@ -126,7 +128,7 @@ def in_checkout(laptop: Host, command: str, *, check: bool = True) -> subprocess
 
 @contextmanager
 def ports_forwarded(laptop: Host) -> Iterator[None]:
-    """`ray attach` with the ports of CLUSTER.md, in the background."""
+    """Run `ray attach` with the ports of CLUSTER.md in the background."""
     attach = f"cd ~/ram-study && .venv/bin/ray attach {YAML} -p 8265 -p 5001 > ~/attach.log 2>&1"
     tunnel = subprocess.Popen([*laptop.console, attach], stdin=subprocess.PIPE)
     try:
@@ -138,7 +140,7 @@ def ports_forwarded(laptop: Host) -> Iterator[None]:
 
 
 def on_head(laptop: Host, command: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """A command given on the head by way of `ray exec`."""
+    """Run a command on the head through `ray exec`."""
     return in_checkout(laptop, f"ray exec {YAML} '{command}'", check=check)
 
 
@@ -147,18 +149,18 @@ def trains(host: Host) -> bool:
 
 
 def answers(host: Host, port: int, of: str = "127.0.0.1") -> bool:
-    """Whether a connection from a machine to a port succeeds."""
+    """Whether a machine can connect to a port."""
     return not host.run(f"timeout 5 bash -c '</dev/tcp/{of}/{port}'", check=False).returncode
 
 
 def status(host: Host, url: str, header: str = "Accept: */*", *, method: str = "GET") -> int:
-    """The HTTP status that a machine gets; 0 from what does not speak HTTP."""
+    """The HTTP status that a machine gets; 0 if the answer is not HTTP."""
     request = f"curl -s -m 10 -o /dev/null -w %{{http_code}} -X {method} -H '{header}' '{url}'"
     return int(host.run(request, check=False).stdout)
 
 
 def refusal(laptop: Host, command: str) -> str:
-    """The one line with which a command on the head says why it starts nothing."""
+    """Run a command on the head that must be refused; returns the one line that it prints."""
     run = on_head(laptop, f"cd ram-study && {command}; echo ended with $?")
     assert "ended with 2" in run.stdout, run.stdout
     lines = [line for line in run.stdout.splitlines() if line.startswith("error:")]
@@ -168,7 +170,7 @@ def refusal(laptop: Host, command: str) -> str:
 
 
 def listeners(host: Host) -> set[tuple[str, str]]:
-    """(address, program) of what is listened on beyond loopback."""
+    """The (address, program) of each listening socket beyond loopback."""
     found = set()
     for line in host.run("ss -Hltnp").stdout.splitlines():
         address, program = line.split()[3], re.findall(r'"([^"]+)"', line)[0]
@@ -177,8 +179,8 @@ def listeners(host: Host) -> set[tuple[str, str]]:
     return found
 
 
-def test_workers_come_from_nothing_and_go_when_idle(lab: Lab) -> None:
-    """The autoscaler of the AWS cluster, which here starts its workers as processes of one machine."""
+def test_autoscaler_starts_workers_for_trials_and_ends_idle_ones(lab: Lab) -> None:
+    """With the autoscaler of the AWS cluster, which here starts its workers as processes of one machine."""
     host = lab.boot("alone")
     head = "f" * 51 + "00000"  # as this provider of Ray's calls it
     node_types = {
@@ -194,7 +196,7 @@ def test_workers_come_from_nothing_and_go_when_idle(lab: Lab) -> None:
         "head_start_ray_commands": [], "worker_start_ray_commands": [], "file_mounts": {}, "cluster_synced_files": [],
         "file_mounts_sync_continuously": False, "rsync_exclude": [], "rsync_filter": [],
     }  # fmt: skip
-    # Ray wants the defaults of each provider in a file, and this one's is not in its package.
+    # Ray reads the defaults of each provider from a file; its package lacks the file of this one.
     defaults = (
         "$(echo ~/ram-study/.venv/lib/python*/site-packages/ray/autoscaler/_private/fake_multi_node)/example.yaml"
     )
@@ -205,7 +207,7 @@ def test_workers_come_from_nothing_and_go_when_idle(lab: Lab) -> None:
         f"{mode} AUTOSCALER_UPDATE_INTERVAL_S=1 RAY_enable_autoscaler_v2=1 {fake} "
         "ray start --head --num-cpus=0 --disable-usage-stats --autoscaling-config=$HOME/alone.json"
     )
-    note("a head without workers")
+    note("a head without workers is up")
     look = "import ray; ray.init(address='auto', log_to_driver=False); print(sum(n['Alive'] for n in ray.nodes()))"
 
     def nodes() -> int:
@@ -229,7 +231,7 @@ def test_workers_come_from_nothing_and_go_when_idle(lab: Lab) -> None:
     host.power_off()
 
 
-def test_the_whole_story(lab: Lab, laptop: Host, tmp_path: Path) -> None:
+def test_cluster_of_own_machines_runs_all_steps_of_the_guide(lab: Lab, laptop: Host, tmp_path: Path) -> None:
     head, one, two = (lab.hosts[name] for name in ("head", "one", "two"))
     head.run(
         f"{' '.join(f'{k}={v}' for k, v in S3.items())} ~/ram-study/.venv/bin/python -c "
@@ -241,14 +243,14 @@ def test_the_whole_story(lab: Lab, laptop: Host, tmp_path: Path) -> None:
     note("`ray up` is done")
     until("both workers have joined", lambda: "2.0 CPU" in on_head(laptop, "ray status").stdout)
 
-    # Nothing is open that should not be.
+    # Only the expected ports are open.
     for port in (DASHBOARD, MLFLOW):
         assert answers(head, port) and not answers(laptop, port, of="head")
     for host in (head, one, two):
         found = listeners(host)
         assert {program for _, program in found} <= {"sshd", *RAY}, found
         for address, program in found:
-            if program != "sshd":  # also the agent of each node, which would start jobs
+            if program != "sshd":  # includes the agent of each node, which can start jobs
                 url = f"http://{host.address}:{address.rpartition(':')[2]}/api/job_agent/jobs/"
                 assert not 200 <= status(laptop, url, method="POST") < 300, (address, program)
     assert status(head, f"http://127.0.0.1:{DASHBOARD}/api/jobs/") == 401
@@ -327,7 +329,7 @@ def test_the_whole_story(lab: Lab, laptop: Host, tmp_path: Path) -> None:
         assert laptop.run("ls ~/ram-study/reports/*/*.html").stdout
         note("the report is on the laptop")
 
-    # On the head itself, with no flags about the cluster; first what it refuses.
+    # On the head itself, without flags about the cluster; first the refusals.
     other = f"python -m study.run {STUDY} --study other --trials 2"
     assert "must be" in refusal(laptop, f"{other} --storage runs")
     assert "nowhere" in refusal(laptop, f"{other} --storage s3://nowhere/ram-study")
@@ -341,7 +343,7 @@ def test_the_whole_story(lab: Lab, laptop: Host, tmp_path: Path) -> None:
     assert "2 trials finished" in done.stdout
     note("a second study was run from the head")
 
-    # The head is lost: another one in its place, and the same command.
+    # The head is lost; another one takes its place, and the same command continues.
     head.power_off()
     note("the head is powered off")
     in_checkout(laptop, f"ray down --yes {YAML}")

@@ -39,10 +39,13 @@ from study.tracking import Tracker
 ROOT = Path(__file__).resolve().parent.parent
 STATE = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running"}
 
-# The command, on the first images of the bundled digits.
-COMMAND = """
-from study import prepare, run
+# Commands, one after the other, on the first images of the bundled digits.
+COMMANDS = """
+import json, sys
 from ramcore.data import Split, make_task
+from study import prepare
+from study.flags import DONE, Flags
+from study.run import main
 load_task = prepare.load_task
 
 def load_few(config, *args):
@@ -52,17 +55,17 @@ def load_few(config, *args):
     return make_task(config.data, config.task, few)
 
 prepare.load_task = load_few
-run.cli()
+for flags in json.loads(sys.argv[1]):
+    assert main(Flags(**flags)) == DONE
 """
 
 
-def run_study(folder: Path, **flags: Any) -> None:
-    command = [sys.executable, "-c", COMMAND, "--data", "digits", "--task", "original", "--address", "local"]
-    for name, value in flags.items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
+def run_studies(folder: Path, *commands: dict[str, Any]) -> None:
+    common = {"data": "digits", "task": "original", "seeds_per_trial": 2, "max_concurrent": 1, "address": "local"}
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "RAM_", "MLFLOW_"))}
     environment["PYTHONPATH"] = str(ROOT)
-    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    program = [sys.executable, "-c", COMMANDS, json.dumps([common | flags for flags in commands])]
+    run = subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
@@ -140,9 +143,11 @@ def compare_epochs(table: pd.DataFrame, trial: optuna.trial.FrozenTrial) -> None
 
 def test_search_and_design_that_are_run_are_read_back_as_recorded(tmp_path, empty_database):
     shutil.copy(empty_database, tmp_path / "mlflow.db")
-    common = {"seeds_per_trial": 2, "max_concurrent": 1}
-    run_study(tmp_path, study="search", trials=8, epochs=3, **common)
-    run_study(tmp_path, study="design", design="ofat", trials=3, epochs=1, **common)
+    run_studies(
+        tmp_path,
+        {"study": "search", "trials": 4, "epochs": 3},
+        {"study": "design", "design": "ofat", "trials": 2, "epochs": 1},
+    )
     states, designs = [], []
     for name in ("search", "design"):
         for data in read_both(tmp_path, name):
@@ -150,7 +155,7 @@ def test_search_and_design_that_are_run_are_read_back_as_recorded(tmp_path, empt
             designs.append(data.settings["design"])
             assert data.study.status == "finished"
     assert states[0] == states[1] and set(states[0]) == {"complete", "pruned"}
-    assert states[2] == states[3] == ["complete"] * 3
+    assert states[2] == states[3] == ["complete"] * 2
     assert designs == ["search", "search", "ofat", "ofat"]
 
 
