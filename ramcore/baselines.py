@@ -1,4 +1,4 @@
-"""The networks of the tables that see the whole canvas at once. R replicates, B images, S canvas side, C classes."""
+"""The published networks that see the whole canvas at once. R replicates, B images, S canvas side, C classes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from ramcore.layers import Conv, Linear, Weights
 
 
 class CNN(nn.Module):
-    """The case study's CNN: two convolutions and two fully connected layers, ReLU, dropout after the second
-    convolution.
+    """The case study's CNN: two convolutions, dropout after the second, and two fully connected layers; ReLU.
 
-    The case study gives no sizes; these are those of the small MNIST network that its description matches: 10 and 20
+    The case study gives no sizes. These are the sizes of the small MNIST network that fits its description: 10 and 20
     filters of 5x5, each followed by 2x2 max pooling, and 50 hidden units.
     """
 
@@ -29,7 +28,7 @@ class CNN(nn.Module):
         self.out = Linear(weights, 50, NUM_CLASSES)
 
     def forward(self, images: Tensor, dropout: Tensor | None = None) -> Tensor:
-        """images: (R, B, S, S) float; dropout: (R, B, 20) uniform, drops whole maps; returns (R, B, C)."""
+        """images: (R, B, S, S) float; dropout: (R, B, 20) uniform in [0, 1), to drop whole maps; returns (R, B, C)."""
         features = []
         for r, canvases in enumerate(images):
             maps = functional.max_pool2d(self.conv1(_one_channel(canvases), r), 2).relu()
@@ -77,5 +76,5 @@ class FullyConnected(nn.Module):
 
 
 def _one_channel(canvases: Tensor) -> Tensor:
-    """(B, S, S) as maps (B, 1, S, S) laid out channels last, in which a CPU convolves two to three times as fast."""
+    """(B, S, S) as maps (B, 1, S, S), channels last: a CPU convolves this layout two to three times as fast."""
     return canvases[:, None].contiguous(memory_format=torch.channels_last)

@@ -1,8 +1,8 @@
-"""What a configuration costs: parameters, and multiply-accumulates per image of one evaluation rollout.
+"""The cost of a configuration: parameters, and multiply-accumulates an image at evaluation.
 
-A multiply-accumulate (MAC) is one term of a matrix product or convolution; additions, activations and the retina's
-reading are not counted (the retina multiplies nothing but num_scales * patch_size**2 weights a glimpse). RAM's MACs
-do not contain the canvas, which is the papers' claim; a convolutional network's do.
+A multiply-accumulate (MAC) is one term of a matrix product or convolution. Additions, activations and the retina are
+not counted (the retina does num_scales * patch_size**2 multiplications a glimpse). RAM's MACs do not depend on the size
+of the canvas, as the papers say; those of a convolutional network do.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from ramcore.config import NUM_CLASSES, Config
 
 
 class Cost(NamedTuple):
-    """parameters: of one replicate, the baseline network's included. macs: per image."""
+    """parameters: of one replicate, with its baseline network. macs: an image, of one evaluation rollout."""
 
     parameters: int
     macs: int
 
 
 def cost(config: Config) -> Cost:
-    """The cost of a configuration."""
+    """Parameters and MACs of a configuration."""
     if config.model == "cnn":
         first = config.canvas_size - 4
         second = first // 2 - 4
@@ -53,7 +53,7 @@ def _ram_cost(config: Config) -> Cost:
         (2 * path, hidden),
         (hidden, gates * hidden),
     ]
-    recurrent = (hidden, gates * hidden)  # not at the first glimpse, whose state before is zero
+    recurrent = (hidden, gates * hidden)  # not at the first glimpse: the state before it is zero
     read, width = hidden + (2 * path if config.location_input == "state+paths" else 0), config.location_hidden
     location = [(read, width), (width, 2)] if width else [(read, 2)]
     action, baseline = (hidden, NUM_CLASSES), (hidden, 1)
@@ -71,7 +71,7 @@ def _ram_cost(config: Config) -> Cost:
 
 
 def pareto_front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
-    """Positions of the points that are better than every cheaper one, cheapest first; of equals, the first."""
+    """Positions of the points with a higher value than every cheaper point, cheapest first; the first of equals."""
     front: list[int] = []
     for i in sorted(range(len(costs)), key=lambda i: (costs[i], -values[i])):
         if not front or values[i] > values[front[-1]]:

@@ -1,11 +1,9 @@
-"""Sources (MNIST files, Fashion-MNIST files, bundled digits) and tasks (translated, cluttered), held whole as tensors.
+"""Tasks: 28x28 grey images with labels, split into train, validation and test, and laid on a canvas.
 
-A source is 28x28 grey images with labels, split once and for all into train, validation and test. A task lays them on
-a canvas: `TaskData.render` draws a batch of canvases from the split's images and a key per replicate, so that a
-placement is a pure function of (seed, epoch, image), the same on CPU and GPU, and nothing but the source images is
-ever stored.
+Only the images are stored (`ramcore.sources` loads them). `TaskData.render` draws a batch of canvases from them and a
+key per replicate. So a placement is a function of (seed, epoch, image) alone, the same on CPU and GPU.
 
-R: replicates, B: images of a batch, N: images of a split, S: canvas side, D: digit side (28).
+R: replicates, B: images of a batch, N: images of a split, S: canvas side.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from ramcore.config import CLUTTER_SIZE, DIGIT_SIZE, MAX_CLUTTER, TASKS
 from ramcore.rng import Stream, integers, key
 
 SplitName = Literal["train", "validation", "test"]
-_FIXED_SEED = -1  # places the validation and test digits of every run; no replicate can have it
+_FIXED_SEED = -1  # places the validation and test digits of every run; no replicate has a negative seed
 
 
 class Split(NamedTuple):
@@ -34,7 +32,7 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskData:
-    """A task's images, whole, as tensors of one device."""
+    """All images of a task, as tensors on one device."""
 
     data: str
     task: str
@@ -63,12 +61,12 @@ class TaskData:
         return TaskData(data=self.data, task=self.task, digest=self.digest, **splits)
 
     def placement_keys(self, split: SplitName, seeds: Tensor, epoch: int | Tensor) -> Tensor:
-        """Keys that decide where digits and clutter lie.
+        """Keys of the places of digits and clutter.
 
         Args:
-            split: validation and test are placed once for all runs, so theirs is one key, shape (1,).
+            split: validation and test have one key, the same in every run.
             seeds: (R,) int64.
-            epoch: of the training split; a constant keeps the placements.
+            epoch: of the training split; with a constant here, the places stay.
 
         Returns:
             (R,) int64 for train, else (1,).
@@ -82,9 +80,9 @@ class TaskData:
         """Draw canvases.
 
         Args:
-            split: whose images, also for the clutter.
-            index: (R, B) int64 of the split's images.
-            keys: (R,) int64 of `placement_keys`.
+            split: it gives the digits and the images that clutter is cut from.
+            index: (R, B) int64, of the split's images.
+            keys: (R,) int64, from `placement_keys`.
 
         Returns:
             (R, B, S, S) uint8.
@@ -96,7 +94,7 @@ class TaskData:
         digits = images.view(len(images), -1).index_select(0, flat_index)
         if canvas == DIGIT_SIZE:
             return digits.view(shape)
-        # Every image has its own counters, so its place depends neither on the batch nor on the other images.
+        # Every image has its own counters, so its place does not depend on the rest of the batch.
         counter, high, digit_pixels, clutter_pixels, source_pixels = _layout(self.task, len(images), index.device)
         counters = (index * _COUNTERS_PER_IMAGE).reshape(-1, 1) + counter
         drawn = integers(keys[:, None].expand_as(index).reshape(-1, 1), counters, high)
@@ -112,7 +110,7 @@ class TaskData:
             source = other * DIGIT_SIZE**2 + place(2 + clutter, DIGIT_SIZE, clutter)
             patches = images.view(-1)[source[..., None] + source_pixels]
             target = place(2 + 3 * clutter, canvas, clutter)[..., None] + clutter_pixels
-            for i in range(clutter):  # one after the other: patches of one image may overlap
+            for i in range(clutter):  # in turn, since patches of one image may overlap
                 flat.scatter_(1, target[:, i], torch.maximum(flat.gather(1, target[:, i]), patches[:, i]))
         return flat.view(shape)
 
@@ -127,11 +125,15 @@ def _square(size: int, side: int, device: torch.device) -> Tensor:
 
 
 class _Layout(NamedTuple):
-    counter: Tensor  # (D,) of the D numbers drawn for an image: its digit's row and column, then for its clutter all
-    high: Tensor  # (D,) other images, rows and columns to cut at, rows and columns to paste at; each below its `high`
+    """How the places on an image are drawn. D numbers an image: its digit's row and column; then, for all its clutter,
+    the images to cut from, the rows and columns to cut at, and the rows and columns to paste at.
+    """
+
+    counter: Tensor  # (D,)
+    high: Tensor  # (D,) each number is below this
     digit_pixels: Tensor  # flat offsets of a digit's pixels in a canvas
-    clutter_pixels: Tensor  # of a clutter patch's in a canvas
-    source_pixels: Tensor  # of a clutter patch's in the image it is cut from
+    clutter_pixels: Tensor  # of a clutter patch's pixels in a canvas
+    source_pixels: Tensor  # of a clutter patch's pixels in the image it is cut from
 
 
 @lru_cache(maxsize=64)
@@ -150,7 +152,7 @@ def _layout(task: str, num_images: int, device: torch.device) -> _Layout:
 
 
 def make_task(data: str, task: str, splits: dict[SplitName, Split]) -> TaskData:
-    """A task from splits at hand (28x28 uint8 images, int64 labels)."""
+    """A task from the splits of a source."""
     digest = hashlib.sha256()
     for name in get_args(SplitName):
         for tensor in splits[name]:

@@ -18,8 +18,8 @@ from ramcore.data import SplitName, TaskData
 from ramcore.model import RAM
 from ramcore.rng import Stream, key, normal, uniform, unit
 
-BATCH_SIZE = 500  # images; small enough for a laptop's cache, large enough for a GPU
-_FIXED_SEED = -1  # first glimpses at evaluation are the same for every run
+BATCH_SIZE = 500  # images; fits the cache of a laptop and is enough for a GPU
+_FIXED_SEED = -1  # of the first locations at evaluation, which are the same in every run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +30,11 @@ class Evaluation:
     seeds: tuple[int, ...]
     accuracy: tuple[float, ...]
     loss: tuple[float, ...]
-    accuracy_per_glimpse: tuple[tuple[float, ...], ...]  # of each seed, stopping after 1..T glimpses
+    accuracy_per_glimpse: tuple[tuple[float, ...], ...]  # of each seed, deciding after 1, 2, ..., T glimpses
 
 
 def build_model(config: Config, seeds: Tensor) -> nn.Module:
-    """R untrained networks of a configuration; seeds: (R,) int64 on the device where the weights are to be."""
+    """R untrained networks of a configuration; seeds: (R,) int64, on the device of the weights."""
     if config.model == "cnn":
         return CNN(config, seeds)
     if config.model == "conv":
@@ -45,7 +45,7 @@ def build_model(config: Config, seeds: Tensor) -> nn.Module:
 
 
 def whole_image_input(config: Config, images: Tensor) -> Tensor:
-    """8-bit canvases as the networks without glimpses take them: pixels in [0, 1], times the configuration's gain."""
+    """The input of the networks without glimpses, from 8-bit canvases: pixels in [0, 1] times config.input_gain."""
     return images.float() * (config.input_gain / 255)
 
 
@@ -53,14 +53,14 @@ def whole_image_input(config: Config, images: Tensor) -> Tensor:
 def class_log_probs(
     model: nn.Module, config: Config, seeds: Tensor, images: Tensor, index: Tensor, *, every_step: bool = False
 ) -> Tensor:
-    """What R networks think of canvases.
+    """Class probabilities that R networks give to canvases.
 
     Args:
         model: of `build_model`.
-        seeds: (R,) int64; draw the rollouts when config.eval_samples > 0.
+        seeds: (R,) int64, of the sampled rollouts.
         images: (1, B, S, S) uint8, seen by all replicates.
-        index: (B,) int64 numbers of the images; they decide where each first glimpse looks.
-        every_step: after each glimpse, not only the last.
+        index: (B,) int64 numbers of the images, which determine the first locations.
+        every_step: give them after every glimpse, not only after the last.
 
     Returns:
         (R, t, B, C) log probabilities.
@@ -89,7 +89,7 @@ def class_log_probs(
 
 
 def first_locations(config: Config, index: Tensor) -> Tensor:
-    """Where the first glimpse of each evaluation image looks: (1, B, 2), a function of its number alone."""
+    """The first location on each evaluation image, (1, B, 2): a function of the image's number alone."""
     if config.first_glimpse == "center":
         return torch.zeros(1, len(index), 2, device=index.device)
     keys = key(torch.full((1,), _FIXED_SEED, device=index.device), Stream.FIRST_LOCATION)
@@ -97,7 +97,7 @@ def first_locations(config: Config, index: Tensor) -> Tensor:
 
 
 def policy_noise(config: Config, keys: Tensor, batch: int) -> Tensor:
-    """Each key's noise of a rollout, (..., T - 1, B, 2): standard normal; for ram-random locations in [-1, 1)."""
+    """The noise of `RAM.look` for each key, (..., T - 1, B, 2): standard normal; for ram-random in [-1, 1)."""
     shape = (config.num_glimpses - 1, batch, 2)
     if config.model == "ram-random":
         return uniform(keys, math.prod(shape)).unflatten(-1, shape) * 2 - 1
@@ -114,27 +114,25 @@ def evaluate(
     *,
     every_step: bool = True,
 ) -> Evaluation:
-    """Accuracy and loss of R networks on a split; every_step=False spares the accuracy after each glimpse."""
+    """Accuracy and loss of R networks on a split; with every_step=False only after the last glimpse."""
     labels = data.split(split).labels
     device = labels.device
     seed_tensor = torch.tensor(seeds, device=device)
     keys = data.placement_keys(split, seed_tensor, 0)
-    correct = loss = None
+    hits: list[Tensor] = []  # correct decisions (R, t) of each batch
+    nats: list[Tensor] = []  # sum of the cross-entropies (R,) of each batch
     for start in range(0, len(labels), BATCH_SIZE):
         index = torch.arange(start, min(start + BATCH_SIZE, len(labels)), device=device)
         images = data.render(split, index[None], keys)
         log_probs = class_log_probs(model, config, seed_tensor, images, index, every_step=every_step)
-        hits = (log_probs.argmax(-1) == labels[index]).sum(-1)  # (R, t)
+        hits.append((log_probs.argmax(-1) == labels[index]).sum(-1))
         target = labels[index].expand(len(seeds), -1)[..., None]
-        nats = -log_probs[:, -1].gather(-1, target).sum((1, 2))
-        correct = hits if correct is None else correct + hits
-        loss = nats if loss is None else loss + nats
-    assert correct is not None and loss is not None
-    accuracy = (correct.double() / len(labels)).tolist()
+        nats.append(-log_probs[:, -1].gather(-1, target).sum((1, 2)))
+    accuracy = (torch.stack(hits).sum(0).double() / len(labels)).tolist()
     return Evaluation(
         split=split,
         seeds=seeds,
         accuracy=tuple(a[-1] for a in accuracy),
-        loss=tuple((loss.double() / len(labels)).tolist()),
+        loss=tuple((torch.stack(nats).sum(0).double() / len(labels)).tolist()),
         accuracy_per_glimpse=tuple(tuple(a) for a in accuracy),
     )

@@ -1,8 +1,10 @@
-"""The hybrid objective: cross-entropy for what is decided, REINFORCE with a baseline for where to look.
+"""The hybrid loss: cross-entropy for the class, REINFORCE with a baseline for the locations.
 
-Mnih et al. 2014, section 3.1: the class is trained by cross-entropy through the core and the glimpse network, the
-location policy by the policy gradient of equation 4, the baseline by squared error. R replicates, B images, T
-glimpses, C classes. Replicates share no weights, so the sum of their losses trains each as if alone.
+As in Mnih et al. 2014, section 3.1: cross-entropy trains the action network, the core and the glimpse network, the
+policy gradient (equation 4) trains the location network, and squared error trains the baseline. Replicates share no
+weights, so the sum of their losses trains each as if it were alone.
+
+R replicates, B images, T glimpses, t of these glimpses (the last t), C classes.
 """
 
 from __future__ import annotations
@@ -20,12 +22,12 @@ from ramcore.model import Rollout
 class Losses(NamedTuple):
     """Per replicate, each (R,)."""
 
-    total: Tensor  # what is minimised
+    total: Tensor  # to be minimised
     classification: Tensor  # the mixture of cross-entropy and class REINFORCE
     policy: Tensor  # the location policy's surrogate loss
     baseline: Tensor  # mean squared error of the baseline
     reward: Tensor  # mean reward after the last glimpse
-    accuracy: Tensor  # of the last decision
+    accuracy: Tensor  # after the last glimpse
 
 
 def needs_every_step(config: Config) -> bool:
@@ -37,10 +39,10 @@ def hybrid_loss(config: Config, rollout: Rollout, labels: Tensor, class_uniform:
     """Losses of a training rollout.
 
     Args:
-        config: the loss' settings.
-        rollout: with every step's logits if `needs_every_step`.
+        config: with the settings of the loss.
+        rollout: with the logits of every step if `needs_every_step`.
         labels: (R, B) int64.
-        class_uniform: (R, B) in [0, 1), draws the sampled class when loss_mixing < 1.
+        class_uniform: (R, B) in [0, 1), to sample a class; only used when loss_mixing < 1.
     """
     log_class = functional.log_softmax(rollout.logits, dim=-1)  # (R, t, B, C)
     target = labels[:, None, :, None].expand(*log_class.shape[:-1], 1)
@@ -76,15 +78,16 @@ def hybrid_loss(config: Config, rollout: Rollout, labels: Tensor, class_uniform:
 
 
 def location_returns(config: Config, reward: Tensor, decisions: int) -> Tensor:
-    """Discounted return of each location decision: what is earned by the glimpse it places and by those after.
+    """Discounted return of each location decision: the rewards of the glimpse that it places and of those after it.
 
     Args:
-        config: reward_steps and discount. With reward_steps last, only the last glimpse earns.
+        config: its reward_steps and discount. With reward_steps last, only the last glimpse has a reward.
         reward: (R, t, B) after each of the last t glimpses.
         decisions: T - 1.
 
     Returns:
-        (R, T - 1, B); decision i places glimpse i + 1 and earns sum over s > i of discount**(s - i - 1) * reward_s.
+        (R, T - 1, B). Decision i places glimpse i + 1; its return is the sum over s > i of
+        discount**(s - i - 1) * reward_s.
     """
     returns = [reward[:, -1]]
     for i in range(1, decisions):
@@ -96,9 +99,9 @@ def location_returns(config: Config, reward: Tensor, decisions: int) -> Tensor:
 
 
 def _class_reinforce(log_class: Tensor, log_true: Tensor, target: Tensor, class_uniform: Tensor) -> Tensor:
-    """Surrogate loss (R, t, B) of REINFORCE on a sampled class, rewarded 1 if it is the true one.
+    """Surrogate loss (R, t, B) of REINFORCE on a sampled class, with reward 1 for the true class.
 
-    Its baseline is the expected reward given the state, which a classifier knows: the true class' probability.
+    The baseline is the expected reward in that state: the probability of the true class.
     """
     cumulative = log_class.detach().exp().cumsum(-1)
     sampled = (class_uniform[:, None, :, None] >= cumulative).sum(-1, keepdim=True).clamp(max=log_class.shape[-1] - 1)

@@ -1,7 +1,6 @@
-"""Pictures of where a network looks and what it sees (the case study's Figure 4).
+"""Pictures of a network's glimpses, as in the case study's Figure 4. No other module of ramcore needs matplotlib.
 
-This is the only module of ramcore that draws, and so the only one that imports matplotlib.
-T glimpses, K scales, P patch side, S canvas side.
+T glimpses, K scales, P patch side, S canvas side, C classes.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ RED = "#d62728"
 
 
 class GlimpsePath(NamedTuple):
-    """One image as one network looked at it, following the policy's mean.
+    """The glimpses of one network at one image, at the policy's means.
 
-    canvas: (S, S) in [0, 1]. locations: (T, 2). seen: (T, K, P, P). probabilities: (T, C) after each glimpse. label:
-    true.
+    canvas: (S, S) in [0, 1]. locations: (T, 2). seen: (T, K, P, P) in [0, 1]. probabilities: (T, C) of the classes
+    after each glimpse. label: the true class.
     """
 
     canvas: np.ndarray
@@ -42,11 +41,14 @@ class GlimpsePath(NamedTuple):
 def glimpse_paths(
     config: Config, weights: dict[str, Tensor], data: TaskData, split: SplitName = "test", count: int = 4
 ) -> list[GlimpsePath]:
-    """How one trained RAM looks at the first images of a split.
+    """The glimpses of one trained RAM at the first images of a split.
 
     Args:
         config: of the network; its model must be ram.
         weights: of one replicate, leading dimension 1 (Trainer.best_weights(replicate)).
+
+    Raises:
+        UserError: the model is not ram.
     """
     if config.model != "ram":
         raise UserError(f"only model ram chooses where to look; got {config.model}")
@@ -74,7 +76,7 @@ def glimpse_paths(
 
 
 def draw_canvas(path: GlimpsePath, config: Config, ax: Axes) -> Axes:
-    """The canvas with each glimpse's finest patch in red, numbered in order, and the path between their centres."""
+    """Draw the canvas, each glimpse's finest patch as a numbered red square, and a line between their centres."""
     size, patch = config.canvas_size, config.patch_size
     centres = np.floor((path.locations + 1) * (size / 2) + 0.5) - (patch % 2) / -2
     ax.imshow(path.canvas, cmap="gray", vmin=0, vmax=1, extent=(0, size, size, 0))
@@ -87,7 +89,7 @@ def draw_canvas(path: GlimpsePath, config: Config, ax: Axes) -> Axes:
 
 
 def retina_view(seen: np.ndarray, scale_factor: int) -> np.ndarray:
-    """(K, P, P) patches as one picture: each scale drawn at its own width, finer ones over coarser ones."""
+    """One picture of patches (K, P, P): each scale at its own width, finer scales over coarser ones."""
     scales, patch = seen.shape[:2]
     side = patch * scale_factor ** (scales - 1)
     view = np.zeros((side, side))
@@ -99,7 +101,7 @@ def retina_view(seen: np.ndarray, scale_factor: int) -> np.ndarray:
 
 
 def draw_glimpses(config: Config, paths: list[GlimpsePath]) -> Figure:
-    """A row an image: the canvas with its glimpses, then what the retina saw at each and the class it then favoured."""
+    """Draw a row for each image: the canvas with its glimpses; then each glimpse's patches and the likeliest class."""
     columns = config.num_glimpses + 1
     figure = Figure(figsize=(1.5 * columns, 1.75 * len(paths) + 0.3), layout="constrained")
     axes = figure.subplots(len(paths), columns, squeeze=False)

@@ -1,6 +1,6 @@
-"""What the two papers published, one row a network: its sizes and its test accuracy.
+"""The published results, one row a network: its sizes and its test accuracy.
 
-The designs `paper` and `mnih`, the first points of a search and `analysis.paper` read this table.
+Readers of this table: the designs `paper` and `mnih`, the first points of a search, and `analysis.paper`.
 
 Sources: Fang, Tian and Yang, "Recurrent Models of Visual Attention: A Case Study on MNIST Dataset", Table 1 (one seed,
 Adam 3e-4, 100 epochs, best validation epoch); Mnih et al. 2014 (arXiv 1406.6247), Tables 1 and 2, published as error.
@@ -16,7 +16,7 @@ MNIH = "Mnih et al. 2014"
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """One published result. A RAM has glimpses, patch size (pixels) and scales; the other networks have none."""
+    """One published result. Only a RAM has glimpses, a patch size (pixels) and scales."""
 
     source: str
     task: str
@@ -26,12 +26,12 @@ class Published:
     patch: int = 0
     scales: int = 0
     hidden: int = 256  # units of the hidden layer or layers; the case study does not give its CNN's
-    epoch: int | None = None  # of the best validation accuracy, where published
+    epoch: int | None = None  # of the best validation accuracy, if published
     first: int | None = None  # place among the first points of a search on this task; None: not among them
 
     @property
     def label(self) -> str:
-        """The row as the tables name it."""
+        """The row's name in the tables."""
         if self.model == "cnn":
             return "CNN"
         if self.model == "conv":
@@ -44,7 +44,7 @@ class Published:
 
     @property
     def short(self) -> str:
-        """The row's network as the designs name their trials."""
+        """The row's name in the designs."""
         if self.model == "fc":
             return f"fc {self.hidden}"
         if self.model in ("cnn", "conv"):
@@ -117,11 +117,11 @@ PUBLISHED: tuple[Published, ...] = (
 
 
 def published_rows(source: str, tasks: tuple[str, ...] | None = None) -> list[Published]:
-    """The rows of one source, of some tasks or all, in the tables' order."""
+    """The rows of one source, of some tasks or of all, in the order of the papers' tables."""
     return [row for row in PUBLISHED if row.source == source and (tasks is None or row.task in tasks)]
 
 
 def first_points(task: str) -> list[Published]:
-    """The published RAMs that a search on a task tries first, in that order."""
+    """The published RAMs that a search on a task tries first, in this order."""
     found = [(row.first, row) for row in PUBLISHED if row.task == task and row.first is not None]
     return [row for _, row in sorted(found, key=lambda pair: pair[0])]

@@ -1,11 +1,11 @@
 """The glimpse sensor: concentric square patches around a location, each scale coarser and wider than the one before.
 
-A scale-k patch is patch_size x patch_size values, each the mean of a w x w box of the canvas, w = scale_factor**k
-(Mnih et al. 2014, section 3.1). Beyond the canvas everything is zero.
+A patch of scale k = 0, 1, ... has patch_size x patch_size values. Each is the mean of a w x w box of the canvas, where
+w = scale_factor**k (Mnih et al. 2014, section 3.1). Pixels beyond the canvas are zero.
 
-The sensor works in two steps. `pyramid`, once a batch, sums the box of every scale at every pixel of every canvas:
-2 * (scale_factor - 1) additions a pixel and scale, the only cost that grows with the canvas. `glimpse`, once a glimpse,
-reads num_scales * patch_size**2 of those sums, whatever the canvas. On 8-bit canvases the sums are exact.
+The sensor works in two steps. `pyramid` runs once a batch and sums the box of every scale at every pixel of every
+canvas: 2 * (scale_factor - 1) additions a pixel and scale. No other cost grows with the canvas. `glimpse` runs once a
+glimpse and reads num_scales * patch_size**2 of those sums. On 8-bit canvases the sums are exact.
 
 K: scales, P: patch side, S: canvas side.
 """
@@ -23,11 +23,11 @@ from torch import Tensor
 class Pyramid(NamedTuple):
     """Box sums of a batch of canvases.
 
-    values: (K * n,) level after level. A level holds the canvases row after row, each with a ring of `ring` empty rows
-        above it and `ring` empty columns to its left; what follows a row or a canvas is the next one's ring, so one
-        flat addition sums boxes across all canvases at once and no box reaches into a neighbour.
-    origin: (..., K) int64, where each canvas' pixel (0, 0) lies in each level.
-    unit: what a white pixel is worth (255 for 8-bit canvases).
+    values: (K * n,) one level for each scale. A level holds the canvases in turn, row by row. Each canvas has `ring`
+        empty rows above it and `ring` empty columns to its left. After a row comes the next row's ring, and after a
+        canvas the next one's, so a flat addition sums the boxes of all canvases and no box reaches into another canvas.
+    origin: (..., K) int64, the position of each canvas' pixel (0, 0) in each level.
+    unit: the value of a white pixel (255 for 8-bit canvases).
     """
 
     values: Tensor
@@ -43,16 +43,16 @@ class Retina:
     num_scales: int
     scale_factor: int = 2
     canvas_size: int  # pixels
-    gain: float = 1.0  # of what is seen
+    gain: float = 1.0  # factor of the values that are read
 
     @cached_property
     def box_widths(self) -> tuple[int, ...]:
-        """Side in pixels of the box that one value of each scale averages."""
+        """For each scale, the side in pixels of the box that a value averages."""
         return tuple(self.scale_factor**k for k in range(self.num_scales))
 
     @property
     def ring(self) -> int:
-        """Empty pixels above and to the left of a canvas: as many as the widest box is wide."""
+        """Empty pixels above a canvas and to its left: the width of the widest box."""
         return self.box_widths[-1]
 
     def pyramid(self, images: Tensor) -> Pyramid:
@@ -60,7 +60,7 @@ class Retina:
         ring, side = self.ring, self.canvas_size + self.ring
         count = images.shape[:-2].numel()
         length = count * side**2
-        level_length = length + ring * (side + 1)  # the last canvas' boxes reach this far beyond it
+        level_length = length + ring * (side + 1)  # boxes of the last canvas reach so far beyond it
         if images.dtype == torch.uint8:
             dtype, unit = (torch.int16 if 255 * ring**2 < 2**15 else torch.int32), 255.0
         else:
@@ -78,20 +78,20 @@ class Retina:
         return Pyramid(values.view(-1), (canvas + level).view(*images.shape[:-2], -1), unit)
 
     def glimpse(self, pyramid: Pyramid, location: Tensor) -> Tensor:
-        """What the retina sees.
+        """Read the patches around a location on each canvas.
 
         Args:
-            pyramid: of canvases (...); their leading dimensions broadcast against the location's.
-            location: (..., 2) as (x, y) in [-1, 1], 0 the canvas' centre, +1 its right and lower edge. Patches are
-                centred on the nearest pixel corner; one of odd width lies half a pixel right of and below it.
+            pyramid: of canvases (...); its leading dimensions broadcast against the location's.
+            location: (..., 2) as (x, y) in [-1, 1], 0 the canvas' centre, +1 its right and lower edge. A patch is
+                centred on the nearest pixel corner; a patch of odd width half a pixel to the right of it and below.
 
         Returns:
-            (..., K * P * P) float32 in [0, gain], scale by scale, row by row, the finest scale first.
+            (..., K * P * P) float32 in [0, gain], by scale and row, the finest scale first.
         """
         ring, side = self.ring, self.canvas_size + self.ring
         offset, weight = _tables(self, pyramid.unit, location.device)
         centre = torch.floor((location + 1) * (self.canvas_size / 2) + 0.5).long()
-        # Boxes wholly outside are all alike: the first such box on either side stands for the rest.
+        # All boxes outside the canvas are zero, so the nearest one on each side replaces those farther out.
         box = (centre[..., None, None] + offset).clamp(-ring, self.canvas_size)  # (..., 2, K, P)
         columns, rows = box.unbind(-3)
         rows = rows * side + pyramid.origin[..., None]
@@ -100,13 +100,13 @@ class Retina:
         return seen * weight
 
     def see(self, images: Tensor, location: Tensor) -> Tensor:
-        """images: (..., S, S), location: (..., 2); returns (..., K, P, P). Many looks share a `pyramid`."""
+        """images: (..., S, S), location: (..., 2); returns (..., K, P, P). For several glimpses, use one `pyramid`."""
         seen = self.glimpse(self.pyramid(images), location)
         return seen.unflatten(-1, (self.num_scales, self.patch_size, self.patch_size))
 
 
 def _sum_shifted(values: Tensor, shift: int, count: int, *, out: Tensor | None = None) -> Tensor:
-    """values[i] + values[i + shift] + ... + values[i + (count - 1) * shift] for every i that has them all."""
+    """values[i] + values[i + shift] + ... + values[i + (count - 1) * shift], for every i where all terms exist."""
     length = len(values) - (count - 1) * shift
     result = torch.add(values[:length], values[shift : shift + length], out=None if out is None else out[:length])
     for j in range(2, count):

@@ -1,9 +1,9 @@
 """Random numbers that are a pure function of (seed, stream, counters): SplitMix64 in torch integer arithmetic.
 
-Nothing is drawn "next": the same arguments give the same numbers on CPU and GPU, in any order and in any process. So
-the random state of a training run is its seed and its epoch, replicates never disturb one another, and a resumed run
-cannot drift. Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014 (the mix is
-their variant 13).
+There is no generator with a state. The same arguments give the same numbers on CPU and GPU, in any order and in any
+process. So the random state of a training run is its seed and its epoch, replicates do not affect one another, and a
+resumed run continues exactly. Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014
+(the mix is their variant 13).
 
 R: replicates (one seed each).
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class Stream(IntEnum):
-    """What a number is for; numbers of different streams are independent."""
+    """The uses of random numbers; numbers of different streams are independent."""
 
     WEIGHTS = 0
     BATCH_ORDER = 1
@@ -31,7 +31,7 @@ class Stream(IntEnum):
 
 
 def _signed(value: int) -> int:
-    """A 64-bit pattern as the signed integer that torch stores."""
+    """The signed integer with the bits of an unsigned 64-bit one; torch has signed ones only."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
@@ -52,7 +52,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def key(seeds: Tensor, stream: Stream, *counters: int | Tensor) -> Tensor:
-    """Keys, shaped as the broadcast of seeds and counters (epoch, step), which are int64 tensors or numbers."""
+    """Keys, shaped as the broadcast of seeds and counters (such as epoch and step; numbers or int64 tensors)."""
     result = _mix(seeds * _GAMMA + (int(stream) + 1))
     for counter in counters:
         result = _mix(result * _GAMMA + counter)

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import os
 import zlib
+from collections.abc import Sequence
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -30,7 +31,7 @@ class _IdxFile(NamedTuple):
     name: str
     shape: tuple[int, ...]
     md5: str  # of the published .gz file
-    sha256: str | None  # of what it contains, where known: also vouches for files that were unpacked or packed again
+    sha256: str | None  # of the unpacked content, where known; so a file may also be unpacked or packed again
 
 
 class _IdxSource(NamedTuple):
@@ -38,54 +39,54 @@ class _IdxSource(NamedTuple):
     files: tuple[_IdxFile, ...]  # train images, train labels, test images, test labels
 
 
+_IDX_FILES = {
+    "train-images-idx3-ubyte": (60_000, 28, 28),
+    "train-labels-idx1-ubyte": (60_000,),
+    "t10k-images-idx3-ubyte": (10_000, 28, 28),
+    "t10k-labels-idx1-ubyte": (10_000,),
+}
+
+
+def _idx_source(mirrors: tuple[str, ...], md5: Sequence[str], sha256: Sequence[str | None]) -> _IdxSource:
+    rows = zip(_IDX_FILES.items(), md5, sha256, strict=True)
+    return _IdxSource(mirrors, tuple(_IdxFile(name, shape, packed, content) for (name, shape), packed, content in rows))
+
+
 _IDX_SOURCES: dict[str, _IdxSource] = {
-    "mnist": _IdxSource(
-        mirrors=(
+    "mnist": _idx_source(
+        (
             "https://ossci-datasets.s3.amazonaws.com/mnist/",
             "https://storage.googleapis.com/cvdf-datasets/mnist/",
         ),
-        files=(
-            _IdxFile(
-                "train-images-idx3-ubyte",
-                (60_000, 28, 28),
-                "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-                "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-            ),
-            _IdxFile(
-                "train-labels-idx1-ubyte",
-                (60_000,),
-                "d53e105ee54ea40749a09fcbcd1e9432",
-                "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-            ),
-            _IdxFile(
-                "t10k-images-idx3-ubyte",
-                (10_000, 28, 28),
-                "9fb629c4189551a2d022fa330f9573f3",
-                "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-            ),
-            _IdxFile(
-                "t10k-labels-idx1-ubyte",
-                (10_000,),
-                "ec29112dd5afa0611ce80d1b7f02629c",
-                "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-            ),
+        md5=(
+            "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+            "d53e105ee54ea40749a09fcbcd1e9432",
+            "9fb629c4189551a2d022fa330f9573f3",
+            "ec29112dd5afa0611ce80d1b7f02629c",
+        ),
+        sha256=(
+            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+            "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+            "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
         ),
     ),
-    "fashion-mnist": _IdxSource(
-        mirrors=(
+    "fashion-mnist": _idx_source(
+        (
             "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
             "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
         ),
-        files=(
-            _IdxFile("train-images-idx3-ubyte", (60_000, 28, 28), "8d4fb7e6c68d591d4c3dfef9ec88bf0d", None),
-            _IdxFile("train-labels-idx1-ubyte", (60_000,), "25c81989df183df01b3e8a0aad5dffbe", None),
-            _IdxFile("t10k-images-idx3-ubyte", (10_000, 28, 28), "bef4ecab320f06d8554ea6380940ec79", None),
-            _IdxFile("t10k-labels-idx1-ubyte", (10_000,), "bb300cfdad3c16e7a12a480ee83cd310", None),
+        md5=(
+            "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+            "25c81989df183df01b3e8a0aad5dffbe",
+            "bef4ecab320f06d8554ea6380940ec79",
+            "bb300cfdad3c16e7a12a480ee83cd310",
         ),
+        sha256=(None,) * 4,
     ),
 }
-_VALIDATION_SIZE = 10_000  # the last training images: 50,000/10,000/10,000
-_DIGITS_SPLIT = (1_197, 300, 300)
+_VALIDATION_SIZE = 10_000  # the last training images, which leaves 50,000
+_DIGITS_SPLIT = (1_197, 300, 300)  # images for training, validation and test
 
 
 def load_source(name: Data, data_dir: Path | None = None) -> dict[SplitName, Split]:
@@ -101,9 +102,8 @@ def load_source(name: Data, data_dir: Path | None = None) -> dict[SplitName, Spl
     if name == "digits":
         return _load_digits()
     source = _IDX_SOURCES[name]
-    arrays = [
-        _read_idx(path, file, name) for path, file in zip(_find(name, source, data_dir), source.files, strict=True)
-    ]
+    paths = _find(name, source, data_dir)
+    arrays = [_read_idx(path, file, name) for path, file in zip(paths, source.files, strict=True)]
     train_images, train_labels, test_images, test_labels = (torch.from_numpy(a) for a in arrays)
     train_labels, test_labels = train_labels.long(), test_labels.long()
     cut = len(train_images) - _VALIDATION_SIZE
@@ -130,19 +130,17 @@ def _load_digits() -> dict[SplitName, Split]:
 
 
 def _find(name: str, source: _IdxSource, data_dir: Path | None) -> list[Path]:
-    """The four files of a source, downloaded where no folder holds them."""
+    """The paths of a source's four files; they are downloaded if no folder holds all of them."""
     cache = Path(pooch.os_cache("ram-study"))
-    searched: list[Path] = []
-    named = [("--data-dir", data_dir), ("$RAM_DATA_DIR", os.environ.get("RAM_DATA_DIR"))]
-    for origin, folder in named:
-        if not folder:
+    folders: list[Path] = []
+    for origin, given in (("--data-dir", data_dir), ("$RAM_DATA_DIR", os.environ.get("RAM_DATA_DIR"))):
+        if not given:
             continue
-        if not Path(folder).is_dir():
-            raise UserError(f"{origin} must be a folder; {folder} is not one: create it or name another")
-        searched.append(Path(folder))
-    searched.append(cache)
-    for folder in searched:
-        # A folder for all sources holds one subfolder each; files lying in it directly are MNIST's, as everywhere.
+        if not Path(given).is_dir():
+            raise UserError(f"{origin} must be a folder; {given} is not one: create it or name another")
+        folders.append(Path(given))
+    for folder in [*folders, cache]:
+        # A folder for several sources has a subfolder for each. The cache's own files could only be MNIST's.
         for place in (folder / name, folder) if name == "mnist" or folder != cache else (folder / name,):
             paths = [_existing(place, file.name) for file in source.files]
             if all(paths):
@@ -177,7 +175,7 @@ def _download(name: str, source: _IdxSource, file: _IdxFile, folder: Path) -> Pa
 
 
 def _read_idx(path: Path, file: _IdxFile, source: str) -> np.ndarray:
-    """The array in an IDX file, checked against what the source published."""
+    """The array in an IDX file. Raises UserError unless shape and checksum are those that the source published."""
     try:
         raw = path.read_bytes()
         content = gzip.decompress(raw) if path.suffix == ".gz" else raw

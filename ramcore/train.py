@@ -1,4 +1,4 @@
-"""python -m ramcore.train: train one configuration, print its accuracy, draw its glimpses."""
+"""The command `python -m ramcore.train`: train one configuration, print its accuracy, draw its glimpses."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Annotated
 
 import torch
 import tyro
+from torch import Tensor
 from tqdm import tqdm
 
 from ramcore.config import Config
 from ramcore.cost import cost
-from ramcore.errors import UserError
+from ramcore.data import TaskData
+from ramcore.errors import UserError, say
 from ramcore.pictures import draw_glimpses, glimpse_paths
 from ramcore.recipes import RECIPES
 from ramcore.sources import load_task
@@ -23,20 +25,20 @@ from ramcore.trainer import Trainer
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Train Recurrent Attention Models of one configuration, one a seed, and test the best epoch of each."""
+    """Train Recurrent Attention Models of one configuration, one for each seed, and test the best epoch of each."""
 
     recipe: str = "tuned"
-    """Where the settings below start from: tuned (what helped on validation data) or paper (the case study's)."""
+    """The defaults of the settings below: tuned (chosen on validation data) or paper (the case study's)."""
     config: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=lambda: RECIPES["tuned"])
     """Settings of the run."""
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="SEED [SEED ...]")] = (0,)
-    """Replicates to train side by side, one a seed."""
+    """One replicate is trained for each seed, all at the same time."""
     data_dir: Path | None = None
-    """Folder with the data set's IDX files; else $RAM_DATA_DIR, the per-user cache, a download."""
+    """Folder with the data set's IDX files; without it $RAM_DATA_DIR, the per-user cache or a download."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to train: cpu or cuda."""
     threads: int = 0
-    """CPU threads; 0: as many as torch finds."""
+    """CPU threads; 0: torch's own choice."""
     out: Path = Path("runs/single")
     """Folder for the best weights (best.pt) and the picture of the glimpses (glimpses.png)."""
 
@@ -52,12 +54,32 @@ def main(arguments: list[str] | None = None) -> int:
         args = tyro.cli(Arguments, args=arguments, default=Arguments(config=RECIPES[recipe]), prog="ramcore.train")
         return train(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
 
 
 def train(args: Arguments) -> int:
-    """Train, test, draw. Raises UserError and UserError before any work starts."""
+    """Train, test and draw; returns the exit code. Raises UserError before any training."""
+    _check(args)
+    config, seeds = args.config, args.seeds
+    data = load_task(config, args.data_dir, args.device)
+    trainer = Trainer(config, data, seeds, args.device)
+    parameters, macs = cost(config)
+    print(f"{config.model} on {config.task} {config.data}: {parameters:,} parameters, {macs:,} MACs an image")
+    _train_epochs(trainer)
+    validation, test = trainer.evaluate("validation").accuracy, trainer.evaluate("test").accuracy
+    for r, seed in enumerate(seeds):
+        print(f"seed {seed}: validation {validation[r]:.2%} at epoch {trainer.best_epoch[r]}, test {test[r]:.2%}")
+    best = max(range(len(seeds)), key=lambda r: validation[r])
+    _save(args, trainer.best_weights(best), data)
+    if not any(trainer.best_epoch):
+        say("error: every seed diverged before its first validation; lower learning_rate")
+        return 1
+    return 0
+
+
+def _check(args: Arguments) -> None:
+    """Check the flags that are no settings, make the folder of --out, and set the threads. Raises UserError."""
     if args.device not in ("cpu", "cuda"):
         raise UserError(f"--device must be cpu or cuda; got {args.device!r}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -70,44 +92,31 @@ def train(args: Arguments) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out must be a folder that can be written; {args.out}: {error.strerror}") from error
-    config = args.config
-    data = load_task(config, args.data_dir, args.device)
-    trainer = Trainer(config, data, args.seeds, args.device)
-    parameters, macs = cost(config)
-    print(f"{config.model} on {config.task} {config.data}: {parameters:,} parameters, {macs:,} MACs an image")
-    bar = tqdm(total=config.epochs, unit="epoch", file=sys.stderr, disable=None)
-    for _ in range(config.epochs):
-        metrics = trainer.epoch()
-        bar.set_postfix_str(f"validation {_percent(metrics.val_accuracy)}")
-        bar.update()
-        if not sys.stderr.isatty():
-            line = f"epoch {metrics.epoch}/{config.epochs}: validation {_percent(metrics.val_accuracy)}, "
-            print(line + f"{metrics.seconds:.1f} s", file=sys.stderr, flush=True)
-        if all(metrics.diverged):
-            break
-    bar.close()
-    validation, test = trainer.evaluate("validation"), trainer.evaluate("test")
-    for r, seed in enumerate(args.seeds):
-        print(
-            f"seed {seed}: validation {validation.accuracy[r]:.2%} at epoch {trainer.best_epoch[r]}, "
-            f"test {test.accuracy[r]:.2%}"
-        )
-    best = max(range(len(args.seeds)), key=lambda r: validation.accuracy[r])
-    weights = trainer.best_weights(best)
+
+
+def _train_epochs(trainer: Trainer) -> None:
+    """Train all epochs, or until every seed has diverged. Progress goes to stderr: a bar, or a line for each epoch."""
+    epochs = trainer.config.epochs
+    with tqdm(total=epochs, unit="epoch", file=sys.stderr, disable=None) as bar:
+        for _ in range(epochs):
+            metrics = trainer.epoch()
+            accuracy = "validation " + " ".join(f"{value:.2%}" for value in metrics.val_accuracy)
+            bar.set_postfix_str(accuracy)
+            bar.update()
+            if not sys.stderr.isatty():
+                say(f"epoch {metrics.epoch}/{epochs}: {accuracy}, {metrics.seconds:.1f} s")
+            if all(metrics.diverged):
+                return
+
+
+def _save(args: Arguments, weights: dict[str, Tensor], data: TaskData) -> None:
+    """Write the weights and, for model ram, the picture of its glimpses."""
     torch.save(weights, args.out / "best.pt")
     print(f"weights: {args.out / 'best.pt'}")
-    if config.model == "ram":
-        figure = draw_glimpses(config, glimpse_paths(config, weights, data))
+    if args.config.model == "ram":
+        figure = draw_glimpses(args.config, glimpse_paths(args.config, weights, data))
         figure.savefig(args.out / "glimpses.png", dpi=150)
         print(f"picture: {args.out / 'glimpses.png'}")
-    if all(e == 0 for e in trainer.best_epoch):
-        print("error: every seed diverged before its first validation; lower learning_rate", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _percent(values: tuple[float, ...]) -> str:
-    return " ".join(f"{v:.2%}" for v in values)
 
 
 if __name__ == "__main__":

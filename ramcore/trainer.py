@@ -62,7 +62,7 @@ _CNN_CHANNELS = 20  # maps of the cnn's second convolution; dropout drops whole 
 
 @contextmanager
 def _denormals_as_zero() -> Iterator[None]:
-    """Flush denormals to zero. Adam's moments of idle units become denormal, which made a training step 10 % slower."""
+    """Flush denormals to zero. Adam's moments of idle units become denormal, which slows a training step by 10 %."""
     torch.set_flush_denormal(True)
     try:
         yield
