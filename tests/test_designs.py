@@ -4,11 +4,16 @@ import dataclasses
 import json
 
 import pytest
+from crash import Silent
 
 from ramcore.config import Config
 from ramcore.recipes import PAPER, TUNED
 from study import designs
-from study.designs import DesignInputs, TrialSpec, published, search_origins
+from study.designs import DESIGNS, Design, DesignInputs, TrialSpec, published, search_origins
+from study.flags import Flags
+from study.prepare import prepare
+from study.record import open_record
+from study.scheduler import StudyScheduler
 from study.search_space import search_space
 from study.sobol import SobolSequence
 
@@ -157,3 +162,24 @@ def test_spec_of_an_older_record_says_arm_for_origin():
     old = {"config": dataclasses.asdict(spec.config), "arm": "ofat", "row": spec.row, "seeds": list(spec.seeds)}
     read = TrialSpec.from_dict(json.loads(json.dumps(old)))
     assert (read.origin, read.config, read.row, read.seeds) == ("ofat", spec.config, spec.row, spec.seeds)
+
+
+def test_design_added_to_the_registry_is_prepared_and_run(tmp_path, monkeypatch):
+    def rows(inputs: DesignInputs) -> list[TrialSpec]:
+        configs = [dataclasses.replace(inputs.base, num_glimpses=n) for n in (2, 4)]
+        return [TrialSpec(config=c, origin="mine", row=f"{c.num_glimpses} gl", seeds=inputs.seeds) for c in configs]
+
+    mine = Design(
+        summary="two numbers of glimpses", epochs=2, seeds_per_trial=3, tasks=("original",), tested=True,
+        report="comparison", rows=rows,
+    )  # fmt: skip
+    monkeypatch.setitem(DESIGNS, "mine", mine)
+    prepared = prepare(Flags(design="mine", data="digits", storage=str(tmp_path)))
+    settings = prepared.settings
+    assert (settings.study, settings.design, settings.task) == ("original-digits-mine", "mine", "original")
+    assert (settings.epochs, settings.seeds_per_trial, prepared.total, prepared.trials_left) == (2, 3, None, 2)
+    with open_record(prepared.storage, settings, total=prepared.total, rows=prepared.rows) as record:
+        scheduler = StudyScheduler(record, space=prepared.space, storage=prepared.storage, callback=Silent())
+        jobs = [scheduler.next_job(), scheduler.next_job(), scheduler.next_job()]
+    assert [(j.config.num_glimpses, j.test, j.seeds) for j in jobs if j] == [(2, True, (0, 1, 2)), (4, True, (0, 1, 2))]
+    assert scheduler.origins == ["mine", "mine"]
