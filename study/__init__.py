@@ -1,4 +1,4 @@
-"""The study scheduler: which configurations are trained, where, for how long, and how that is recorded.
+"""Hyperparameter studies: which configurations are trained, where, for how long, and how that is recorded.
 
-It knows ray, optuna and mlflow; `ramcore` knows none of them, and `analysis` reads only what `study.tracking` wrote.
+This package uses Ray, Optuna and MLflow; `ramcore` uses none of them. `analysis` reads what `study.tracking` wrote.
 """

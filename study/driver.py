@@ -79,7 +79,6 @@ class _Run:
         self.ray_pool = ray_pool
         self.uri = uri  # of MLflow
         self.check = check
-        self.folder = prepared.storage.folder(settings.study)
         self.display = Display(study=settings.study, epochs=settings.epochs)
         self.scheduler = StudyScheduler(record, space=prepared.space, storage=prepared.storage, callback=self.display)
         self.tracker: tracking.Tracker | None = None  # until Ray has started
@@ -198,12 +197,12 @@ class _Run:
         publish = None
         if done and outcome is not None:
             self._read_best_test(outcome)
-            publish = results.publisher(outcome, self.folder, self.prepared.data)
+            publish = results.publisher(outcome, self.scheduler.folder, self.prepared.data)
         return tracker.finish("finished" if done else "failed" if code == BROKEN else "stopped", publish=publish)
 
     def _read_best_test(self, outcome: results.Outcome) -> None:
         try:
-            if not results.read_best_test(self.record, self.folder, self.prepared.data):
+            if not results.read_best_test(self.record, self.scheduler.folder, self.prepared.data):
                 number = outcome.best.number
                 say(f"warning: the best weights, of trial {number:04d}, are gone: no test accuracy, no model")
         except (RecordLost, OSError) as error:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from ramcore.sources import load_task
 from study import designs, pool, provenance, results
 from study.checkpoints import Checkpoints
 from study.display import Display, duration, percent, time_left
-from study.flags import DONE, SOME_FAILED, STOPPED, USAGE, Flags
+from study.flags import DONE, SOME_FAILED, STOPPED, USAGE, Flags, signals_caught
 from study.provenance import WorkingTree
 from study.record import Epoch, Record, TrialRecord, read_settings
 from study.results import pareto_trials
@@ -137,6 +138,19 @@ def test_dry_run_of_paper_lists_its_rows(here, capsys):
     out = capsys.readouterr().out
     assert "Study translated-cluttered-digits-paper: new" in out and "100 epochs, 3 seeds" in out
     assert "cluttered RAM 6 gl 20x20 3 s" in out and "translated CNN" in out
+
+
+def test_caught_signal_is_collected_and_handler_is_restored():
+    before = signal.getsignal(signal.SIGUSR1)
+    with signals_caught(signal.SIGUSR1) as received:
+        assert received == []
+        signal.raise_signal(signal.SIGUSR1)
+    assert received == [signal.SIGUSR1] and signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_caught_signal_raises_the_given_error():
+    with pytest.raises(LookupError), signals_caught(signal.SIGUSR1, raising=LookupError):
+        signal.raise_signal(signal.SIGUSR1)
 
 
 # What the display prints.
