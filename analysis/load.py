@@ -1,14 +1,11 @@
-"""The only reader: what MLflow (or a folder that `analysis.export` wrote) holds of a study, as tidy DataFrames.
+"""The only reader of studies: from MLflow, or from a folder that `analysis.export` wrote, to tidy DataFrames.
 
-`load_study` gives one row a trial (`trials`) and one row a trial, seed and epoch (`epochs`). Nothing is dropped here:
-failed, stopped and diverged trials stay in, with their state and the reason the study wrote down.
+`load_study` gives one row a trial (`trials`) and one row a trial, seed and epoch (`epochs`). It drops nothing: failed,
+stopped and diverged trials are in, with their state and the reason that the study recorded.
 """
 
 from __future__ import annotations
 
-# pandas' own annotations are unions that its indexing never returns here, so these checks only raise false alarms.
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportAssignmentType=false
 import json
 import logging
 import math
@@ -30,17 +27,18 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.rest_utils import http_request
 from sqlalchemy.exc import SQLAlchemyError
 
-from ramcore.errors import UserError
+from ramcore.errors import UserError, first_line
 from ramcore.space import Space
 from study import schema
 
 EPOCH_METRICS = (*schema.EPOCH_MEANS, schema.EPOCH_SECONDS)
 RUNS_PER_REQUEST = 100  # MLflow's limit for one bulk request
 ROWS_PER_REQUEST = 25_000  # MLflow's limit for one bulk answer
-_OLD_OFAT_ROW = re.compile(r"^baseline (?P<baseline>[^:]+?)(?:: (?P<parameter>\w+)=.+)?$")
 READERS = 8  # threads; reading waits for the server, not for this machine
+OFAT_ROW_1 = re.compile(r"^baseline (?P<baseline>[^:]+?)(?:: (?P<parameter>\w+)=.+)?$")  # schema 1
 
-Progress = Callable[[int, int], None]  # called with what is done and how much there is
+SERVER_ERRORS = (MlflowException, SQLAlchemyError, requests.RequestException, OSError)
+OnProgress = Callable[[int, int], None]  # called with the requests done and their number
 
 
 class NoTrials(UserError):
@@ -79,7 +77,7 @@ class StudyData(NamedTuple):
     def budget(self) -> int:
         """Epochs of a trial that is not stopped early."""
         known = (self.raw_space or {}).get("epochs") or self.settings.get("epochs")
-        return int(known) if known else int(self.epochs["epoch"].max())
+        return int(known) if known else int(self.epochs["epoch"].to_numpy().max())
 
 
 def tracking_uri(given: str | None) -> str:
@@ -94,44 +92,40 @@ def connect(uri: str) -> MlflowClient:
         if not path.is_file():
             raise UserError(
                 f"the tracking database must exist; there is no {path}. Run a study first (python -m study.run), or "
-                "name "
-                "the right one with --tracking-uri"
+                "name the right one with --tracking-uri"
             )
     try:
         client = MlflowClient(uri)
         client.search_experiments(max_results=1)
-    except (MlflowException, SQLAlchemyError, requests.RequestException, OSError) as error:
+    except SERVER_ERRORS as error:
         raise UserError(
-            f"the tracking server must answer; {uri} does not ({_first_line(error)}). Check --tracking-uri"
+            f"the tracking server must answer; {uri} does not ({first_line(error)}). Check --tracking-uri"
         ) from error
     return client
 
 
 def open_source(uri: str, folder: Path | None) -> Source:
-    """Where to read: the exported records in a folder if one is given, else the tracking server. Raises
-    UserError.
-    """
+    """The exported records in a folder if one is given, else the tracking server. Raises UserError."""
     return connect(uri) if folder is None else Exported(folder)
 
 
 def quieten() -> None:
-    """Keep what the libraries have to say off the screen; called by entry points only."""
+    """Keep the libraries' messages off the screen; called by entry points only."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its retries are summed up in our one line
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # our one line says that its retries failed
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     warnings.filterwarnings("ignore", category=FutureWarning, module="mlflow")
 
 
 def list_studies(source: Source) -> list[StudyRun]:
-    """Every study there is, newest first. Raises UserError if there is none."""
+    """All studies, newest first. Raises UserError if there is none."""
     if isinstance(source, Exported):
         return source.studies()
-    client = source
-    experiment = client.get_experiment_by_name(schema.EXPERIMENT)
-    runs = _search(client, experiment.experiment_id, f"tags.`{schema.KIND}` = 'study'") if experiment else []
+    experiment = source.get_experiment_by_name(schema.EXPERIMENT)
+    runs = _search(source, experiment.experiment_id, f"tags.`{schema.KIND}` = 'study'") if experiment else []
     if not runs:
         raise UserError(
             f"a study must have been run; experiment {schema.EXPERIMENT!r} holds none. Run python -m study.run"
@@ -151,8 +145,9 @@ def list_studies(source: Source) -> list[StudyRun]:
 
 
 def find_study(studies: Sequence[StudyRun], name: str | None) -> StudyRun:
-    """The study of that name (the newest of several) or run id, or the newest of all. Raises UserError with what
-    exists if there is none.
+    """The newest study of that name or run id; without a name, the newest of all.
+
+    Raises UserError with the names that exist if there is none.
     """
     if name is None:
         return studies[0]
@@ -163,7 +158,7 @@ def find_study(studies: Sequence[StudyRun], name: str | None) -> StudyRun:
     raise UserError(f"--study must name a study that exists; got {name!r}. There is: {known}")
 
 
-def load_study(source: Source, study: StudyRun, progress: Progress | None = None) -> StudyData:
+def load_study(source: Source, study: StudyRun, on_progress: OnProgress = lambda done, total: None) -> StudyData:
     """Read a study whole: its trials, every epoch of every seed, its space and settings.
 
     Raises UserError if the study has no trial yet or the server fails on the way.
@@ -171,20 +166,17 @@ def load_study(source: Source, study: StudyRun, progress: Progress | None = None
     _check_schema(study)
     if isinstance(source, Exported):
         return source.read(study)
-    client = source
-    experiment = client.get_experiment_by_name(schema.EXPERIMENT)
+    experiment = source.get_experiment_by_name(schema.EXPERIMENT)
     if experiment is None:
         raise UserError(f"experiment {schema.EXPERIMENT!r} must exist; it does not. Run python -m study.run")
     try:
-        runs = _search(client, experiment.experiment_id, f"tags.`{schema.PARENT}` = '{study.run_id}'")
+        runs = _search(source, experiment.experiment_id, f"tags.`{schema.PARENT}` = '{study.run_id}'")
         runs = [run for run in runs if run.data.tags.get(schema.KIND, "trial") == "trial"]
-        history = _read_history(client, runs, progress or _silent)
-        raw_space, settings = (
-            _read_json(client, study, schema.SPACE_FILE),
-            _read_json(client, study, schema.SETTINGS_FILE),
-        )
-    except (MlflowException, SQLAlchemyError, requests.RequestException, OSError) as error:
-        raise UserError(f"the records of {study.name} must be readable; {_first_line(error)}") from error
+        history = _read_history(source, runs, on_progress)
+        raw_space = _read_json(source, study, schema.SPACE_FILE)
+        settings = _read_json(source, study, schema.SETTINGS_FILE) or {}
+    except SERVER_ERRORS as error:
+        raise UserError(f"the records of {study.name} must be readable; {first_line(error)}") from error
     if not runs:
         raise NoTrials(
             f"a study needs trials to be analysed; {study.name} ({study.status}) has none yet. Wait for it, or choose "
@@ -193,8 +185,9 @@ def load_study(source: Source, study: StudyRun, progress: Progress | None = None
     space, problem = _space_of(raw_space)
     trials = _trial_table(runs)
     epochs = _epoch_table(trials, history)
-    trials["epochs_seen"] = epochs.groupby("trial")["epoch"].max().reindex(trials.index).fillna(0).astype(int)
-    return StudyData(study, trials.drop(columns="run_id"), epochs, space, problem, settings or {}, raw_space)
+    last = epochs.groupby("trial").agg(last=("epoch", "max"))["last"].to_dict()
+    trials["epochs_seen"] = [last.get(trial, 0) for trial in trials.index]
+    return StudyData(study, trials.drop(columns="run_id"), epochs, space, problem, settings, raw_space)
 
 
 def _check_schema(study: StudyRun) -> None:
@@ -208,11 +201,11 @@ def _check_schema(study: StudyRun) -> None:
 
 class Exported:
     """A folder of exported studies, a folder each: study.json (the run, its settings and space), trials.csv and
-    epochs.csv. Text, so that records can be kept in version control, and read where MLflow is not.
+    epochs.csv. They are text, for version control and for machines without MLflow.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Raises UserError if no study lies there."""
+        """Raises UserError if the folder holds no study."""
         self.folder = folder
         if not next(folder.glob("*/study.json"), None):
             raise UserError(
@@ -222,40 +215,38 @@ class Exported:
 
     def studies(self) -> list[StudyRun]:
         """Every study in the folder, newest first."""
-        found = [StudyRun(**self._described(path.parent)["study"]) for path in self.folder.glob("*/study.json")]
+        found = [StudyRun(**self._description(path.parent)["study"]) for path in self.folder.glob("*/study.json")]
         return sorted(found, key=lambda study: (study.started, study.name), reverse=True)
 
     def read(self, study: StudyRun) -> StudyData:
         """A study as it was exported. Raises UserError if a file is missing or damaged."""
         own = self.folder / folder_name(study.name)
-        described = self._described(own)
+        described = self._description(own)
         try:
             trials = pd.read_csv(own / "trials.csv", dtype=str, keep_default_na=False).map(_value)
             epochs = pd.read_csv(own / "epochs.csv")
             for column, kind in (("seeds", int), ("test_accuracies", float)):
                 trials[column] = [tuple(kind(v) for v in str(text).split()) for text in trials[column]]
-            trials = _older_fields(trials.set_index("trial"))
-            texts = ("origin", "row", "baseline", "parameter", "state", "stop_reason")
-            trials = trials.astype({c: str for c in texts})
+            trials = _upgrade(trials.set_index("trial"))
+            for column in ("origin", "row", "baseline", "parameter", "state", "stop_reason"):
+                trials[column] = trials[column].astype(str)
             for column in ("macs", "parameters", "test_accuracy", "started"):
                 trials[column] = pd.to_numeric(trials[column], errors="coerce")
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"exported records must be whole; {own}: {_first_line(error)}. Export again") from error
+            raise UserError(f"exported records must be whole; {own}: {first_line(error)}. Export again") from error
         space, problem = _space_of(described["space"])
-        return StudyData(
-            study, trials, _with_context(epochs, trials), space, problem, described["settings"], described["space"]
-        )
+        epochs = _with_context(epochs, trials)
+        return StudyData(study, trials, epochs, space, problem, described["settings"], described["space"])
 
     @staticmethod
     def write_to(folder: Path, records: StudyData) -> Path:
-        """Write a study's folder among those in `folder`; gives it."""
+        """Write a study's folder into `folder`, and give its path."""
         own = folder / folder_name(records.study.name)
-        if (own / "study.json").is_file() and (there := Exported._described(own)["study"])["run_id"] != (
-            records.study.run_id
-        ):
+        there = Exported._description(own)["study"]["run_id"] if (own / "study.json").is_file() else None
+        if there not in (None, records.study.run_id):
             raise UserError(
-                f"a folder holds one study; {own} holds another of that name (MLflow run {there['run_id']}). Choose "
-                "another folder with --out"
+                f"a folder holds one study; {own} holds another of that name (MLflow run {there}). Choose another "
+                "folder with --out"
             )
         own.mkdir(parents=True, exist_ok=True)
         study = records.study._replace(tags={k: v for k, v in records.study.tags.items() if k.startswith("ram.")})
@@ -268,11 +259,11 @@ class Exported:
         return own
 
     @staticmethod
-    def _described(own: Path) -> dict[str, Any]:
+    def _description(own: Path) -> dict[str, Any]:
         try:
             return json.loads((own / "study.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"exported records must be whole; {own}: {_first_line(error)}. Export again") from error
+            raise UserError(f"exported records must be whole; {own}: {first_line(error)}. Export again") from error
 
 
 Source = MlflowClient | Exported
@@ -292,8 +283,8 @@ def plain_trials(trials: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def progress_line(label: str) -> Progress:
-    """A progress callback that counts on stderr: one living line on a terminal, a few plain lines otherwise."""
+def progress_line(label: str) -> OnProgress:
+    """A callback that counts on stderr: one line that is rewritten on a terminal, a few lines otherwise."""
     shown = -1.0
 
     def show(done: int, total: int) -> None:
@@ -307,14 +298,6 @@ def progress_line(label: str) -> Progress:
             shown = share
 
     return show
-
-
-def _silent(done: int, total: int) -> None:
-    del done, total
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
 def _search(client: MlflowClient, experiment_id: str, query: str) -> list[Run]:
@@ -399,56 +382,44 @@ def _trial_table(runs: Iterable[Run]) -> pd.DataFrame:
         return table
     # A trial that was re-run after a fault keeps its number: the newest record counts.
     table = table.sort_values(["trial", "started", "run_id"]).drop_duplicates("trial", keep="last")
-    return _older_fields(table.set_index("trial"))
+    return _upgrade(table.set_index("trial"))
 
 
-def _older_fields(trials: pd.DataFrame) -> pd.DataFrame:
-    """Fill in what records of schema 1 only say in words: the origin's old name, divergence, the OFAT rows."""
+def _upgrade(trials: pd.DataFrame) -> pd.DataFrame:
+    """Records of schema 1 as of schema 2: they name the origin `arm`, and hold divergence and the OFAT rows as text."""
     trials = trials.rename(columns={"arm": "origin"})
-    for name in ("baseline", "parameter"):
-        if name not in trials:
-            trials[name] = ""
-    if "diverged" not in trials:
-        trials["diverged"] = False
+    added = {"baseline": "", "parameter": "", "diverged": False}
+    trials = trials.assign(**{name: default for name, default in added.items() if name not in trials})
     trials["diverged"] |= (trials["state"] == "failed") & trials["stop_reason"].str.startswith("diverged")
-    old = (trials["origin"] == "ofat") & (trials["baseline"] == "")
-    found = trials.loc[old, "row"].str.extract(_OLD_OFAT_ROW).fillna("")
-    for name in ("baseline", "parameter"):
-        trials.loc[old, name] = found[name].to_numpy()
+    for number, row in trials.loc[(trials["origin"] == "ofat") & (trials["baseline"] == ""), "row"].items():
+        if match := OFAT_ROW_1.match(row):
+            trials.loc[number, ["baseline", "parameter"]] = match["baseline"], match["parameter"] or ""
     return trials
 
 
 def _epoch_table(trials: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
     numbers = {run_id: trial for trial, run_id in trials["run_id"].items()}
-    history = history[history["run_id"].isin(list(numbers)) & (history["step"] > 0)].copy()
-    history["trial"] = history["run_id"].map(numbers)
+    history = history.loc[history["run_id"].isin(list(numbers)) & (history["step"] > 0)]
+    history = history.assign(trial=[numbers[run_id] for run_id in history["run_id"]])
     wide = history.pivot_table(index=["trial", "step"], columns="key", values="value", aggfunc="last", dropna=False)
     wide = wide.dropna(how="all").reset_index().rename(columns={"step": "epoch"})
-    seeded = [c for c in wide.columns if str(c).startswith(schema.SEED_ACCURACY)]
     means = [c for c in EPOCH_METRICS if c in wide.columns]
-    parts = [
-        wide[["trial", "epoch", *means]].assign(
-            seed=int(str(c).removeprefix(schema.SEED_ACCURACY)), val_accuracy=wide[c]
-        )
-        for c in seeded
-    ]
-    if not parts and "val_accuracy" in wide.columns:
-        parts = [wide[["trial", "epoch", "val_accuracy", *means]].assign(seed=0)]
+    seeds = {c: int(c.removeprefix(schema.SEED_ACCURACY)) for c in wide.columns if c.startswith(schema.SEED_ACCURACY)}
+    if not seeds and schema.OBJECTIVE in wide.columns:
+        seeds = {schema.OBJECTIVE: 0}
+    parts = [wide[["trial", "epoch", *means]].assign(seed=s, val_accuracy=wide[c]) for c, s in seeds.items()]
     if not parts:
         parts = [pd.DataFrame({"trial": [], "epoch": [], "seed": [], "val_accuracy": []}, dtype=float)]
-    table = pd.concat(parts, ignore_index=True)
-    # A pivot makes a cell for every seed any trial had; keep those the trial itself ran.
-    own = [
-        seed in trials.at[trial, "seeds"] or not trials.at[trial, "seeds"]
-        for trial, seed in zip(table["trial"], table["seed"], strict=True)
-    ]
-    table = table[own] if len(table) else table
-    table = table.astype({"trial": int, "epoch": int, "seed": int})
-    return _with_context(table, trials)
+    table = pd.concat(parts, ignore_index=True).astype({"trial": int, "epoch": int, "seed": int})
+    # A pivot makes a cell for every seed that any trial had; keep those of the trial itself.
+    seeds_of = trials["seeds"].to_dict()
+    pairs = zip(table["trial"], table["seed"], strict=True)
+    own = [seed in seeds_of[trial] or not seeds_of[trial] for trial, seed in pairs]
+    return _with_context(table.loc[own], trials)
 
 
 def _with_context(epochs: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
-    """Each row with what is known of its trial."""
+    """Add the trial's columns to each row."""
     context = trials.drop(columns=["run_id", "seeds", "test_accuracies", "started", "epochs_seen"], errors="ignore")
     context = context.drop(columns=[c for c in context.columns if c in epochs.columns])
     keys = ["trial", "seed", "epoch", "val_accuracy"]
@@ -456,7 +427,7 @@ def _with_context(epochs: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values(keys[:3]).reset_index(drop=True)
 
 
-def _read_history(client: MlflowClient, runs: Sequence[Run], progress: Progress) -> pd.DataFrame:
+def _read_history(client: MlflowClient, runs: Sequence[Run], on_progress: OnProgress) -> pd.DataFrame:
     """All metric histories as run_id, key, step, value; in bulk where the server can, else one request a curve."""
     keys = sorted(
         {key for run in runs for key in run.data.metrics if key in EPOCH_METRICS or key.startswith("val_accuracy")}
@@ -469,7 +440,7 @@ def _read_history(client: MlflowClient, runs: Sequence[Run], progress: Progress)
     with ThreadPoolExecutor(READERS) as pool:
         for done, part in enumerate(pool.map(lambda job: _history(client, *job), jobs), start=1):
             rows.extend(part)
-            progress(done, len(jobs))
+            on_progress(done, len(jobs))
     return pd.DataFrame(rows, columns=["run_id", "key", "step", "value"])
 
 

@@ -172,7 +172,7 @@ def space_json(records: StudyData) -> dict[str, Any]:
         "study": records.study.name,
         "objective": "val_accuracy",
         "epochs": records.budget,
-        "seeds_per_trial": int(records.trials["seeds"].map(len).max()),
+        "seeds_per_trial": max(map(len, records.trials["seeds"]), default=1),
         "design": "search",
     }
 

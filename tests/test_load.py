@@ -1,4 +1,4 @@
-"""The reader: what was tracked comes back as it was, and what cannot be read is said in one line."""
+"""The reader: tracked studies come back unchanged, and unreadable ones are refused in one line."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def assert_same(ours: reader.StudyData, truth: reader.StudyData) -> None:
         assert list(ours.trials[column]) == list(truth.trials[column]), column
 
 
-def test_a_study_comes_back_as_it_was_tracked(store: tuple[str, reader.StudyData]) -> None:
+def test_tracked_study_is_read_back_unchanged(store: tuple[str, reader.StudyData]) -> None:
     ours = read(store[0], "synthetic-0")
     assert_same(ours, store[1])
     assert ours.epochs["val_accuracy"].isna().any(), "a diverged seed's NaN is kept, not dropped"
@@ -66,14 +66,14 @@ def test_a_study_comes_back_as_it_was_tracked(store: tuple[str, reader.StudyData
     assert ours.settings["sizes"]["validation"] == 360
 
 
-def test_one_request_a_curve_gives_the_same_as_bulk(
+def test_reading_without_bulk_requests_gives_the_same_tables(
     store: tuple[str, reader.StudyData], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reader, "_bulk_history", lambda *_: None)
     assert_same(read(store[0], "synthetic-0"), store[1])
 
 
-def test_reading_over_http(store: tuple[str, reader.StudyData], tmp_path: Path) -> None:
+def test_study_read_over_http_is_unchanged(store: tuple[str, reader.StudyData], tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -102,7 +102,7 @@ def test_reading_over_http(store: tuple[str, reader.StudyData], tmp_path: Path) 
             os.killpg(server.pid, signal.SIGTERM)
 
 
-def test_the_newest_study_is_the_default_and_an_unknown_name_says_what_exists(
+def test_newest_study_is_the_default_and_unknown_name_lists_the_known_ones(
     store: tuple[str, reader.StudyData],
 ) -> None:
     studies = reader.list_studies(reader.connect(store[0]))
@@ -111,13 +111,13 @@ def test_the_newest_study_is_the_default_and_an_unknown_name_says_what_exists(
         reader.find_study(studies, "nope")
 
 
-def test_a_missing_space_is_a_problem_told_not_a_crash(store: tuple[str, reader.StudyData]) -> None:
+def test_missing_space_is_reported_and_the_rest_is_read(store: tuple[str, reader.StudyData]) -> None:
     ours = read(store[0], "newer")
     assert ours.space is None
     assert ours.space_problem is not None and "space.json is missing" in ours.space_problem
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_missing_database_experiment_or_trials_are_refused(tmp_path: Path) -> None:
     missing = tmp_path / "none.db"
     with pytest.raises(reader.UserError, match=r"there is no .*none\.db"):
         reader.connect(f"sqlite:///{missing}")
@@ -133,7 +133,7 @@ def test_nothing_there(tmp_path: Path) -> None:
         read(uri, "synthetic-0")
 
 
-def test_an_unreachable_server_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_server_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(reader.UserError, match=r"must answer; http://127\.0\.0\.1:9 does not") as caught:
         reader.connect("http://127.0.0.1:9")
@@ -154,7 +154,7 @@ def test_dimensions_map_to_the_unit_interval_and_back() -> None:
     assert whole.label == "patch size, pixels"
 
 
-def test_a_saved_space_is_read_back_and_nonsense_is_refused() -> None:
+def test_saved_space_is_read_back_and_invalid_ones_are_refused() -> None:
     records = simulate(STUDY)
     raw = space_json(records)
     assert Space.from_dict(raw) == records.space
@@ -166,7 +166,7 @@ def test_a_saved_space_is_read_back_and_nonsense_is_refused() -> None:
 # Records as text.
 
 
-def test_exported_records_say_what_mlflow_said(store: tuple[str, reader.StudyData], tmp_path: Path) -> None:
+def test_exported_study_equals_the_tracked_one(store: tuple[str, reader.StudyData], tmp_path: Path) -> None:
     tracked = read(store[0], "synthetic-0")
     reader.Exported.write_to(tmp_path, tracked)
     source = reader.open_source("unused", tmp_path)
@@ -177,12 +177,12 @@ def test_exported_records_say_what_mlflow_said(store: tuple[str, reader.StudyDat
     assert again.study.params == tracked.study.params and again.study.started == tracked.study.started
 
 
-def test_a_command_exports_the_study_named(store: tuple[str, reader.StudyData], tmp_path: Path) -> None:
+def test_export_command_writes_the_named_study(store: tuple[str, reader.StudyData], tmp_path: Path) -> None:
     assert export.main(export.Args(study="synthetic-0", tracking_uri=store[0], out=tmp_path)) == 0
     assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["epochs.csv", "study.json", "trials.csv"]
 
 
-def test_a_folder_without_exported_records_is_refused(tmp_path: Path) -> None:
+def test_folder_without_whole_records_is_refused(tmp_path: Path) -> None:
     with pytest.raises(reader.UserError, match="--records must be a folder"):
         reader.open_source("unused", tmp_path)
     (tmp_path / "a").mkdir()
@@ -191,16 +191,16 @@ def test_a_folder_without_exported_records_is_refused(tmp_path: Path) -> None:
         reader.list_studies(reader.open_source("unused", tmp_path))
 
 
-def test_folder_names() -> None:
+def test_folder_name_has_no_special_characters() -> None:
     assert reader.folder_name("a/b <c>") == "a-b-c"
     assert reader.folder_name("../..") == "study"
 
 
-def test_a_space_that_cannot_be_used_is_told_when_it_is_read() -> None:
+def test_space_with_unknown_rule_or_bounds_is_refused() -> None:
     patch = {"name": "patch_size", "type": "int", "low": 4, "high": 20}
     for entry, rule, said in (
         (patch, "min(patch_size, 3) <= 3", "rule of the widest scale only"),
-        ({**patch, "low": "two"}, "patch_size > 1", "must list its dimensions"),
+        ({**patch, "low": "two"}, "patch_size > 1", "must list dimensions"),
     ):
         with pytest.raises(UserError, match=said):
             Space.from_dict({"dimensions": [entry], "constraints": [{"rule": rule}]})
@@ -208,7 +208,9 @@ def test_a_space_that_cannot_be_used_is_told_when_it_is_read() -> None:
     assert list(point.to_unit([2.0, 2.0])) == [0.0, 0.0]
 
 
-def test_two_studies_of_one_name_are_told_apart(store: tuple[str, reader.StudyData], tmp_path: Path) -> None:
+def test_second_study_of_a_name_does_not_overwrite_the_exported_first(
+    store: tuple[str, reader.StudyData], tmp_path: Path
+) -> None:
     tracked = read(store[0], "synthetic-0")
     reader.Exported.write_to(tmp_path, tracked)
     reader.Exported.write_to(tmp_path, tracked)  # the same again
@@ -217,3 +219,21 @@ def test_two_studies_of_one_name_are_told_apart(store: tuple[str, reader.StudyDa
     studies = [tracked.study._replace(run_id="newer"), tracked.study._replace(run_id="older")]
     assert reader.find_study(studies, "synthetic-0").run_id == "newer"
     assert reader.find_study(studies, "older").run_id == "older"
+
+
+def test_records_of_schema_1_are_read_with_the_fields_of_schema_2() -> None:
+    rows = ["baseline best", "baseline best: patch_size=4", "baseline small patch: core=gru", "", ""]
+    old = pd.DataFrame(
+        {
+            "arm": ["ofat", "ofat", "ofat", "tpe", "sobol"],
+            "row": rows,
+            "state": ["complete", "complete", "failed", "failed", "complete"],
+            "stop_reason": ["finished", "finished", "error: disk", "diverged: seed 1 at epoch 4", "finished"],
+        }
+    )
+    new = reader._upgrade(old)
+    assert list(new["origin"]) == ["ofat", "ofat", "ofat", "tpe", "sobol"] and "arm" not in new
+    assert list(new["baseline"]) == ["best", "best", "small patch", "", ""]
+    assert list(new["parameter"]) == ["", "patch_size", "core", "", ""]
+    assert list(new["diverged"]) == [False, False, False, True, False]
+    pd.testing.assert_frame_equal(reader._upgrade(new), new)
