@@ -1,7 +1,7 @@
-"""What one training run is made of: a frozen, validated dataclass.
+"""The configuration of one training run, and the tasks.
 
-A field's name is the name of the same thing everywhere: the key of the search space, the tracked parameter and the
-column of the analysis' tables. A hyperparameter is added or changed here and nowhere else.
+A field of `Config` has the same name everywhere: in the search space, in the tracked parameters and in the analysis'
+tables. A hyperparameter is added or changed here alone.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from ramcore.errors import UserError
 
 
 class TaskSpec(NamedTuple):
-    """How a task lays images on its canvas."""
+    """The canvas of a task."""
 
     canvas_size: int  # pixels along a side
     num_clutter: int  # patches of clutter on every image
 
 
-MAX_CLUTTER = 8  # patches; each image has random numbers for so many, so a larger task would move every placement
-# A task is added here, and nowhere else.
+MAX_CLUTTER = 8  # patches an image has random numbers for; another number here would move every placement
+# A task is added here alone.
 TASKS: dict[str, TaskSpec] = {
     "original": TaskSpec(canvas_size=28, num_clutter=0),
     "translated": TaskSpec(canvas_size=60, num_clutter=0),
@@ -32,22 +32,22 @@ TASKS: dict[str, TaskSpec] = {
 if TYPE_CHECKING:
     Task = str
 else:
-    Task = Literal[tuple(TASKS)]  # so that the command line lists them
+    Task = Literal[tuple(TASKS)]  # the command line lists these
 
 Data = Literal["mnist", "fashion-mnist", "digits"]
 Model = Literal["ram", "ram-random", "cnn", "conv", "fc"]
 Core = Literal["rnn", "gru", "lstm"]
 LocationInput = Literal["state", "state+paths"]
 
-CLUTTER_SIZE = 8  # pixels; clutter is cut as 8x8 patches from other images (case study, section 3.1)
-DIGIT_SIZE = 28  # pixels; every source is delivered at this size
+CLUTTER_SIZE = 8  # pixels along a side of a patch cut from another image (case study, section 3.1)
+DIGIT_SIZE = 28  # pixels along a side of every source's images
 NUM_CLASSES = 10
 MAX_SCALES = 6
 
 
 @dataclass(frozen=True)
 class Between:
-    """The range of a number, both ends included unless `above` leaves out the lower one."""
+    """The range of a number. Both ends belong to it; with `above` set, the lower end does not."""
 
     low: float
     high: float = math.inf
@@ -61,57 +61,61 @@ class Between:
         return low if self.high == math.inf else f"{low} and at most {self.high:g}"
 
 
-Positive = Annotated[int, Between(1)]
+Count = Annotated[int, Between(1)]
+AboveZero = Annotated[float, Between(0, above=True)]
 Share = Annotated[float, Between(0, 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """One training run, its seed excepted. The defaults are the papers' choices (Mnih et al. 2014; the case study)."""
+    """One training run, without its seed. The defaults are the papers' choices (Mnih et al. 2014; the case study).
 
-    # What is learned.
+    Raises UserError for a value that its field does not allow.
+    """
+
+    # The data.
     data: Data = "mnist"  # where the 28x28 images come from
-    task: Task = "translated"  # how they are laid on the canvas
-    placements: Literal["once", "every-epoch"] = "every-epoch"  # when training digits and clutter get a new place
+    task: Task = "translated"  # size of the canvas, and clutter on it
+    placements: Literal["once", "every-epoch"] = "every-epoch"  # how often training digits and clutter get new places
 
     # The network.
-    model: Model = "ram"  # ram-random: random glimpses; cnn: the case study's; conv, fc: Mnih et al.'s
+    model: Model = "ram"  # ram-random: random locations; cnn: the case study's; conv, fc: Mnih et al.'s
     num_glimpses: Annotated[int, Between(1, 100)] = 6  # glimpses before the decision
-    patch_size: Positive = 12  # pixels along a side of every scale of the retina
-    num_scales: Annotated[int, Between(1, MAX_SCALES)] = 3  # concentric patches, each scale_factor times as wide
+    patch_size: Count = 12  # pixels along a side of every scale of the retina
+    num_scales: Annotated[int, Between(1, MAX_SCALES)] = 3  # concentric patches; the first is patch_size pixels wide
     scale_factor: Annotated[int, Between(2, 8)] = 2  # width of a scale over the width of the one before
-    input_gain: Annotated[float, Between(0, above=True)] = 1.0  # pixels, in [0, 1], are multiplied by this
-    glimpse_size: Positive = 128  # units of each of the glimpse network's what and where paths
-    hidden_size: Positive = 256  # units of the core and of the glimpse code; of each hidden layer when model is fc
+    input_gain: AboveZero = 1.0  # factor of the pixels, which are in [0, 1]
+    glimpse_size: Count = 128  # units of each of the glimpse network's what and where paths
+    hidden_size: Count = 256  # units of the core and of the glimpse code; of each hidden layer when model is fc
     core: Core = "rnn"  # rnn is the papers' rectified core
-    location_input: LocationInput = "state"  # what the location network reads; state+paths: what and where paths too
-    location_hidden: Annotated[int, Between(0)] = (
-        0  # units of a rectified layer inside the location network; 0: none, as in the papers
+    location_input: LocationInput = (
+        "state"  # input of the location network: the core's state, or also the glimpse's paths
     )
+    location_hidden: Annotated[int, Between(0)] = 0  # units of the location network's hidden layer; 0: no such layer
     layer_norm: bool = False  # normalise the pre-activations of the glimpse code and of the core
-    first_glimpse: Literal["random", "center"] = "random"  # where the first glimpse looks
-    location_std: Annotated[float, Between(0, above=True)] = 0.17  # SD of the location policy, half-canvas units
-    location_std_end: Annotated[float, Between(0, 1, above=True)] = 1.0  # share left at the end of half a cosine
+    first_glimpse: Literal["random", "center"] = "random"  # the first location
+    location_std: AboveZero = 0.17  # standard deviation of the location policy; 1 is half the canvas
+    location_std_end: Annotated[float, Between(0, 1, above=True)] = 1.0  # share of location_std left after a cosine
 
     # The loss.
-    loss_mixing: Share = 1.0  # 1: cross-entropy trains the action network, 0: REINFORCE on a sampled class
-    step_supervision: Share = 0.0  # share of the classification loss spread over every step, not the last
-    reward: Literal["accuracy", "probability"] = "accuracy"  # 0/1, or the probability given to the true class
-    reward_steps: Literal["last", "every"] = "last"  # which glimpses earn a reward
-    discount: Share = 1.0  # a reward k glimpses later counts discount**k
-    reinforce_weight: Annotated[float, Between(0)] = 1.0  # of the location policy's loss, classification loss 1
-    reinforce_core: bool = False  # let the location policy's gradient train the core and the glimpse network too
+    loss_mixing: Share = 1.0  # 1: cross-entropy trains the classifier; 0: REINFORCE on a sampled class
+    step_supervision: Share = 0.0  # share of the classification loss from all steps; the rest is the last's
+    reward: Literal["accuracy", "probability"] = "accuracy"  # 0 or 1, or the probability of the true class
+    reward_steps: Literal["last", "every"] = "last"  # the glimpses that have a reward
+    discount: Share = 1.0  # factor of a reward one glimpse later
+    reinforce_weight: Annotated[float, Between(0)] = 1.0  # of the policy's loss, relative to the classification loss
+    reinforce_core: bool = False  # whether the policy's gradient also trains the core and the glimpse network
 
     # The optimisation.
-    epochs: Positive = 30  # passes over the training images
-    batch_size: Positive = 100  # images a step
-    learning_rate: Annotated[float, Between(0, above=True)] = 3e-4  # Adam's, at its highest
-    schedule: Literal["constant", "cosine"] = "constant"  # cosine: down to 0 over the epochs
-    gradient_clip: Annotated[float, Between(0)] = 0.0  # largest norm of a replicate's gradient; 0: not clipped
-    dropout: Annotated[float, Between(0, 0.95)] = 0.5  # after the second convolution of the cnn
+    epochs: Count = 30  # passes over the training images
+    batch_size: Count = 100  # images a step
+    learning_rate: AboveZero = 3e-4  # Adam's, at the first step
+    schedule: Literal["constant", "cosine"] = "constant"  # cosine: down to 0 over all epochs
+    gradient_clip: Annotated[float, Between(0)] = 0.0  # largest norm of a replicate's gradient; 0: no limit
+    dropout: Annotated[float, Between(0, 0.95)] = 0.5  # share of maps dropped after the cnn's second convolution
 
     # The evaluation.
-    eval_samples: Annotated[int, Between(0, 10_000)] = 0  # 0: the policy's mean; M: average M sampled rollouts
+    eval_samples: Annotated[int, Between(0, 10_000)] = 0  # sampled rollouts to average; 0: one, at the policy's means
 
     def __post_init__(self) -> None:
         for name, annotation in _annotations().items():
@@ -142,7 +146,7 @@ class Config:
         return self.num_scales * self.patch_size**2
 
 
-_LARGEST = 2**31 - 1  # of a whole number: torch's sizes
+_LARGEST = 2**31 - 1  # whole number: the largest size of a tensor
 
 
 @functools.cache
@@ -152,7 +156,7 @@ def _annotations() -> dict[str, Any]:
 
 
 def _check(name: str, value: Any, annotation: Any) -> None:
-    """Compare a field's value with its annotation. Raises UserError."""
+    """Raises UserError unless a field's value is one that its annotation allows."""
     if get_origin(annotation) is Literal:
         if value not in get_args(annotation):
             raise UserError(f"{name} must be one of {', '.join(get_args(annotation))}; got {value!r}")
