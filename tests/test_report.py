@@ -1,9 +1,10 @@
-"""The report's files and its page: whole, self-contained, escaped, and fit for a phone."""
+"""The report: its files, its page, and what each figure draws."""
 
 from __future__ import annotations
 
 import dataclasses
 import html
+import itertools
 import json
 import re
 import shutil
@@ -15,15 +16,22 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+from markupsafe import escape
+from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection, QuadMesh
 
 from analysis import figures
+from analysis.answer import answer, cautions, rank_label
 from analysis.crosschecks import ESTIMATES, crosscheck
-from analysis.fixed_designs import Companions, _ranges, summarise
-from analysis.importance import DUMMY, Analysis, Interval, analyse
+from analysis.figures import TrialCurve, TrialPoint, Tried
+from analysis.fixed_designs import FixedDesigns, OfatRow, ranges, summarise
+from analysis.importance import analyse
 from analysis.load import StudyData
-from analysis.report import answer, cautions, trial_points, write_design_report, write_report
+from analysis.report import tracked_trials, write_design_report, write_report
+from analysis.results import DUMMY, Analysis, Interval
+from analysis.text import join, number, percent, span
 from analysis.verdicts import THRESHOLDS, judge
-from ramcore.space import words
+from ramcore.space import Dimension, words
 from tests.synthetic import RAM_DEFAULT, RAM_DIMENSIONS, Synthetic, ram_truth, simulate
 
 HOSTILE = "x\"><script>alert('{{body}}')</script>"
@@ -36,12 +44,15 @@ def fixed_design(origin: str, rows: list[str]) -> StudyData:
             truth=ram_truth, dimensions=RAM_DIMENSIONS[:5], trials=len(rows), epochs=4, seeds=3, default=RAM_DEFAULT
         )
     )
+    parts = [re.fullmatch(r"baseline ([^:]+)(?:: (\w+)=.*)?", row) for row in rows]
+    named = [(part[1], part[2] or "") if part else ("", "") for part in parts]
     trials = records.trials.assign(origin=origin, row=rows, test_accuracies=[(0.9, 0.91, 0.92)] * len(rows))
+    trials = trials.assign(baseline=[b for b, _ in named], parameter=[p for _, p in named])
     return records._replace(trials=trials, epochs=records.epochs.assign(origin=origin))
 
 
 @pytest.fixture(scope="module")
-def companions() -> Companions:
+def fixed_designs() -> FixedDesigns:
     ofat = ["baseline best", "baseline best: patch_size=4", "baseline best: patch_size=20"]
     ofat += ["baseline small patch", "baseline small patch: num_scales=1"]
     return summarise(
@@ -69,16 +80,18 @@ def study() -> tuple[StudyData, Analysis]:
 
 
 @pytest.fixture(scope="module")
-def folder(study: tuple[StudyData, Analysis], companions: Companions, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(
+    study: tuple[StudyData, Analysis], fixed_designs: FixedDesigns, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     out = tmp_path_factory.mktemp("report")
     records, analysis = study
     checks = crosscheck(records, analysis)
-    paths = write_report(out, records, analysis, judge(analysis), crosschecks=checks, companions=companions)
+    paths = write_report(out, records, analysis, judge(analysis), crosschecks=checks, fixed_designs=fixed_designs)
     assert all(path.stat().st_size > 0 for path in paths)
     return out
 
 
-def test_every_file_is_there_and_holds_what_it_says(folder: Path, study: tuple[StudyData, Analysis]) -> None:
+def test_report_writes_every_table_and_every_figure(folder: Path, study: tuple[StudyData, Analysis]) -> None:
     records, _ = study
     importance = pd.read_csv(folder / "importance.csv")
     assert set(importance["parameter"]) == {DUMMY, *(d.name for d in RAM_DIMENSIONS[:5])}
@@ -103,130 +116,378 @@ def test_every_file_is_there_and_holds_what_it_says(folder: Path, study: tuple[S
         assert "<svg" in (folder / "figures" / f"{name}.svg").read_text(), name
 
 
-def test_the_page_needs_nothing_from_outside_and_names_are_inert(folder: Path) -> None:
+def test_page_loads_nothing_from_outside_and_hostile_names_are_inert(folder: Path) -> None:
     page = (folder / "report.html").read_text()
     assert "<script" not in page
-    assert html.escape(HOSTILE) in page
+    assert str(escape(HOSTILE)) in page
     assert "&lt;b&gt;t&lt;/b&gt;" in page
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
     assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
     assert "@import" not in page and "url(" not in page
 
 
-def test_the_answer_is_three_sentences_before_the_forest_plot(folder: Path, study: tuple[StudyData, Analysis]) -> None:
+def test_page_opens_with_three_sentences_then_forest_plot_then_tables(
+    folder: Path, study: tuple[StudyData, Analysis]
+) -> None:
     _, analysis = study
     page = (folder / "report.html").read_text()
     sentences = answer(analysis, judge(analysis))
     assert len(sentences) == 3
-    assert page.index(html.escape(sentences[0])) < page.index(html.escape(sentences[2])) < page.index("<img")
+    assert page.index(str(escape(sentences[0]))) < page.index(str(escape(sentences[2]))) < page.index("<img")
     assert page.index("<img") < page.index("<table"), "the forest plot comes before any table"
     for label in ESTIMATES:
-        assert html.escape(label) in page
+        assert str(escape(label)) in page
     for name, (value, _) in THRESHOLDS.items():
         assert f"<td>{name}</td><td>{value}</td>" in page
     assert "<h2>One factor at a time</h2>" in page and "<h2>Replicates</h2>" in page
 
 
-def test_every_trial_is_counted(study: tuple[StudyData, Analysis]) -> None:
-    counts = study[1].counts
+def test_every_trial_is_counted_once(study: tuple[StudyData, Analysis]) -> None:
+    counts = study[1].data.counts
     assert counts.complete + counts.stopped + counts.diverged + counts.failed + counts.running == counts.total
     assert counts.stopped and counts.diverged
 
 
-def test_what_cannot_be_trusted_is_said_first(study: tuple[StudyData, Analysis]) -> None:
+def test_poor_fit_and_biased_sample_are_said_before_the_numbers(study: tuple[StudyData, Analysis]) -> None:
     _, analysis = study
+    data, trust = analysis.data, analysis.trust
     poor = analysis._replace(
         ranked=False,
-        biased=True,
-        seed_sd_known=False,
-        fit=analysis.fit._replace(r2=0.2, coverage=0.5, trials_needed=60),
+        data=data._replace(biased=True),
+        trust=trust._replace(seed_sd_measured=False, fit=trust.fit._replace(r2=0.2, coverage=0.5, trials_needed=60)),
     )
     said = " ".join(cautions(poor))
     for words_ in ("No ranking", "Biased sample", "too narrow", "could not be measured"):
         assert words_ in said
     assert "About 60 trials" in answer(poor, judge(poor))[1]
     assert "do not support a ranking" in answer(poor, judge(poor))[0]
-    assert "a biased sample, see below" in answer(analysis._replace(biased=True), judge(analysis))[2]
+    biased = analysis._replace(data=data._replace(biased=True))
+    assert "a biased sample, see below" in answer(biased, judge(analysis))[2]
 
 
-def test_the_answer_says_of_each_parameter_one_thing(study: tuple[StudyData, Analysis]) -> None:
+def test_answer_names_each_parameter_once(study: tuple[StudyData, Analysis]) -> None:
     _, analysis = study
-    first = analysis.effects[0]
+
+    def told(*effects: Any) -> list[str]:
+        ranking = analysis.ranking._replace(effects=effects)
+        return answer(analysis._replace(ranked=True, ranking=ranking), judge(analysis))
+
+    first = analysis.ranking.effects[0]
     wide = Interval(2.0, 3.0, 4.0)
     clear = first._replace(name="a", rank=1, above_dummy=1.0, effect=wide, effect_in_sd=wide)
     small = clear._replace(name="b", rank=2, effect_in_sd=Interval(0.4, 0.5, 0.6))
     lost = clear._replace(name="c", rank=2, above_dummy=0.8)
-    lead, second, _ = answer(analysis._replace(ranked=True, effects=(clear, small, lost)), judge(analysis))
+    lead, second, _ = told(clear, small, lost)
     assert "a matters most" in lead
     assert second == (
         "An effect, but not surely more than one seed standard deviation: b (3.0 points); not told apart from a "
         "parameter without any effect: c."
     )
-    lead, second, _ = answer(analysis._replace(ranked=True, effects=(lost._replace(rank=1),)), judge(analysis))
+    lead, second, _ = told(lost._replace(rank=1))
     assert lead == "On these data no parameter can be told apart from one without any effect."
     assert "matter" not in second and "apart" not in second
 
 
-def test_pareto_front_only_holds_what_nothing_cheaper_beats(study: tuple[StudyData, Analysis]) -> None:
-    points = trial_points(*study)
-    front, full = points[points["pareto"]], points[points["complete"]]
-    assert len(front)
-    for row in front.itertuples():
-        better = (full["macs"] <= row.macs) & (full["accuracy"] > row.accuracy)
-        assert not better.any()
+def test_shared_rank_is_marked_and_the_dummy_has_none(study: tuple[StudyData, Analysis]) -> None:
+    _, analysis = study
+    first = analysis.ranking.effects[0]._replace(name="a", rank=1)
+    effects = (first, first._replace(name="b"), first._replace(name="c", rank=3), first._replace(name=DUMMY))
+    ranked = analysis._replace(ranked=True, ranking=analysis.ranking._replace(effects=effects[:3]))
+    assert [rank_label(e, ranked) for e in effects] == ["1 (tied)", "1 (tied)", "3", "-"]
+    assert rank_label(first, ranked._replace(ranked=False)) == "-"
+
+
+# ---- what the figures draw -----------------------------------------------------------------------------------
+
+
+def rows_of(ax: Axes) -> list[tuple[float, float, float, float]]:
+    """(y, low, mid, high) of every interval: a bar, then its marker."""
+    found = []
+    for bar, marker in itertools.pairwise(ax.lines):
+        (bar_x, bar_y), (x, y) = (np.asarray(line.get_data(), dtype=float) for line in (bar, marker))
+        if len(x) == 1 and len(bar_x) == 2 and bar_y[0] == bar_y[1] == y[0]:
+            found.append((y[0], bar_x[0], x[0], bar_x[1]))
+    return found
+
+
+def xlabels(ax: Axes) -> list[str]:
+    return [label.get_text() for label in ax.get_xticklabels()]
+
+
+def ylabels(ax: Axes) -> list[str]:
+    return [label.get_text() for label in ax.get_yticklabels()]
+
+
+def line_named(ax: Axes, label: str) -> np.ndarray:
+    """(2, N) data of the line that the legend names so."""
+    return np.asarray(next(line for line in ax.lines if line.get_label() == label).get_data(), dtype=float)
+
+
+def cells(ax: Axes) -> np.ndarray:
+    """(rows, columns) of a heat map; NaN where a cell is empty."""
+    mesh = next(c for c in ax.collections if isinstance(c, QuadMesh))
+    return np.ma.filled(mesh.get_array(), np.nan)
+
+
+def band(ax: Axes, k: int = 0) -> np.ndarray:
+    """Heights of the corners of the kth filled band."""
+    return [c for c in ax.collections if isinstance(c, PolyCollection)][k].get_paths()[0].vertices[:, 1]
+
+
+def test_forest_draws_each_effect_over_seed_noise_and_the_dummys_bound(study: tuple[StudyData, Analysis]) -> None:
+    effects, seed_sd = study[1].ranking.effects, study[1].trust.seed_sd
+    ax = figures.forest(effects, seed_sd)
+    assert rows_of(ax) == [(y, *e.effect) for y, e in enumerate(effects)]
+    assert ylabels(ax) == [e.label for e in effects]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1], "the first parameter is on top"
+    assert (ax.patches[0].get_x(), ax.patches[0].get_width()) == (0, seed_sd.mid)
+    dummy = next(e for e in effects if e.name == DUMMY)
+    assert set(line_named(ax, "what a parameter without effect can reach")[0]) == {dummy.effect.high}
+
+
+def test_sobol_draws_total_and_first_order_index_of_each_parameter(study: tuple[StudyData, Analysis]) -> None:
+    effects = study[1].ranking.effects
+    found = rows_of(figures.sobol(effects))
+    assert [row[1:] for row in found[::2]] == [tuple(e.total) for e in effects]
+    assert [row[1:] for row in found[1::2]] == [tuple(e.first) for e in effects]
+    assert [round(row[0]) for row in found] == [y for y in range(len(effects)) for _ in range(2)]
+
+
+def test_marginal_draws_curve_band_trials_and_marks_extrapolation(study: tuple[StudyData, Analysis]) -> None:
+    curve = study[1].curves.marginals["learning_rate"]
+    dimension = next(d for d in RAM_DIMENSIONS if d.name == "learning_rate")
+    far = np.arange(len(curve.values)) >= len(curve.values) - 3
+    curve = curve._replace(extrapolated=far)
+    tried = Tried([1e-4, 1e-3, 1e-2], np.array([50.0, 60.0, 70.0]), np.array([True, False, True]))
+    ax = figures.marginal(curve, dimension, tried)
+    np.testing.assert_array_equal(ax.lines[0].get_data(), [curve.values, curve.mid])
+    assert set(band(ax)) == {*curve.low, *curve.high}
+    hatched = [c for c in ax.collections if isinstance(c, PolyCollection)][1].get_paths()[0].vertices[:, 0]
+    assert set(hatched) == set(np.array(curve.values)[far])
+    points = {c.get_label(): c.get_offsets().tolist() for c in ax.collections}
+    assert points["full budget"] == [[1e-4, 50.0], [1e-2, 70.0]]
+    assert points["not to the end"] == [[1e-3, 60.0]]
+    assert ax.get_xscale() == "log" and xlabels(ax) == ["0.0001", "0.0003", "0.001", "0.003", "0.01"]
+
+
+def test_marginal_of_choices_has_one_place_a_choice(study: tuple[StudyData, Analysis]) -> None:
+    curve = study[1].curves.marginals["patch_size"]
+    three = {name: getattr(curve, name)[:3] for name in ("unit", "low", "mid", "high", "extrapolated")}
+    core = Dimension(name="core", type="categorical", choices=("rnn", "gru", "lstm"))
+    tried = Tried(["lstm", "rnn"], np.array([50.0, 60.0]), np.array([True, True]))
+    ax = figures.marginal(curve._replace(values=["rnn", "gru", "lstm"], **three), core, tried)
+    assert xlabels(ax) == ["rnn", "gru", "lstm"]
+    assert ax.collections[0].get_offsets().tolist() == [[2, 50.0], [0, 60.0]]
+
+
+def test_pair_surface_draws_and_writes_mean_accuracy(study: tuple[StudyData, Analysis]) -> None:
+    surface = study[1].curves.surface
+    assert surface is not None
+    ax = figures.pair_surface(surface)
+    np.testing.assert_array_equal(cells(ax), surface.mean)
+    assert (len(ylabels(ax)), len(xlabels(ax))) == surface.mean.shape
+    assert (ax.get_xlabel(), ax.get_ylabel()) == (surface.x.label, surface.y.label)
+    assert ax.texts[0].get_text() == f"{surface.mean[0, 0]:.0f}"
+
+
+def test_interactions_draw_each_pair_once(study: tuple[StudyData, Analysis]) -> None:
+    ranking = study[1].ranking
+    ax = figures.interactions(ranking.interactions)
+    drawn, names = cells(ax), [words(n) for n in ranking.interactions.names]
+    assert (ylabels(ax), xlabels(ax)) == (names[1:], names[:-1])
+    for (a, b), share in ranking.pairs.items():
+        i, j = sorted((names.index(words(a)), names.index(words(b))))
+        assert drawn[j - 1, i] == pytest.approx(100 * share.mid)
+    assert np.isfinite(drawn).sum() == len(ranking.pairs) == len(ax.texts)
+
+
+def test_comparison_draws_the_probability_of_each_pair(study: tuple[StudyData, Analysis]) -> None:
+    matrix = study[1].ranking.more_than
+    ax = figures.more_than(matrix)
+    np.testing.assert_array_equal(cells(ax), 100 * matrix.values)
+    assert ylabels(ax) == xlabels(ax) == [words(n) for n in matrix.names]
+    assert ax.yaxis_inverted(), "the first parameter is on top"
+    mesh = ax.collections[0]
+    assert isinstance(mesh, QuadMesh) and mesh.get_clim() == (0, 100)
+
+
+def test_importance_against_epoch_draws_every_parameter_and_five_bands(study: tuple[StudyData, Analysis]) -> None:
+    curves = study[1].curves
+    ax = figures.over_epochs(curves.epochs, curves.over_epochs)
+    for name, total in curves.over_epochs.items():
+        np.testing.assert_array_equal(line_named(ax, words(name)), [curves.epochs, total[:, 1]])
+    first = next(iter(curves.over_epochs.values()))
+    assert set(band(ax)) == {*first[:, 0], *first[:, 2]}
+    assert len(ax.collections) == 5 < len(curves.over_epochs)
+    assert xlabels(ax) == [str(e) for e in curves.epochs]
+
+
+def test_path_draws_the_default_and_every_step(study: tuple[StudyData, Analysis]) -> None:
+    configurations = study[1].configurations
+    ax = figures.ablation(configurations.default_accuracy, configurations.path)
+    steps = [configurations.default_accuracy, *(s.accuracy for s in configurations.path)]
+    assert len(steps) > 1
+    assert rows_of(ax) == [(y, *accuracy) for y, accuracy in enumerate(steps)]
+    assert ylabels(ax)[0] == "default" and ylabels(ax)[1].startswith(words(configurations.path[0].name))
+
+
+def test_calibration_draws_predictions_with_intervals_against_results() -> None:
+    observed, predicted, sd = np.array([0.0, 1.0]), np.array([0.5, 0.8]), np.array([0.2, 0.3])
+    ax = figures.calibration(observed, predicted, sd)
+
+    def points(logits: np.ndarray) -> np.ndarray:
+        return 100 / (1 + np.exp(-logits))
+
+    np.testing.assert_allclose(ax.lines[0].get_data(), [points(observed), points(predicted)])
+    bars = np.array(ax.collections[0].get_segments())  # pyright: ignore[reportAttributeAccessIssue]
+    np.testing.assert_allclose(bars[:, 0, 1], points(predicted - 1.645 * sd))
+    np.testing.assert_allclose(bars[:, 1, 1], points(predicted + 1.645 * sd))
+    diagonal = line_named(ax, "perfect prediction")
+    np.testing.assert_array_equal(diagonal[0], diagonal[1])
+
+
+def test_learning_curves_draw_every_trial_and_how_it_ended() -> None:
+    epochs = np.arange(1.0, 7)
+    curves = [
+        TrialCurve("sobol", "complete", epochs, epochs * 10),
+        TrialCurve("tpe", "stopped", epochs[:2], epochs[:2] * 12),
+        TrialCurve("tpe", "diverged", epochs[:3], epochs[:3] * 9),
+    ]
+    ax = figures.learning_curves(curves)
+    lines = [np.asarray(line.get_data()).tolist() for line in ax.lines]
+    assert lines == [
+        [[1, 2, 3, 4, 5, 6], [10, 20, 30, 40, 50, 60]],
+        [[1, 2], [12, 24]], [[2], [24]],
+        [[1, 2, 3], [9, 18, 27]], [[3], [27]],
+    ]  # fmt: skip
+    legend = ["space-filling (Sobol)", "optimiser (TPE)", "stopped early", "diverged"]
+    assert ax.get_legend_handles_labels()[1] == legend, "one entry a kind"
+    assert ax.get_xscale() == "log"
+
+
+POINTS = [  # trial, origin, accuracy, sd, macs, complete
+    TrialPoint(0, "sobol", 80.0, 1.0, 2e6, True),
+    TrialPoint(1, "tpe", 90.0, np.nan, 3e6, True),
+    TrialPoint(2, "tpe", 95.0, 0.5, 1e6, False),
+    TrialPoint(3, "sobol", 85.0, 2.0, 4e6, True),
+]
+
+
+def test_compute_draws_accuracy_with_seed_sd_and_the_pareto_front() -> None:
+    ax = figures.compute([p for p in POINTS if p.complete])
+    np.testing.assert_array_equal(line_named(ax, "Pareto front"), [[2, 3], [80, 90]])
+    sobol, tpe = (container.lines for container in ax.containers)
+    np.testing.assert_array_equal(sobol[0].get_data(), [[2, 4], [80, 85]])
+    bars = np.array(sobol[2][0].get_segments())
+    assert bars[:, :, 1].tolist() == [[79, 81], [83, 87]]
+    assert np.array(tpe[2][0].get_segments())[0, :, 1].tolist() == [90, 90], "one seed has no bar"
+
+
+def test_history_draws_every_trial_and_the_best_complete_one_so_far() -> None:
+    ax = figures.history(POINTS)
+    best = line_named(ax, "best full-budget trial so far")
+    assert best.tolist() == [[0, 1, 2, 3], [80, 90, 90, 90]], "an incomplete trial is never the best"
+    offsets = [c.get_offsets().tolist() for c in ax.collections]
+    assert offsets == [[[0, 80], [3, 85]], [], [[1, 90]], [[2, 95]]]
+    assert ax.collections[3].get_facecolor().size == 0, "incomplete trials are open"
+
+
+def test_tornado_draws_ranges_baselines_and_seed_noise(fixed_designs: FixedDesigns) -> None:
+    ax = figures.tornado(fixed_designs.ranges)
+    widest = sorted(fixed_designs.ranges, key=lambda r: -r.range)[0]
+    assert ylabels(ax)[0] == words(widest.parameter), "the widest range is on top"
+    assert {(b.get_x(), b.get_width()) for b in ax.patches} == {(r.low, r.range) for r in fixed_designs.ranges}
+    for r in fixed_designs.ranges:
+        lines = [np.asarray(line.get_xdata()).tolist() for line in ax.lines]
+        assert [r.baseline_accuracy] * 2 in lines and [r.low, r.low + r.noise] in lines
+    legend = {"around: best", "around: small patch", "the baseline itself", "white line: seed noise alone"}
+    assert set(ax.get_legend_handles_labels()[1]) == legend
+
+
+def test_replicates_draw_mean_and_interval_of_each_configuration(fixed_designs: FixedDesigns) -> None:
+    ax = figures.replicates(fixed_designs.replicates)
+    assert rows_of(ax) == [(y, r.low, r.accuracy, r.high) for y, r in enumerate(fixed_designs.replicates)]
+    assert ylabels(ax) == [f"{r.row} (3 seeds)" for r in fixed_designs.replicates]
+
+
+def test_tracked_trials_are_the_records_last_accuracies(study: tuple[StudyData, Analysis]) -> None:
+    records, analysis = study
+    tracked = tracked_trials(records, analysis.data.budget)
+    assert len(tracked.points) == len(tracked.curves) == len(records.trials)
+    for point, curve in zip(tracked.points, tracked.curves, strict=True):
+        own = records.epochs[records.epochs["trial"] == point.trial]
+        last = 100 * own[own["epoch"] == own["epoch"].max()]["val_accuracy"]
+        assert (point.accuracy, point.sd) == pytest.approx((last.mean(), last.std()), nan_ok=True)
+        assert curve.accuracy[-1] == point.accuracy and curve.epochs[-1] == own["epoch"].max()
+        assert point.complete == (records.trials.at[point.trial, "state"] == "complete")
+
+
+def test_pareto_front_leaves_out_what_a_cheaper_trial_beats(study: tuple[StudyData, Analysis]) -> None:
+    complete = tracked_trials(study[0], study[1].data.budget).complete
+    macs, accuracy = line_named(figures.compute(complete), "Pareto front")
+    assert len(macs)
+    for cost, reached in zip(macs, accuracy, strict=True):
+        assert not any(p.macs / 1e6 <= cost and p.accuracy > reached for p in complete)
 
 
 def test_figures_draw_on_the_axes_they_are_given_and_set_nothing_global(study: tuple[StudyData, Analysis]) -> None:
     _, analysis = study
+    effects, curves, configurations = analysis.ranking.effects, analysis.curves, analysis.configurations
     before = dict(mpl.rcParams)
-    for draw in (figures.forest, figures.sobol, figures.more_than, figures.over_epochs, figures.ablation):
+    for draw, values in (
+        (figures.forest, (effects, analysis.trust.seed_sd)),
+        (figures.sobol, (effects,)),
+        (figures.more_than, (analysis.ranking.more_than,)),
+        (figures.over_epochs, (curves.epochs, curves.over_epochs)),
+        (figures.ablation, (configurations.default_accuracy, configurations.path)),
+    ):
         ax = figures.new_axes()
-        assert draw(analysis, ax=ax) is ax
+        assert draw(*values, ax=ax) is ax
         assert ax.get_xlabel()
     assert dict(mpl.rcParams) == before
 
 
-def test_companion_tables(companions: Companions) -> None:
-    assert set(companions.ranges["baseline"]) == {"best", "small patch"}
-    patch = companions.ranges[companions.ranges["parameter"] == "patch_size"].iloc[0]
-    three = companions.ofat[companions.ofat["baseline"] == "best"]["accuracy"]
-    assert patch["range"] == pytest.approx(three.max() - three.min())
-    assert patch["noise"] > 0
-    assert list(companions.replicates["seeds"]) == [3, 3, 3]
-    assert companions.replicates["test"].iloc[0] == pytest.approx(91.0)
-    columns = ["baseline", "parameter", "value", "accuracy", "sd", "seeds"]
+def test_fixed_designs_give_ranges_with_noise_and_replicates_with_intervals(fixed_designs: FixedDesigns) -> None:
+    assert {r.baseline for r in fixed_designs.ranges} == {"best", "small patch"}
+    patch = next(r for r in fixed_designs.ranges if r.parameter == "patch_size")
+    three = [r.accuracy for r in fixed_designs.ofat if r.baseline == "best"]
+    assert patch.range == pytest.approx(max(three) - min(three))
+    assert patch.noise > 0
+    assert [r.seeds for r in fixed_designs.replicates] == [3, 3, 3]
+    assert fixed_designs.replicates[0].test == pytest.approx(91.0)
     levels = [
-        ("b", "", "", 97.0, 0.2, 2),
-        ("b", "num_scales", "1", 96.5, 0.2, 2),
-        ("b", "patch_size", "4", 70.0, 9.0, 2),
+        OfatRow("b", "", "", 97.0, 0.2, 2),
+        OfatRow("b", "num_scales", "1", 96.5, 0.2, 2),
+        OfatRow("b", "patch_size", "4", 70.0, 9.0, 2),
     ]
-    noise = _ranges(pd.DataFrame(levels, columns=columns)).set_index("parameter")["noise"]
+    noise = {r.parameter: r.noise for r in ranges(levels)}
     assert noise["num_scales"] < 1, "another parameter's shaky levels do not count"
     assert noise["patch_size"] > 10
-    row = companions.replicates.iloc[0]
-    assert row["low"] < row["accuracy"] < row["high"]
+    row = fixed_designs.replicates[0]
+    assert row.low < row.accuracy < row.high
 
 
-def test_a_fixed_design_gets_a_report_without_a_ranking(companions: Companions, tmp_path: Path) -> None:
-    write_design_report(tmp_path, fixed_design("ofat", ["baseline best"]), companions)
+def test_fixed_design_gets_tables_and_no_ranking(fixed_designs: FixedDesigns, tmp_path: Path) -> None:
+    write_design_report(tmp_path, fixed_design("ofat", ["baseline best"]), fixed_designs)
     page = (tmp_path / "report.html").read_text()
     assert "cannot rank parameters over a whole space" in page
     assert "One factor at a time" in page
 
 
-def test_a_study_of_one_epoch_one_seed_one_dimension_still_reports(tmp_path: Path) -> None:
+def test_study_of_one_epoch_one_seed_and_one_dimension_is_reported(tmp_path: Path) -> None:
     made = Synthetic(truth=lambda x, u: x[:, 0] + 0 * u, dimensions=RAM_DIMENSIONS[1:2], trials=10, epochs=1, seeds=1)
     records = simulate(made)
     analysis = analyse(records, hyperdraws=10)
-    assert not analysis.seed_sd_known
+    assert not analysis.trust.seed_sd_measured
     write_report(tmp_path, records, analysis, judge(analysis))
     assert "Only one parameter was varied" in (tmp_path / "report.html").read_text()
-    write_report(tmp_path, records, analysis._replace(ablation=()), judge(analysis))  # as where the default is the best
+    no_path = analysis._replace(configurations=analysis.configurations._replace(path=()))  # the default is the best
+    write_report(tmp_path, records, no_path, judge(analysis))
     page = (tmp_path / "report.html").read_text()
     assert "that path has no step" in page and "along the path from" not in page
 
 
-def test_categorical_and_one_sided_dimensions_are_drawn(tmp_path: Path) -> None:
+def test_categorical_dimension_is_drawn_and_its_choices_are_escaped(tmp_path: Path) -> None:
     core = dataclasses.replace(RAM_DIMENSIONS[0], name="core", type="categorical", choices=("rnn", "gru", "<lstm>"))
     made = Synthetic(
         truth=lambda x, u: x[:, 0] + x[:, 1] + u, dimensions=(core, RAM_DIMENSIONS[4]), trials=12, epochs=3
@@ -234,19 +495,23 @@ def test_categorical_and_one_sided_dimensions_are_drawn(tmp_path: Path) -> None:
     records = simulate(made)
     analysis = analyse(records, hyperdraws=10)
     write_report(tmp_path, records, analysis, judge(analysis))
-    assert analysis.curves["core"].values == ["rnn", "gru", "<lstm>"]
+    assert analysis.curves.marginals["core"].values == ["rnn", "gru", "<lstm>"]
     assert "<lstm>" not in (tmp_path / "report.html").read_text()
 
 
-def test_words() -> None:
+def test_numbers_and_names_as_words() -> None:
     assert words("num_glimpses") == "number of glimpses"
     assert words("learning_rate") == "learning rate"
     assert Interval(1.0, 2.0, 3.0).mid == 2.0
     assert np.isfinite(THRESHOLDS["SURE"][0])
+    assert span(Interval(2.94, 4.16, 5.4)) == "4.2 (2.9 to 5.4)"
+    assert span(Interval(np.nan, 4.16, np.nan), 2, "+") == "+4.16", "no bounds with one seed"
+    assert number(np.nan) == "-" and percent(0.951) == "95%"
+    assert [join("abc"[:n]) for n in range(4)] == ["", "a", "a and b", "a, b and c"]
 
 
 @pytest.mark.parametrize("width", [360, 1200])
-def test_in_a_real_browser_nothing_is_broken_or_overflows(folder: Path, tmp_path: Path, width: int) -> None:
+def test_page_in_a_browser_has_no_broken_image_and_no_overflow(folder: Path, tmp_path: Path, width: int) -> None:
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium here")
