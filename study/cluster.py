@@ -105,10 +105,10 @@ def share_of_gpus(growth: Growth, cpus: float) -> float:
 
     With 4 CPUs and 1 GPU, four trials of 1 CPU share the GPU. With more GPUs than trials, each trial gets one.
     """
-    trials = math.floor(growth.worker["CPU"] / cpus + 1e-9)
     gpus = growth.worker["GPU"]
-    if gpus < 1 or trials < 1:
-        return gpus if gpus < 1 else 1.0
+    if gpus < 1:
+        return gpus
+    trials = max(1, math.floor(growth.worker["CPU"] / cpus + 1e-9))
     return 1 / math.ceil(trials / math.floor(gpus))
 
 
@@ -128,15 +128,12 @@ def number(name: str) -> float | None:
 
 
 def find(address: str) -> str:
-    """The host:port of the running cluster at an address. Checks that it answers and accepts our token.
+    """The host:port of the running cluster at an address.
 
-    Ray's own attempt takes minutes if nothing answers, and its error does not mention tokens.
-
-    Raises:
-        UserError: no cluster is there, or the token is missing or wrong.
+    Raises UserError if it does not answer or refuses our token. Ray's own attempt takes minutes if nothing answers, and
+    its error does not mention tokens.
     """
-    # Imported here to put off Ray.
-    from ray.exceptions import AuthenticationError, RayError
+    from ray.exceptions import AuthenticationError, RayError  # here, to put Ray off
 
     rule = "--address must be that of a running Ray cluster"
     fix = "run `ray status` there, or pass --address local for this machine alone"
@@ -157,8 +154,8 @@ def find(address: str) -> str:
 
 def wrong_token(address: str) -> str:
     """The error message for a cluster that refuses our token."""
-    has = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
-    has = has or (Path.home() / ".ray" / "auth_token").is_file()
+    file = Path.home() / ".ray" / "auth_token"
+    has = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") or file.is_file()
     fact = "this machine's is another" if has else "this machine has none"
     return (
         f"a cluster is entered with its own token; {address} wants one and {fact}: copy ~/.ray/auth_token from the "
@@ -193,15 +190,7 @@ def in_shipped_code() -> bool:
 
 
 def check_lasting(storage: str, tracking_uri: str) -> None:
-    """Check that results outlast a job: Ray deletes the job's working folder.
-
-    Args:
-        storage: the flag as given.
-        tracking_uri: of MLflow.
-
-    Raises:
-        UserError: results would go to the working folder.
-    """
+    """Raises UserError if a job would write its results to its working folder, which Ray deletes after the job."""
     if not in_shipped_code():
         return
     if not Storage.parse(storage).is_remote and not Path(storage).is_absolute():
@@ -413,27 +402,16 @@ class MachineHours:
     """Counts the hours that worker machines run, all of them together, from its creation on."""
 
     def __init__(self, machines: int) -> None:
-        self._machines = machines
-        self._hours = 0.0
-        self._since = time.monotonic()
-        self._lock = threading.Lock()
+        self._counted = (0.0, machines, time.monotonic())  # hours until a time, and machines since then
 
     def set(self, machines: int) -> None:
         """Count this many machines from now on."""
-        with self._lock:
-            self._add()
-            self._machines = machines
+        self._counted = (self.hours(), machines, time.monotonic())
 
     def hours(self) -> float:
         """Machine hours until now."""
-        with self._lock:
-            self._add()
-            return self._hours
-
-    def _add(self) -> None:
-        now = time.monotonic()
-        self._hours += self._machines * (now - self._since) / 3600
-        self._since = now
+        hours, machines, since = self._counted
+        return hours + machines * (time.monotonic() - since) / 3600
 
 
 @contextmanager

@@ -139,7 +139,7 @@ class TrialRecord:
     reason: str = ""  # why it ended
     diverged: bool = False  # it ended because a loss or a gradient was not finite
     ended: int | None = None  # ms since 1970
-    test: dict[str, Any] | None = None  # on the test images, if they were read; see `study.trainable.read_test`
+    test: dict[str, Any] | None = None  # on the test images, if they were read; see `study.trainable.test_results`
 
     @property
     def value(self) -> float | None:
@@ -150,7 +150,19 @@ class TrialRecord:
 class Record:
     """An open record. Only one process can hold a record open for writing; see `open`."""
 
-    def __init__(self, study: optuna.Study, database: RDBStorage, settings: StudySettings, lock: FileLock) -> None:
+    def __init__(self, path: Path, settings: StudySettings, lock: FileLock) -> None:
+        """Use `open`. Raises UserError, RecordLost."""
+        study, self._rdb = _open_database(path, settings.study)
+        assert study is not None
+        fault_point("record.open")
+        attrs = study.user_attrs
+        # Else the study is new, or a crash came before all its attributes were written.
+        self._complete = "settings" in attrs
+        if self._complete:
+            StudySettings(**attrs["settings"]).check_same(settings)
+        if "uid" not in attrs:
+            study.set_user_attr("created", _now())
+            study.set_user_attr("uid", uuid.uuid4().hex)
         self.study = study
         self.settings = settings
         self.trials: dict[int, TrialRecord] = {}
@@ -163,8 +175,7 @@ class Record:
         self.snapshots: Snapshots | None = None  # of a record in a remote storage
         self._dirty: set[int] = set()  # numbers of the trials that changed; see `take_changed`
         self._lock = lock
-        self._rdb = database
-        self._study_id = database.get_study_id_from_name(settings.study)
+        self._study_id = self._rdb.get_study_id_from_name(settings.study)
         self._trial_ids: dict[int, int] = {}  # Optuna's, of the trials that can be written to
 
     # Opening and closing.
@@ -199,54 +210,33 @@ class Record:
             ) from error
         try:
             with _write_errors():
-                study, database = _open_database(folder / RECORD, settings.study)
-                assert study is not None
-                fault_point("record.open")
-                return cls._opened(study, database, settings, lock, total, rows)
+                record = cls(folder / RECORD, settings, lock)
+                record._ask_for(total, rows)
+                record._load_runs()
+                record._load_trials()
+                return record
         except BaseException:
             lock.release()
             raise
 
-    @classmethod
-    def _opened(
-        cls,
-        study: optuna.Study,
-        database: RDBStorage,
-        settings: StudySettings,
-        lock: FileLock,
-        total: int | None,
-        rows: Callable[[], list[TrialSpec]] | None,
-    ) -> Self:
-        attrs = study.user_attrs
-        complete = "settings" in attrs  # else the study is new, or a crash came before all its attributes were written
-        if complete:
-            StudySettings(**attrs["settings"]).check_same(settings)
-        if "uid" not in attrs:
-            study.set_user_attr("created", _now())
-            study.set_user_attr("uid", uuid.uuid4().hex)
-        record = cls(study, database, settings, lock)
-        if rows is not None and not complete:
-            study.set_user_attr("rows", [spec.to_dict() for spec in rows()])
+    def _ask_for(self, total: int | None, rows: Callable[[], list[TrialSpec]] | None) -> None:
+        """Enter which trials the study is asked for; a continued study can only grow."""
+        if rows is not None and not self._complete:
+            self.study.set_user_attr("rows", [spec.to_dict() for spec in rows()])
             fault_point("record.open.rows")
-        record._load_request(total, new=not complete)
-        fault_point("record.open.asked")
-        if not complete:
-            study.set_user_attr("settings", asdict(settings))
-        record._load_runs()
-        record._load_trials()
-        return record
-
-    def _load_request(self, total: int | None, *, new: bool) -> None:
-        """Load which trials the study was asked for; note the total asked for now if it is larger."""
         attrs = self.study.user_attrs
         self.rows = _rows(attrs)
-        self.totals = [] if new else attrs.get("totals", [])
+        self.totals = attrs.get("totals", []) if self._complete else []
         if total is None and self.rows is not None:
             total = len(self.rows)
         if total is not None and total > (self.totals[-1] if self.totals else 0):
             self.totals = [*self.totals, total]
             self.study.set_user_attr("totals", self.totals)
         assert self.totals, "a new study is asked for some trials"
+        fault_point("record.open.asked")
+        if not self._complete:  # last, because it says that the other attributes are there
+            self.study.set_user_attr("settings", asdict(self.settings))
+            self._complete = True
 
     def _load_runs(self) -> None:
         attrs = self.study.user_attrs

@@ -31,6 +31,7 @@ from study.checkpoints import Checkpoints, Folder
 from study.display import accuracies, percent
 from study.record import Record, TrialRecord, best_trial
 from study.tracking import Publish
+from study.trainable import test_results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +65,9 @@ def conclude(record: Record) -> Outcome | None:
 
 def pareto_trials(trials: list[TrialRecord]) -> tuple[TrialRecord, ...]:
     """Complete trials that are more accurate than every cheaper one; cheapest first."""
-    values = {t.number: t.value for t in trials if t.value is not None}
-    complete = [t for t in trials if t.number in values]
-    macs = [cost(t.spec.config).macs for t in complete]
-    return tuple(complete[i] for i in pareto_front(macs, list(values.values())))
+    complete = [(t, t.value) for t in trials if t.value is not None]
+    front = pareto_front([cost(t.spec.config).macs for t, _ in complete], [value for _, value in complete])
+    return tuple(complete[i][0] for i in front)
 
 
 def read_best_test(record: Record, folder: Folder, data: TaskData) -> bool:
@@ -87,25 +87,12 @@ def read_best_test(record: Record, folder: Folder, data: TaskData) -> bool:
     network = build_model(config, torch.tensor(best.spec.seeds))
     network.load_state_dict(saved["weights"])
     evaluation = evaluate(network, config, best.spec.seeds, replace(data, task=config.task), "test")
-    record.set_test(
-        best.number,
-        {
-            "accuracy": list(evaluation.accuracy),
-            "loss": list(evaluation.loss),
-            "accuracy_per_glimpse": [list(a) for a in evaluation.accuracy_per_glimpse],
-            "epoch": list(saved["epoch"]),
-        },
-    )
+    record.set_test(best.number, test_results(evaluation, saved["epoch"]))
     return True
 
 
 def summary_lines(outcome: Outcome, searched: tuple[str, ...]) -> list[str]:
-    """The lines that a study prints at its end.
-
-    Args:
-        outcome: of the study.
-        searched: fields of the best configuration to print; if empty, those that differ from the defaults.
-    """
+    """The lines that a study prints at its end, with the searched fields (or else those that are not the default)."""
     best = outcome.best
     config = asdict(best.spec.config)
     size = cost(best.spec.config)

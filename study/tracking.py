@@ -44,7 +44,7 @@ _METRICS_A_CALL = 900  # MLflow takes at most 1,000 in one call; some are not an
 _BACKOFF = (1.0, 2.0, 5.0, 10.0)  # seconds between tries during an outage
 _REST = 2.0  # the thread rests this many times as long as it wrote: the driver's other threads are more urgent
 _REST_MOST = 5.0  # seconds; epochs that come meanwhile share a call
-_PUBLISH_TRIES = 3  # then a study ends without its published model
+_PUBLISH_TRIES = 3  # after that the study ends without its published model
 _MEANS = (*schema.EPOCH_MEANS, schema.OBJECTIVE)
 _RUN_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 _SERVER_ERRORS = (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError)  # raised if the server is absent or broken
@@ -94,6 +94,21 @@ class _ChildRun:
     ended: bool = False
     tested: bool = False
 
+    @staticmethod
+    def of(run: Run) -> _ChildRun:
+        """Read it from a run."""
+        return _ChildRun(
+            run_id=run.info.run_id,
+            epochs=int(run.data.tags.get(schema.TRACKED_EPOCHS, -1)),
+            ended=run.info.status in ("FINISHED", "FAILED"),
+            tested=schema.TEST_ACCURACY in run.data.metrics,
+        )
+
+    def holds(self, trial: TrialRecord) -> bool:
+        """Whether MLflow holds all of a trial."""
+        tested = self.tested == (trial.test is not None)
+        return self.epochs >= len(trial.epochs) and self.ended == (trial.state != "running") and tested
+
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
@@ -120,7 +135,7 @@ class Tracker:
         self.uri = uri
         self.provenance = provenance
         self.space = space
-        self.run_id: str | None = None  # of the parent run, once known
+        self.run_id = ""  # of the parent run, once known
         self._children: dict[int, _ChildRun] = {}  # by trial number
         self._pending: set[int] = set()  # numbers of trials that changed
         self._ends_logged = 0  # trials that the parent run's own metrics count
@@ -229,7 +244,6 @@ class Tracker:
         if not self._known:
             self._find_runs(client)
             self._known = True
-        assert self.run_id is not None
         for number in sorted(self._pending):
             self._sync_trial(client, self.record.trials[number])
             self._pending.discard(number)
@@ -237,7 +251,6 @@ class Tracker:
 
     def _sync_study(self, client: mlflow.MlflowClient) -> None:
         """Log the study's own metrics, with a step for each trial that ended."""
-        assert self.run_id is not None
         ended = [t for t in list(self.record.trials.values()) if t.ended is not None]
         ended.sort(key=lambda t: (t.ended, t.number))
         best = -math.inf
@@ -258,17 +271,14 @@ class Tracker:
         if self._interrupted:  # find runs that were created twice
             self._interrupted = self._known = False
             self._sync(client)
-        assert self.run_id is not None
-        if self._publish is not None and self._publish.key != self._published:
-            self._publish_now(client, self._publish)
+        publish = self._publish
+        if publish is not None and publish.key != self._published and len(self._publish_failures) < _PUBLISH_TRIES:
+            self._publish_now(client, publish)
         client.set_tag(self.run_id, schema.STATUS, self._status)
         client.set_terminated(self.run_id, _RUN_STATUS[self._status])
 
     def _publish_now(self, client: mlflow.MlflowClient, publish: Publish) -> None:
-        """Log the artifacts of a finished study; give up after some failures, so that the study can end."""
-        assert self.run_id is not None
-        if len(self._publish_failures) == _PUBLISH_TRIES:
-            return
+        """Log the artifacts of a finished study."""
         mlflow.set_tracking_uri(self.uri)  # MLflow logs models to its global URI only
         self._publishing = True  # imports and drawing have no time limit
         try:
@@ -299,17 +309,11 @@ class Tracker:
         children: dict[int, list[Run]] = {}
         for run in _search(client, experiment_id, f"{uid} and tags.`{schema.KIND}` = 'trial'"):
             children.setdefault(int(run.data.tags[schema.TRIAL]), []).append(run)
-        self._children = {}
-        for number, runs in children.items():
-            run = _oldest(client, runs)
-            self._children[number] = _ChildRun(
-                run_id=run.info.run_id,
-                epochs=int(run.data.tags.get(schema.TRACKED_EPOCHS, -1)),
-                ended=run.info.status in ("FINISHED", "FAILED"),
-                tested=schema.TEST_ACCURACY in run.data.metrics,
-            )
-        # list: the driver thread adds trials meanwhile
-        self._pending |= {t.number for t in list(self.record.trials.values()) if not self._is_tracked(t)}
+        self._children = {n: _ChildRun.of(_oldest(client, runs)) for n, runs in children.items()}
+        for trial in list(self.record.trials.values()):  # list: the driver thread adds trials meanwhile
+            child = self._children.get(trial.number)
+            if child is None or not child.holds(trial):
+                self._pending.add(trial.number)
         self._experiment_id = experiment_id
         self._log_study(client, parent)
 
@@ -318,18 +322,8 @@ class Tracker:
         record = self.record
         return {schema.STUDY: record.settings.study, schema.SCHEMA: str(schema.VERSION), schema.UID: record.uid}
 
-    def _is_tracked(self, trial: TrialRecord) -> bool:
-        child = self._children.get(trial.number)
-        return (
-            child is not None
-            and child.epochs >= len(trial.epochs)
-            and child.ended == (trial.state != "running")
-            and child.tested == (trial.test is not None)
-        )
-
     def _log_study(self, client: mlflow.MlflowClient, parent: Run) -> None:
         """Log params, tags, data set, settings and space of the study itself."""
-        assert self.run_id is not None
         settings, provenance = self.record.settings, self.provenance
         if parent.info.status != "RUNNING":
             client.update_run(self.run_id, status="RUNNING")
@@ -396,7 +390,6 @@ class Tracker:
         self._last_success = time.monotonic()
 
     def _create_child(self, client: mlflow.MlflowClient, trial: TrialRecord) -> _ChildRun:
-        assert self.run_id is not None
         commit, dirty = self.provenance.commit, self.provenance.dirty
         if trial.run is not None:  # the code that the trial began with
             commit, dirty = (self.record.runs[trial.run][name] for name in ("commit", "commit_dirty"))

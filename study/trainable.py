@@ -12,7 +12,7 @@ import gc
 import json
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 from ramcore.config import Config
 from ramcore.data import Split, TaskData
 from ramcore.errors import first_line
+from ramcore.evaluation import Evaluation
 from ramcore.trainer import Trainer
 from study.checkpoints import Checkpoints
 from study.faults import fault_point
@@ -116,7 +117,7 @@ def _train(job: Job, data: SharedData, report: Callable[[dict[str, Any]], None],
             with _storage_errors():
                 checkpoints.save_best(best)
             if job.test:
-                result["test"] = read_test(trainer)
+                result["test"] = test_results(trainer.evaluate("test"), trainer.best_epoch)
         fault_point("report.before")
         report(result)
         fault_point("report.after")
@@ -147,14 +148,18 @@ def _storage_errors() -> Iterator[None]:
         raise _StorageLost(said) from error
 
 
-def read_test(trainer: Trainer) -> dict[str, Any]:
-    """The results on the test images with each seed's best weights: the ones that are reported."""
-    evaluation = trainer.evaluate("test")
+def test_results(evaluation: Evaluation, epochs: Sequence[int]) -> dict[str, Any]:
+    """The results on the test images as the record keeps them.
+
+    Args:
+        evaluation: of each seed's best weights.
+        epochs: of these weights.
+    """
     return {
         "accuracy": list(evaluation.accuracy),
         "loss": list(evaluation.loss),
         "accuracy_per_glimpse": [list(a) for a in evaluation.accuracy_per_glimpse],
-        "epoch": list(trainer.best_epoch),
+        "epoch": list(epochs),
     }
 
 

@@ -140,7 +140,7 @@ def test_tracker_that_logs_everything_again_changes_nothing(record, uri, monkeyp
     track(record, uri)
     before = {name: (r.data.metrics, r.data.params) for name, r in runs(uri).items()}
     # A tracker that believes that MLflow holds nothing logs everything again.
-    monkeypatch.setattr(Tracker, "_is_tracked", lambda *_: False)
+    monkeypatch.setattr(tracking._ChildRun, "holds", lambda *_: False)
     found = tracking._oldest
     monkeypatch.setattr(tracking, "_oldest", lambda client, all_runs: _forgetful(found(client, all_runs)))
     track(record, uri)
