@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -67,7 +68,8 @@ def imports_of(module: str) -> list[Import]:
         first = node.lineno
         while first - 1 in statements or not lines[first - 2].strip():  # up to the first line of the block
             first -= 1
-        return lines[first - 2].strip().startswith("#")
+        above = lines[first - 2].strip()
+        return above.startswith("#") or (above.startswith("try:") and "#" in above)
 
     def found_in(node: ast.AST, in_function: bool, for_types: bool) -> Iterator[Import]:
         for child in ast.iter_child_nodes(node):
@@ -195,3 +197,20 @@ def test_importing_prints_and_writes_nothing(tmp_path):
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == []  # libraries may keep hidden caches
+
+
+def test_files_in_the_readme_tree_exist():
+    tree = (ROOT / "README.md").read_text().split("```")[1]
+    package = ""
+    for line in tree.strip().splitlines():
+        if not line.startswith(" "):
+            package = line.split()[0].rstrip("/") if line.split()[0].rstrip("/") in (*PACKAGES, "tests") else ""
+        for name in re.findall(r"[a-z_0-9]+\.py", line):
+            assert (ROOT / package / name).is_file(), f"{package}/{name}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "CLUSTER.md", "results/README.md", "results/LOG.md"])
+def test_links_and_pictures_of_a_page_exist(page):
+    text = (ROOT / page).read_text()
+    targets = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    assert not [t for t in targets if not t.startswith("http") and not (ROOT / page).parent.joinpath(t).exists()]
