@@ -1,19 +1,19 @@
-"""What a study tracks, by name: plain data that the writer (`study.tracking`) and the reader (`analysis.load`) share.
+"""The names of all tracked data, which the writer (`study.tracking`) and the reader (`analysis.load`) share.
 
-One MLflow experiment holds all studies: a parent run a study, a child run a trial. A child's params are the fields of
-`Config`. Mean metrics of an epoch carry the epoch as their step.
+One MLflow experiment holds all studies. A study is a parent run; each of its trials is a child run. The params of a
+child are the fields of `Config`. The step of an epoch's metrics is the epoch, from 1.
 """
 
 from __future__ import annotations
 
-VERSION = 2  # of what is below; 1 had ram.arm for ram.origin and no baseline, parameter or diverged
+VERSION = 2  # of these names; version 1 had ram.arm for ram.origin, and no baseline, parameter or diverged
 EXPERIMENT = "ram-study"
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"  # in the working directory, where `mlflow ui` looks
 
 # Tags of the parent run and of its children.
 KIND = "ram.kind"  # study or trial
 STUDY = "ram.study"  # the study's name
-UID = "ram.uid"  # the study's own id, which tells two studies of one name apart
+UID = "ram.uid"  # unique, also among studies of one name
 SCHEMA = "ram.schema"  # VERSION
 COMMIT = "ram.commit"
 COMMIT_DIRTY = "ram.commit_dirty"  # true or false
@@ -21,20 +21,20 @@ PARENT = "mlflow.parentRunId"  # MLflow's own
 
 # Tags of the parent run.
 STATUS = "ram.status"  # one of STATUSES
-TRIALS = "ram.trials"  # how many the study is to have
-PUBLISHED = "ram.published"  # which trial's model the study has logged
+TRIALS = "ram.trials"  # number of trials asked for
+PUBLISHED = "ram.published"  # "trial 7": the trial whose model the study has logged
 
 # Tags of a trial.
 TRIAL = "ram.trial"  # its number, from 0
-ORIGIN = "ram.origin"  # what chose its configuration: see study.designs
-ROW = "ram.row"  # of a fixed design, for people
-BASELINE = "ram.baseline"  # of one factor at a time: around which baseline
-PARAMETER = "ram.parameter"  # of one factor at a time: the one field that differs from the baseline; empty: none does
+ORIGIN = "ram.origin"  # of its configuration: see study.designs
+ROW = "ram.row"  # a row of a fixed design, as text for people
+BASELINE = "ram.baseline"  # design ofat: the name of the baseline
+PARAMETER = "ram.parameter"  # design ofat: the field that differs from the baseline; empty for the baseline itself
 SEEDS = "ram.seeds"  # "0,1"
 STATE = "ram.state"  # one of STATES
 STOP_REASON = "ram.stop_reason"
-DIVERGED = "ram.diverged"  # true: it ended because a loss or a gradient was not finite
-TRACKED_EPOCHS = "ram.tracked_epochs"
+DIVERGED = "ram.diverged"  # true if a loss or a gradient was not finite; else absent
+TRACKED_EPOCHS = "ram.tracked_epochs"  # epochs that MLflow holds
 
 STATUSES = ("running", "finished", "stopped", "failed")
 STATES = ("running", "complete", "pruned", "failed")

@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 
 def tracking_uri(flag: str | None) -> str:
-    """--tracking-uri, else $MLFLOW_TRACKING_URI, else a SQLite file where `mlflow ui` looks for it."""
+    """The URI of --tracking-uri, else of $MLFLOW_TRACKING_URI, else of a SQLite file where `mlflow ui` looks for it."""
     return flag or os.environ.get("MLFLOW_TRACKING_URI") or schema.DEFAULT_TRACKING_URI
 
 
@@ -128,7 +128,7 @@ class Publish(NamedTuple):
 
 
 class Tracker:
-    """Follows one record into MLflow from a thread of its own."""
+    """Brings MLflow up to date with one record, in a thread of its own."""
 
     def __init__(self, record: Record, uri: str, provenance: Provenance, space: dict[str, Any]) -> None:
         self.record = record

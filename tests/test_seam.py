@@ -39,11 +39,13 @@ from study.tracking import Tracker
 ROOT = Path(__file__).resolve().parent.parent
 STATE = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running"}
 
-# Commands, one after the other, on the first images of the bundled digits.
+# Commands, one after the other, on the first images of the bundled digits. ASHA stops every trial that it may, so that
+# some trial is stopped on every machine.
 COMMANDS = """
 import json, sys
 from ramcore.data import Split, make_task
 from study import prepare
+from study.asha import ASHA
 from study.flags import DONE, Flags
 from study.run import main
 load_task = prepare.load_task
@@ -55,6 +57,7 @@ def load_few(config, *args):
     return make_task(config.data, config.task, few)
 
 prepare.load_task = load_few
+ASHA.stops = lambda *_: True
 for flags in json.loads(sys.argv[1]):
     assert main(Flags(**flags)) == DONE
 """
@@ -81,7 +84,7 @@ def read_both(folder: Path, name: str) -> Iterator[StudyData]:
 
 def compare(data: StudyData, record: Path) -> list[str]:
     """Assert that the analysis' tables say what Optuna's storage says; returns the states of the trials."""
-    study = optuna.load_study(study_name=None, storage=f"sqlite:///{record}")
+    study = optuna.load_study(study_name=record.parent.name, storage=f"sqlite:///{record}")
     trials = study.get_trials()
     settings = study.user_attrs["settings"]
     assert data.budget == settings["epochs"] and data.space == Space.from_dict(settings["space"])
