@@ -200,56 +200,32 @@ def replicate(inputs: DesignInputs) -> list[TrialSpec]:
 DESIGNS: dict[str, Design] = {
     "search": Design(
         summary="the default, the published sizes and Sobol points, never stopped; then TPE with early stopping",
-        epochs=30,
-        seeds_per_trial=2,
-        report="sensitivity",
+        epochs=30, seeds_per_trial=2, report="sensitivity",
     ),
     "paper": Design(
         summary="the rows of the case study's Table 1, at its own setting",
-        epochs=100,
-        seeds_per_trial=3,
-        tasks=("translated", "cluttered"),
-        possible_tasks=("translated", "cluttered"),
-        tested=True,
-        report="tables",
-        rows=paper,
+        epochs=100, seeds_per_trial=3, tasks=("translated", "cluttered"), possible_tasks=("translated", "cluttered"),
+        tested=True, report="tables", rows=paper,
     ),
     "mnih": Design(
         summary="the rows of Mnih et al.'s tables, at the tuned recipe",
-        epochs=100,
-        seeds_per_trial=3,
-        tasks=("translated", "cluttered"),
-        possible_tasks=tuple(dict.fromkeys(row.task for row in published_rows(MNIH))),
-        tested=True,
-        report="tables",
+        epochs=100, seeds_per_trial=3, tasks=("translated", "cluttered"),
+        possible_tasks=tuple(dict.fromkeys(row.task for row in published_rows(MNIH))), tested=True, report="tables",
         rows=mnih,
     ),
     "ablation": Design(
         summary="the tuned recipe, and the same with one of its choices undone at a time",
-        epochs=30,
-        seeds_per_trial=3,
-        tested=True,
-        report="tables",
-        rows=ablation,
+        epochs=30, seeds_per_trial=3, tested=True, report="tables", rows=ablation,
     ),
     "ofat": Design(
         summary="one factor at a time around a search's best configuration and around a small patch",
-        epochs=30,
-        seeds_per_trial=3,
-        from_search=True,
-        report="comparison",
-        rows=ofat,
+        epochs=30, seeds_per_trial=3, from_search=True, report="comparison", rows=ofat,
     ),
     "replicate": Design(
         summary="a search's best configuration, the default and spread points, on held-out seeds",
-        epochs=30,
-        seeds_per_trial=5,
-        tested=True,
-        from_search=True,
-        report="comparison",
-        rows=replicate,
+        epochs=30, seeds_per_trial=5, tested=True, from_search=True, report="comparison", rows=replicate,
     ),
-}
+}  # fmt: skip
 
 
 def get_design(name: str) -> Design:

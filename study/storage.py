@@ -11,7 +11,6 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Protocol
 
 import pooch
 import pyarrow.fs
@@ -88,35 +87,14 @@ class Storage:
         )
 
 
-class Folder(Protocol):
-    """Files by relative name. `write` is atomic: a reader sees all of the new content or none of it."""
-
-    def write(self, name: str, content: bytes) -> None: ...
-
-    def read(self, name: str) -> bytes:
-        """Raises FileNotFoundError."""
-        ...
-
-    def names(self, folder: str) -> list[str]:
-        """The files right inside a folder, by base name; none if there is no such folder."""
-        ...
-
-    def delete(self, name: str) -> None:
-        """Delete a file; none there is fine."""
-        ...
-
-    def delete_folder(self, folder: str) -> None:
-        """Delete an empty folder; none there, or not empty, is fine."""
-        ...
-
-
 class LocalFolder:
-    """A folder on a disk: of this machine, or one that all nodes mount."""
+    """Files by relative name in a folder of this machine, or in one that all nodes mount."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def write(self, name: str, content: bytes) -> None:
+        """Write atomically: a reader sees all of the new content or none of it. Raises OSError."""
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -137,24 +115,28 @@ class LocalFolder:
         _sync_folder(path.parent)
 
     def read(self, name: str) -> bytes:
+        """Raises FileNotFoundError."""
         return (self.root / name).read_bytes()
 
     def names(self, folder: str) -> list[str]:
+        """The base names of the files right inside a folder; none if there is no such folder."""
         try:
             return sorted(entry.name for entry in os.scandir(self.root / folder) if entry.is_file())
         except FileNotFoundError:
             return []
 
     def delete(self, name: str) -> None:
+        """Delete a file; none there is fine."""
         (self.root / name).unlink(missing_ok=True)
 
     def delete_folder(self, folder: str) -> None:
+        """Delete an empty folder; none there, or not empty, is fine."""
         with contextlib.suppress(OSError):
             (self.root / folder).rmdir()
 
 
 class RemoteFolder:
-    """A folder in an object store, through pyarrow: an object appears whole or not at all."""
+    """As `LocalFolder`, in an object store, through pyarrow: an object appears whole or not at all."""
 
     def __init__(self, uri: str) -> None:
         self._fs, self._root = pyarrow.fs.FileSystem.from_uri(uri)
@@ -189,6 +171,9 @@ class RemoteFolder:
         with contextlib.suppress(OSError):
             if not self._fs.get_file_info(selector):
                 self._fs.delete_dir(self._path(folder))
+
+
+Folder = LocalFolder | RemoteFolder
 
 
 def _sync_folder(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every line of "Nothing lost": real processes killed, a real Ray, a real MLflow server. Run with `-m slow`.
+"""Nothing is lost when real processes are killed, with a real Ray and a real MLflow server. Run with `-m slow`.
 
 Each test asserts on what Optuna's storage, MLflow and the checkpoint folder hold afterwards (`settled`).
 """
@@ -80,7 +80,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], time
     end = time.monotonic() + timeout
     while not condition():
         assert process.poll() is None, f"the study ended early: {process.communicate()}"
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "waited too long"
         time.sleep(0.1)
 
 
@@ -129,6 +129,7 @@ def tracked(folder: Path, stored: list[optuna.trial.FrozenTrial], uri: str) -> N
     """Assert that MLflow holds the record, every trial and epoch once."""
     client = mlflow.MlflowClient(uri)
     experiment = client.get_experiment_by_name("ram-study")
+    assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
     (parent,) = [r for r in runs if r.data.tags["ram.kind"] == "study"]
     assert parent.data.tags["ram.status"] == "finished" and parent.info.status == "FINISHED"
@@ -154,7 +155,7 @@ def essence(stored: list[optuna.trial.FrozenTrial]) -> list[tuple]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> list[tuple]:
-    """What a serial study ends with when nothing happens to it."""
+    """The trials of a serial study without faults."""
     folder = tmp_path_factory.mktemp("undisturbed")
     code, out, err = run(folder, "--max-concurrent", "1")
     assert code == 0, err
@@ -162,11 +163,11 @@ def undisturbed(tmp_path_factory) -> list[tuple]:
     return essence(settled(folder))
 
 
-def test_at_least_200_faults_in_serial_studies_change_nothing(tmp_path):
+def test_serial_studies_with_200_faults_end_as_one_without(tmp_path):
     assert crash.check(tmp_path, 200, seed=1000) >= 200
 
 
-def test_a_killed_driver_is_continued_to_the_same_end(tmp_path, undisturbed):
+def test_study_whose_driver_is_killed_continues_to_the_same_end(tmp_path, undisturbed):
     for epochs in (0, 2, 5, 9):
         process = start(tmp_path, "--max-concurrent", "1")
         wait_for(lambda n=epochs: epochs_recorded(tmp_path) >= n and (tmp_path / "runs/s/study.db").exists(), process)
@@ -178,13 +179,13 @@ def test_a_killed_driver_is_continued_to_the_same_end(tmp_path, undisturbed):
     wait_for(lambda: epochs_recorded(tmp_path) > before, process)
     seconds = time.monotonic() - started
     print(f"the first epoch after a kill was recorded {seconds:.1f} s after the command")
-    assert seconds < 30 * max(1.0, os.getloadavg()[0] / os.cpu_count()), "on a machine that is not busy, 30 s"
+    assert seconds < 30 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)), "on a machine that is not busy, 30 s"
     code, _, err = finish(process)
     assert code == 0, err
     assert essence(settled(tmp_path)) == undisturbed
 
 
-def test_a_driver_killed_in_its_first_seconds_leaves_nothing_behind(tmp_path):
+def test_study_whose_driver_is_killed_in_its_first_seconds_can_be_run(tmp_path):
     for seconds in (0.5, 2, 4, 6, 8, 10):
         process = start(tmp_path)
         time.sleep(seconds)
@@ -195,7 +196,7 @@ def test_a_driver_killed_in_its_first_seconds_leaves_nothing_behind(tmp_path):
     settled(tmp_path)
 
 
-def test_a_killed_worker_resumes_from_its_checkpoint(tmp_path, undisturbed):
+def test_trial_whose_worker_is_killed_resumes_from_its_checkpoint(tmp_path, undisturbed):
     process = start(tmp_path, "--max-concurrent", "1")
     for epochs in (1, 5):
         wait_for(lambda n=epochs: epochs_recorded(tmp_path) >= n and bool(workers(process.pid)), process)
@@ -207,7 +208,7 @@ def test_a_killed_worker_resumes_from_its_checkpoint(tmp_path, undisturbed):
     assert essence(settled(tmp_path)) == undisturbed
 
 
-def test_a_worker_killed_between_two_trials_costs_nothing(tmp_path, undisturbed):
+def test_worker_killed_between_two_trials_changes_nothing(tmp_path, undisturbed):
     # The driver is held after the first trial's end, so the worker dies idle, and the next trial is given to it.
     process = start(tmp_path, "--max-concurrent", "1", RAM_STUDY_FAULT="scheduler.decision.after@3:hang=8")
     wait_for(lambda: (tmp_path / "runs" / "s" / "trials" / "0000" / "best.pt").exists(), process)
@@ -220,7 +221,7 @@ def test_a_worker_killed_between_two_trials_costs_nothing(tmp_path, undisturbed)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_stop_a_study_that_the_same_command_continues(tmp_path, number, code):
+def test_signal_stops_study_and_same_command_continues(tmp_path, number, code):
     process = start(tmp_path)
     wait_for(lambda: epochs_recorded(tmp_path) >= 2, process)
     process.send_signal(number)
@@ -232,15 +233,15 @@ def test_signals_stop_a_study_that_the_same_command_continues(tmp_path, number, 
     settled(tmp_path)
 
 
-def test_a_time_budget_stops_a_study_that_the_same_command_continues(tmp_path):
-    # of the 15 seconds starting Ray takes a third or more
+def test_time_budget_stops_study_and_same_command_continues(tmp_path):
+    # starting Ray takes a third or more of the 15 seconds
     code, _, err = run(tmp_path, "--trials", "20", "--time-budget", "0.25")
     assert code == 75 and "time budget" in err
     assert run(tmp_path, "--trials", "20")[0] == 0
     settled(tmp_path, trials=20)
 
 
-def test_a_full_disk_under_the_checkpoints_stops_a_study_that_the_same_command_continues(tmp_path):
+def test_full_disk_of_checkpoints_stops_study_and_same_command_continues(tmp_path):
     code, _, err = run(tmp_path, RAM_STUDY_FAULT="file.write.half@2:full")
     assert code == 75 and "No space left" in err
     code, _, err = run(tmp_path)
@@ -248,7 +249,7 @@ def test_a_full_disk_under_the_checkpoints_stops_a_study_that_the_same_command_c
     settled(tmp_path)
 
 
-def test_a_full_disk_under_the_record_stops_a_study_that_the_same_command_continues(tmp_path):
+def test_full_disk_of_record_stops_study_and_same_command_continues(tmp_path):
     code, _, err = run(tmp_path, RAM_STUDY_FAULT="record.epoch.before@4:full")
     assert code == 75 and "the record cannot be written" in err
     code, _, err = run(tmp_path)
@@ -258,7 +259,7 @@ def test_a_full_disk_under_the_record_stops_a_study_that_the_same_command_contin
 
 @pytest.mark.root
 @pytest.mark.parametrize("size", ["700k", "9m"])  # too small for the record and its log; for a second checkpoint
-def test_a_disk_that_is_really_full_stops_a_study_that_the_same_command_continues(tmp_path, size):
+def test_really_full_disk_stops_study_and_same_command_continues(tmp_path, size):
     disk = tmp_path / "runs"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True)
@@ -277,21 +278,21 @@ def test_a_disk_that_is_really_full_stops_a_study_that_the_same_command_continue
         subprocess.run(["umount", "--lazy", disk], check=True)
 
 
-def test_a_failed_trial_is_recorded_and_the_study_goes_on(tmp_path):
+def test_failed_trial_is_recorded_and_study_goes_on(tmp_path):
     # Both workers' first trial fails; the third one does not, so it is not the program.
     code, out, _ = run(tmp_path, RAM_STUDY_FAULT="trial.start@1:error")
     assert code == 3 and "RuntimeError: injected at trial.start" in out
     settled(tmp_path, failed=2)
 
 
-def test_a_programming_error_stops_the_study_early(tmp_path):
+def test_programming_error_stops_study_early(tmp_path):
     plan = ",".join(f"trial.start@{n}:error" for n in range(1, 9))
     code, out, err = run(tmp_path, "--trials", "30", RAM_STUDY_FAULT=plan)
     assert code == 1 and "failed alike: error: RuntimeError: injected at trial.start" in err
     assert 3 <= out.count("failed: trial") <= 5
 
 
-def test_a_second_driver_is_refused(tmp_path):
+def test_second_driver_is_refused(tmp_path):
     process = start(tmp_path)
     wait_for(lambda: epochs_recorded(tmp_path) >= 1, process)
     code, _, err = run(tmp_path)
@@ -315,18 +316,8 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-            "--workers",
-            "1",
-        ]
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", "1"]
         command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--serve-artifacts"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         with (self.folder / "server.log").open("ab") as log:
@@ -360,7 +351,7 @@ def server(tmp_path) -> Iterator[Server]:
     server.stop()
 
 
-def test_a_tracking_server_away_for_a_while_is_brought_up_to_date(tmp_path, server):
+def test_tracking_server_that_returns_is_brought_up_to_date(tmp_path, server):
     process = start(tmp_path, "--trials", "8", "--tracking-uri", server.uri)
     wait_for(lambda: epochs_recorded(tmp_path) >= 3, process)
     server.stop()
@@ -372,7 +363,7 @@ def test_a_tracking_server_away_for_a_while_is_brought_up_to_date(tmp_path, serv
     settled(tmp_path, trials=8, uri=server.uri)
 
 
-def test_a_tracking_server_that_hangs_does_not_hold_training_up(tmp_path, server):
+def test_hanging_tracking_server_does_not_delay_training(tmp_path, server):
     process = start(tmp_path, "--tracking-uri", server.uri, MLFLOW_HTTP_REQUEST_TIMEOUT="3")
     wait_for(lambda: epochs_recorded(tmp_path) >= 2, process)
     server.signal(signal.SIGSTOP)
@@ -386,7 +377,7 @@ def test_a_tracking_server_that_hangs_does_not_hold_training_up(tmp_path, server
     settled(tmp_path, uri=server.uri)
 
 
-def test_a_tracking_server_that_never_returns_is_told_and_made_good_by_the_next_run(tmp_path, server):
+def test_lost_tracking_server_is_reported_and_next_run_completes_it(tmp_path, server):
     process = start(tmp_path, "--tracking-uri", server.uri)
     wait_for(lambda: epochs_recorded(tmp_path) >= 2, process)
     server.stop()
@@ -441,7 +432,7 @@ os._exit(code)
     return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=900)
 
 
-def test_a_node_that_is_lost_costs_an_epoch_at_most(tmp_path, undisturbed):
+def test_lost_node_costs_at_most_one_epoch(tmp_path, undisturbed):
     done = on_nodes(tmp_path, 2, 4, "cluster.remove_node(nodes[0], allow_graceful=False)", trials=5, epochs=3)
     assert done.returncode == 0 and "it has happened" in done.stderr, done.stderr
     # All but the last trial are chosen without regard to the others, so two at a time end as one after the other.
@@ -449,7 +440,7 @@ def test_a_node_that_is_lost_costs_an_epoch_at_most(tmp_path, undisturbed):
     assert "reported twice" not in done.stderr
 
 
-def test_a_node_that_joins_with_other_packages_stops_the_study_that_the_same_command_continues(tmp_path):
+def test_node_that_joins_with_other_packages_stops_study(tmp_path):
     shadow = tmp_path / "shadow"
     (shadow / "torch-1.0.dist-info").mkdir(parents=True)
     (shadow / "torch-1.0.dist-info" / "METADATA").write_text("Name: torch\nVersion: 1.0\n")
