@@ -1,4 +1,4 @@
-"""python -m analysis.sensitivity from end to end, and every way it can be asked for too much."""
+"""python -m analysis.sensitivity from end to end, and every request that it refuses."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from analysis.importance import SEARCHED
 from analysis.load import StudyData
 from analysis.sensitivity import Args, main
+from study.designs import SEARCH_ORIGINS
 from tests.synthetic import RAM_DEFAULT, RAM_DIMENSIONS, Synthetic, ram_truth, simulate, write_mlflow
 
 STUDY = Synthetic(
@@ -39,7 +39,9 @@ def uri_of(folder: Path) -> str:
     return f"sqlite:///{folder}/mlflow.db"
 
 
-def test_from_tracked_study_to_report(store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_tracked_study_gives_a_report_and_attaches_it(
+    store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     code = main(Args(study="good", tracking_uri=uri_of(store), out=tmp_path / "out"))
     shown = capfd.readouterr()
     assert code == 0
@@ -54,10 +56,12 @@ def test_from_tracked_study_to_report(store: Path, tmp_path: Path, capfd: pytest
     assert {"sensitivity/report.html", "sensitivity/importance.csv", "sensitivity/figures"} <= attached
 
 
-def test_it_imports_neither_ray_nor_study_nor_ramcore(tmp_path: Path) -> None:
-    code = "import sys, analysis.sensitivity; print(sorted({m.split('.')[0] for m in sys.modules}))"
+def test_importing_the_command_loads_no_ray_and_only_plain_data_of_study() -> None:
+    code = "import sys, analysis.sensitivity; print(sorted(m for m in sys.modules if m.startswith(('ray', 'study'))))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
-    assert not {"ray", "study", "ramcore"} & set(eval(shown.stdout))
+    loaded = set(eval(shown.stdout))
+    assert "ray" not in loaded
+    assert loaded <= {"study", "study.designs", "study.schema", "study.search_space"}
 
 
 def one_trial(records: StudyData) -> StudyData:
@@ -90,7 +94,7 @@ def same_everywhere(records: StudyData) -> StudyData:
         (lambda r: r, {"space": {"dimensions": []}}, "needs a parameter that varies"),
     ],
 )
-def test_what_cannot_be_answered_is_one_line_and_exit_2(
+def test_study_that_cannot_be_answered_is_one_line_and_exit_2(
     store: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
@@ -108,14 +112,14 @@ def test_what_cannot_be_answered_is_one_line_and_exit_2(
     assert not (tmp_path / "out").exists()
 
 
-def test_unknown_name_and_missing_store(store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_unknown_study_and_missing_store_exit_2(store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(Args(study="nope", tracking_uri=uri_of(store))) == 2
     assert "There is: " in capfd.readouterr().err
     assert main(Args(tracking_uri=f"sqlite:///{tmp_path}/no.db")) == 2
     assert "there is no" in capfd.readouterr().err
 
 
-def test_a_running_study_gets_a_partial_report(store: Path, tmp_path: Path) -> None:
+def test_running_study_gets_a_partial_report(store: Path, tmp_path: Path) -> None:
     records = simulate(STUDY)
     trials = records.trials.assign(state=["complete"] * 9 + ["running"] * 3)
     add(store, records._replace(trials=trials), "still going", status="running")
@@ -125,23 +129,25 @@ def test_a_running_study_gets_a_partial_report(store: Path, tmp_path: Path) -> N
     assert "<td>running</td><td>3</td>" in page
 
 
-def test_an_unwritable_folder_is_one_line(store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_unwritable_folder_is_one_line_and_exit_2(
+    store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
     assert main(Args(study="good", tracking_uri=uri_of(store), out=tmp_path / "file" / "out")) == 2
     assert "must be writable" in capfd.readouterr().err
 
 
-def test_an_ofat_study_is_reported_without_a_ranking(store: Path, tmp_path: Path) -> None:
+def test_ofat_study_is_reported_without_a_ranking(store: Path, tmp_path: Path) -> None:
     records = simulate(STUDY)
     rows = ["baseline best"] + [f"baseline best: patch_size={i}" for i in range(11)]
     ofat = records._replace(trials=records.trials.assign(origin="ofat", row=rows, state="complete"))
     add(store, ofat, "ofat", params={"design": "ofat", "epochs": "4"})
     assert main(Args(study="ofat", tracking_uri=uri_of(store), out=tmp_path)) == 0
     assert "One factor at a time" in (tmp_path / "report.html").read_text()
-    assert "ofat" not in SEARCHED
+    assert "ofat" not in SEARCH_ORIGINS
 
 
-def test_a_companion_that_has_no_trial_yet_does_not_stop_the_report(tmp_path: Path) -> None:
+def test_fixed_design_without_a_trial_does_not_stop_the_report(tmp_path: Path) -> None:
     records = simulate(STUDY)
     same = {"task": "translated", "data": "digits", "epochs": "4"}
     add(tmp_path, records, "search", params={"design": "search", **same})
@@ -153,7 +159,7 @@ def test_a_companion_that_has_no_trial_yet_does_not_stop_the_report(tmp_path: Pa
     assert "<h2>Replicates</h2>" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_a_table_of_the_papers_is_another_commands_and_the_newest_search_is_found(
+def test_study_of_paper_tables_is_refused_and_the_newest_search_is_found(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     add(tmp_path, simulate(STUDY), "search")
