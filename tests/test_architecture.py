@@ -160,6 +160,10 @@ def test_sensitivity_loads_plain_data_alone_of_ramcore_and_study():
     assert below <= {*SHARED_BY_STUDY, *SHARED_BY_RAMCORE}
 
 
+def test_the_command_line_answers_without_ray_optuna_torch_and_mlflow():
+    assert not loaded_by("study.run") & {*PUT_OFF, "optuna"}
+
+
 def test_no_modules_import_each_other_in_a_circle():
     graph = {module: {project_module(item.name) for item in IMPORTS[module]} - {None, module} for module in PROJECT}
     try:
