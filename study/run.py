@@ -78,9 +78,7 @@ def _submit(flags: Flags) -> int:
 
 def _run(flags: Flags) -> int:
     """Prepare the study, then run it. Raises UserError."""
-    # These put off torch: a refusal need not wait for it.
-    from study.prepare import prepare
-    from study.record import RecordLost
+    from study.prepare import RecordLost, prepare  # puts off torch: a refusal need not wait for it
 
     _quieten()
     try:
