@@ -2,10 +2,10 @@
 
     python -m benchmarks.overhead STUDY_FOLDER       # such as runs/translated-mnist-search
 
-Reads a finished study's record. A slot-second is a second of one slot, from the first trial's start to the last one's
-end; training is what the trainers themselves measured (an epoch with its validation). What is missing to 100%:
-starting workers, checkpoints, reports, decisions, and slots that stay empty at the end because no trial is left to
-start. The latter is printed on its own: it shrinks with the number of trials.
+Reads the record of a finished study. A slot-second is one second of one slot, between the start of the first trial and
+the end of the last. Training is the time of the epochs with their validation, as the trainers measured it. The rest is
+starting workers, checkpoints, reports and decisions, and slots without a trial at the end of the study. The last is
+printed separately: its share falls with the number of trials.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def overhead(path: Path, slots: int | None) -> list[str]:
-    """The figures of one study, in words."""
+    """The figures of one study, as lines of text."""
     name = optuna.get_all_study_names(f"sqlite:///{path}")[0]
     study = optuna.load_study(study_name=name, storage=f"sqlite:///{path}")
     spans: list[tuple[float, float]] = []
@@ -42,9 +42,7 @@ def overhead(path: Path, slots: int | None) -> list[str]:
         spans.append((start, end))
         training += trained
         beyond.append(end - start - trained)
-    # Running at once, counted at each start.
-    most = max(sum(s <= start < e for s, e in spans) for start, _ in spans)
-    slots = slots or most
+    slots = slots or max(sum(s <= start < e for s, e in spans) for start, _ in spans)  # the most trials at once
     first, last = min(s for s, _ in spans), max(e for _, e in spans)
     busy = sum(e - s for s, e in spans)
     total = slots * (last - first)

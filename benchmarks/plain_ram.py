@@ -1,8 +1,8 @@
-"""A Recurrent Attention Model as public repositories write it: the yardstick of `benchmarks.training`.
+"""A Recurrent Attention Model as public repositories write it, for comparison in `benchmarks.training`.
 
-Written afresh after their common shape (kevinzakka/recurrent-visual-attention for one): a retina that slices every
-image in a Python loop and pools the wider patches, one nn.Module per network, one pass through them per glimpse,
-autograd over all of it, torch.optim.Adam. The networks, the loss and the sizes are those of ramcore's defaults.
+It is new code in their usual form (such as kevinzakka/recurrent-visual-attention): a retina that slices every image in
+a Python loop and pools the wider patches, an nn.Module for each network, one pass through them for each glimpse, and
+torch.optim.Adam. The networks, the loss and the sizes are those of ramcore's defaults.
 
 B images, T glimpses, K scales, P patch side, S canvas side.
 """
@@ -33,7 +33,7 @@ class Retina:
         return torch.cat(patches, 1).flatten(1)
 
     def extract(self, images: Tensor, location: Tensor, size: int) -> Tensor:
-        """One square a image, (B, 1, size, size), zero beyond the canvas."""
+        """One square patch of each image, (B, 1, size, size), zero beyond the canvas."""
         start = (0.5 * (location + 1) * images.shape[-1] + 0.5).long()
         end = start + size
         padded = functional.pad(images, (size // 2, size // 2, size // 2, size // 2))
@@ -42,7 +42,7 @@ class Retina:
 
 
 class GlimpseNetwork(nn.Module):
-    """What and where into one code."""
+    """Encodes what was seen and where."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class LocationNetwork(nn.Module):
 
 
 class PlainRAM(nn.Module):
-    """All networks, and one glimpse as one forward pass."""
+    """All networks; one forward pass is one glimpse."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class PlainRAM(nn.Module):
 
 
 class PlainTrainer:
-    """Trains on canvases already rendered: what these repositories leave to a data loader is not held against them."""
+    """Trains on canvases that are already rendered, since these repositories leave that to a data loader."""
 
     def __init__(self, config: Config, device: torch.device | str = "cpu") -> None:
         self.model = PlainRAM(config).to(device)

@@ -1,39 +1,43 @@
-"""How fast ramcore trains: python -m benchmarks.training, at 6 glimpses, 12x12, 3 scales, hidden 256, batch 100, 60x60.
+"""How fast ramcore trains, at 6 glimpses, 12x12, 3 scales, hidden 256, batch 100, canvas 60x60.
 
-Three things are timed in turns, round after round, so that a noisy machine is noisy for all; ratios are medians over
-the rounds' ratios:
+    python -m benchmarks.training              # CPU, one thread
+    python -m benchmarks.training --quick      # a check, not a measurement
 
-(a) ramcore's training step, all included from drawing random numbers and canvases to Adam, for R seeds at once;
-(b) `benchmarks.plain_ram`, the same model as public repositories write it, its canvases rendered beforehand;
-(c) the floor: the matrix products of ramcore's step alone, for one seed, at their shapes, on contiguous operands,
-    results discarded. T glimpses, B images. Forward: T products of B rows for each of what, code and input, T - 1 for
-    recurrent (the first state is zero). Backward: one product over T * B rows for the gradient of each of the four
-    weights and of the code and the paths; T - 1 of B rows for that of the state. Products with 2, 10 or 1 columns or
-    rows (where, location, action, baseline; under 1% of the operations) are left out.
+Three cases are timed in turns, round after round, so that noise of the machine affects all of them. Ratios are medians
+of the rounds' ratios.
 
-Images are random, so nothing is downloaded: speed depends on their number and size alone. The weights stay close to
-their initial values; in a long run idle units' Adam moments become denormal, which the trainer flushes and the plain
-RAM suffers.
+(a) ramcore's training step for R seeds at once, from random numbers and canvases to Adam;
+(b) `benchmarks.plain_ram`: the same model as public repositories write it, on canvases that are already rendered;
+(c) the floor: only the large matrix products of ramcore's step for one seed, at their shapes, on contiguous operands.
+    Products with 2, 10 or 1 columns or rows (where, location, action, baseline) are left out: under 1 % of the
+    operations.
 
-Tried in ramcore, without a gain that stood out from noise, each by itself: 32-bit indices in the retina; the pyramid
-in cache-sized strips; torch.take or indexing for index_select; transposed weights copied for the backward products;
-torch.mm per replicate for the batched product; a flat gradient buffer; torch._foreach_norm.
+The images are random, so nothing is downloaded: the speed depends only on their number and size. The weights stay close
+to their initial values. In a long run, Adam's moments of idle units become denormal; the trainer flushes these to zero,
+the plain RAM does not.
+
+Tried in ramcore, each alone, without a clear gain: 32-bit indices in the retina; the pyramid in cache-sized strips;
+torch.take or indexing for index_select; transposed copies of the weights for the backward products; torch.mm per
+replicate for the batched product; a flat gradient buffer; torch._foreach_norm. A second pass over the glimpses with
+handwritten gradients saved 2, 4 and 7 % of a step's CPU time at 1, 2 and 8 seeds, and was removed.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.plain_ram import PlainTrainer
 from ramcore.config import Config, Task
@@ -41,7 +45,7 @@ from ramcore.data import Split, TaskData, make_task
 from ramcore.evaluation import evaluate
 from ramcore.retina import Retina
 from ramcore.rng import Stream, key
-from ramcore.trainer import Draws, Trainer
+from ramcore.trainer import Trainer
 
 CONFIG = Config()
 TRAIN_IMAGES = 50_000
@@ -50,7 +54,7 @@ PLAIN, FLOOR = "plain RAM", "matrix products alone"
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Measure, print, and write what --out asks for; returns what it writes."""
+    """Measure and print the figures, write them to --out, and return them."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description="How fast ramcore trains.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
@@ -105,7 +109,7 @@ def synthetic(task: Task, images: int) -> TaskData:
 
 
 def step_times(data: TaskData, device: torch.device, rounds: int, seconds: float) -> dict[str, dict[str, float]]:
-    """Milliseconds a step (a seed and step for ramcore) and ratios to the plain RAM and to the floor, medians."""
+    """Medians: milliseconds a step and seed, and ratios to the plain RAM and to the floor."""
     replicates = (1, 4, 8, 32) if device.type == "cuda" else (1, 4, 8)
     cases: dict[str, tuple[Callable[[], object], int]] = {
         PLAIN: (plain_step(data, device), 1),
@@ -127,14 +131,14 @@ def step_times(data: TaskData, device: torch.device, rounds: int, seconds: float
 
 
 def _ratio(numerators: list[float], denominators: list[float]) -> float:
-    """Median over rounds of the ratio within a round."""
+    """Median of the rounds' ratios."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
 def interleaved(
     cases: dict[str, Callable[[], object]], device: torch.device, rounds: int, seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds a call of each case, one value a round, each round timing every case for about `seconds`."""
+    """Seconds a call of each case, a value a round. A round times every case for about `seconds`."""
     repeats = {}
     for name, case in cases.items():
         _timed(case, 3, device)
@@ -161,22 +165,14 @@ def _synchronize(device: torch.device) -> None:
 
 
 def ramcore_step(data: TaskData, device: torch.device, replicates: int) -> Callable[[], object]:
-    """One training step of the trainer, its random numbers included."""
+    """One training step of the trainer, with its random numbers."""
     trainer = Trainer(CONFIG, data, seeds=range(replicates), device=device)
-    run = trainer._capture() if device.type == "cuda" else trainer._step
-
-    def draws() -> Iterator[Draws]:
-        epoch = 0
-        while True:
-            yield from trainer._draws(epoch)
-            epoch += 1
-
-    endless = draws()
-    return lambda: run(next(endless))
+    draws = itertools.chain.from_iterable(map(trainer.draws, itertools.count()))
+    return lambda: trainer.step(next(draws))
 
 
 def plain_step(data: TaskData, device: torch.device) -> Callable[[], object]:
-    """One training step of the plain RAM on a batch that is ready."""
+    """One training step of the plain RAM, on a batch that is already rendered."""
     index = torch.arange(CONFIG.batch_size, device=device)[None]
     keys = data.placement_keys("train", torch.zeros(1, dtype=torch.int64, device=device), 0)
     images = data.render("train", index, keys)[0, :, None].float() / 255
@@ -186,29 +182,30 @@ def plain_step(data: TaskData, device: torch.device) -> Callable[[], object]:
 
 
 def floor(device: torch.device) -> Callable[[], object]:
-    """The large matrix products of one step for one seed (see the module's docstring)."""
-    steps, batch, hidden = CONFIG.num_glimpses, CONFIG.batch_size, CONFIG.hidden_size
+    """The large matrix products of one step for one seed, in T glimpses at B images.
+
+    Forward: for each of the layers what, code and input T products of B rows, for recurrent T - 1 (the first state is
+    zero). Backward: the gradient of each weight is one product of T * B (or T - 1 times B) rows, as are the gradients
+    of the paths and of the code; the gradient of the state is T - 1 products of B rows.
+    """
+    steps, batch, hidden, path = CONFIG.num_glimpses, CONFIG.batch_size, CONFIG.hidden_size, CONFIG.glimpse_size
     # what, code, input, recurrent: (inputs, outputs, glimpses)
     sizes = [
-        (CONFIG.glimpse_pixels, CONFIG.glimpse_size, steps),
-        (2 * CONFIG.glimpse_size, hidden, steps),
+        (CONFIG.glimpse_pixels, path, steps),
+        (2 * path, hidden, steps),
         (hidden, hidden, steps),
         (hidden, hidden, steps - 1),
     ]
-    layers = [
-        (
-            torch.randn(count * batch, inputs, device=device),
-            torch.randn(inputs, outputs, device=device),
-            torch.randn(count * batch, outputs, device=device),
-        )
-        for inputs, outputs, count in sizes
-    ]
+
+    def random(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, device=device)
+
+    layers = [(random(t * batch, i), random(i, o), random(t * batch, o)) for i, o, t in sizes]
 
     def products() -> None:
-        for x, weight, _ in layers:
+        for x, weight, gradient in layers:
             for rows in x.split(batch):
                 torch.mm(rows, weight)
-        for x, _, gradient in layers:
             torch.mm(x.T, gradient)
         for _, weight, gradient in layers[1:3]:
             torch.mm(gradient, weight.T)
@@ -223,13 +220,13 @@ def set_up_seconds(data: TaskData, device: torch.device) -> float:
     """Seconds from data in memory to a trainer ready for its first step."""
     started = time.perf_counter()
     trainer = Trainer(CONFIG, data, seeds=(0,), device=device)
-    next(trainer._draws(0))
+    next(trainer.draws(0))
     _synchronize(device)
     return time.perf_counter() - started
 
 
 def rendering_share(images: int, device: torch.device, rounds: int) -> dict[str, float]:
-    """Share of a training step that draws canvases, fresh places and clutter included, one seed."""
+    """Share of a training step of one seed that goes into drawing canvases, places and clutter."""
     shares = {}
     tasks: tuple[Task, ...] = ("translated", "cluttered")
     for task in tasks:
@@ -238,22 +235,16 @@ def rendering_share(images: int, device: torch.device, rounds: int) -> dict[str,
         index = torch.randint(0, images, (1, CONFIG.batch_size), device=device)
         keys = key(seeds, Stream.PLACEMENT, 0)
         cases: dict[str, Callable[[], object]] = {"render": lambda d=data, i=index, k=keys: d.render("train", i, k)}
-        cases["step"] = ramcore_step_of(task, data, device)
+        trainer = Trainer(replace(CONFIG, task=task), data, device=device)
+        draws = next(trainer.draws(0))
+        cases["step"] = lambda t=trainer, d=draws: t.step(d)
         times = interleaved(cases, device, rounds, 0.05)
         shares[task] = _ratio(times["render"], times["step"])
     return shares
 
 
-def ramcore_step_of(task: Task, data: TaskData, device: torch.device) -> Callable[[], object]:
-    """As `ramcore_step`, one seed, of another task."""
-    trainer = Trainer(replace(CONFIG, task=task), data, device=device)
-    run = trainer._capture() if device.type == "cuda" else trainer._step
-    draws = next(trainer._draws(0))
-    return lambda: run(draws)
-
-
 def evaluation_speed(data: TaskData, device: torch.device) -> float:
-    """Images a second, one seed, following the policy's mean."""
+    """Images a second, one seed, at the policy's means."""
     trainer = Trainer(CONFIG, data, device=device)
     case = lambda: evaluate(trainer.model, CONFIG, (0,), data, "validation", every_step=False)  # noqa: E731
     case()
@@ -261,7 +252,7 @@ def evaluation_speed(data: TaskData, device: torch.device) -> float:
 
 
 def retina_times(device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds a batch at three canvas sizes: the pyramid, once, grows with the canvas; a glimpse does not."""
+    """Milliseconds a batch at three canvas sizes, of the pyramid (once a batch) and of a glimpse."""
     cases: dict[str, Callable[[], object]] = {}
     for size in (28, 60, 100):
         retina = Retina(patch_size=12, num_scales=3, canvas_size=size)
@@ -278,14 +269,14 @@ def retina_times(device: torch.device, rounds: int) -> dict[str, dict[str, float
 
 
 def memory_mib(device: torch.device) -> float:
-    """Peak memory so far: the device's, or the whole process' resident memory."""
+    """Peak memory so far, of the GPU or resident of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures for people."""
+    """The figures as a table."""
     lines = [
         f"{result['device']}, CPU threads: {result['threads']}, torch {result['torch']}, "
         f"medians of {result['rounds']} interleaved rounds",
