@@ -3,19 +3,17 @@
     python -m benchmarks.sensitivity truth --replicates 10
     python -m benchmarks.sensitivity time
 
-The truth table: made-up studies with six parameters (one inert, one with its optimum moving as training goes on, so
-that learning curves cross; one that acts only through another), seed noise, and three ways of choosing trials. Ours is
-compared with true total Sobol indices, the others with true first-order shares, which is what they estimate.
+The made-up studies have six parameters, seed noise, and three ways of choosing trials. One parameter is inert, one acts
+only through another, and the optimum of one moves during training, so that learning curves cross. Our indices are
+compared with true total Sobol indices, the others with true first-order shares, which they estimate.
 """
 
 from __future__ import annotations
 
-# pandas' own annotations are unions that its indexing never returns here, so these checks only raise false alarms.
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false
 import contextlib
 import dataclasses
 import io
+import math
 import sys
 import tempfile
 import time
@@ -25,12 +23,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import tyro
-from mlflow import MlflowClient
 from scipy.stats import qmc, spearmanr
 
+from analysis import sensitivity
 from analysis.crosschecks import fanova, last_accuracy, ped_anova, unit_table
-from analysis.importance import DUMMY, analyse
+from analysis.importance import analyse
 from analysis.load import connect, find_study, list_studies, load_study
+from analysis.results import DUMMY
 from ramcore.space import Dimension
 from tests.synthetic import RAM_DEFAULT, RAM_DIMENSIONS, Synthetic, Truth, ram_truth, simulate, write_mlflow
 
@@ -85,56 +84,57 @@ def true_indices(truth: Truth, dimensions: tuple[Dimension, ...], points: int = 
     return np.clip(first, 0, 1), np.array(total)
 
 
-def one_study(design: Synthetic) -> list[dict[str, float | str | bool]]:
-    """All estimators on one made-up study."""
+Row = dict[str, float | str]
+
+
+def one_study(design: Synthetic) -> list[Row]:
+    """The scores of all estimators on one made-up study."""
     records = simulate(design)
     names = [d.name for d in design.dimensions]
     first, total = true_indices(design.truth, design.dimensions)
-    rows: list[dict[str, float | str | bool]] = []
     analysis = analyse(records, seed=design.seed)
-    effects = {e.name: e for e in analysis.effects}
-    ours = np.array([effects[n].total.mid for n in names])
+    effects = {e.name: e for e in analysis.ranking.effects}
     # Half a percent of slack: an interval of positive numbers cannot hold a truth of exactly zero.
-    inside = [
-        effects[n].total.low - 0.005 <= t <= effects[n].total.high + 0.005 for n, t in zip(names, total, strict=True)
-    ]
-    rows.append(
-        {
-            **_score("ours: GP over configuration and epoch", names, ours, total),
-            "covered": float(np.mean(inside)),
-            "covered, true index > 0.01": float(np.mean([i for i, t in zip(inside, total, strict=True) if t > 0.01])),
-            "r2": analysis.fit.r2,
-            "held out": analysis.fit.coverage,
-            "injected dummy": effects[DUMMY].total.mid,
-        }
-    )
+    low, high = (np.array([getattr(effects[n].total, side) for n in names]) for side in ("low", "high"))
+    inside = (low - 0.005 <= total) & (total <= high + 0.005)
+    ours: Row = {
+        **_score("ours: GP over configuration and epoch", {n: effects[n].total.mid for n in names}, total),
+        "covered": float(inside.mean()),
+        "covered, true index > 0.01": float(inside[total > 0.01].mean()),
+        "r2": analysis.trust.fit.r2,
+        "held out": analysis.trust.fit.coverage,
+        "injected dummy": effects[DUMMY].total.mid,
+    }
     last = last_accuracy(records.epochs)
-    x = unit_table(records, design.dimensions).loc[last.index].to_numpy()
-    full = records.trials.loc[last.index, "state"].eq("complete").to_numpy()
-    naive = fanova(names, x, last.to_numpy(), seed=design.seed)
-    rows.append(_score("naive fANOVA on the last accuracy", names, np.array([naive[n] for n in names]), first))
-    ped = ped_anova(names, x, last.to_numpy())
-    rows.append(_score("PED-ANOVA on the last accuracy", names, np.array([ped[n] for n in names]), first))
+    x, y = unit_table(records, design.dimensions).loc[last.index].to_numpy(), last.to_numpy(dtype=float)
+    full = records.trials.loc[last.index, "state"].eq("complete").to_numpy(dtype=bool)
+    rows = [
+        ours,
+        _score("naive fANOVA on the last accuracy", fanova(names, x, y, seed=design.seed), first),
+        _score("PED-ANOVA on the last accuracy", ped_anova(names, x, y), first),
+    ]
     if full.sum() >= 4:
-        only = fanova(names, x[full], last.to_numpy()[full], seed=design.seed)
-        rows.append(_score("fANOVA on completed trials only", names, np.array([only[n] for n in names]), first))
+        only = fanova(names, x[full], y[full], seed=design.seed)
+        rows.append(_score("fANOVA on completed trials only", only, first))
     return rows
 
 
-def _score(estimator: str, names: list[str], estimate: np.ndarray, truth: np.ndarray) -> dict[str, float | str | bool]:
+def _score(estimator: str, estimates: dict[str, float], truth: np.ndarray) -> Row:
+    """Compare shares with the truth; the truth is in the order of the designs' dimensions."""
+    estimate = np.array([estimates[d.name] for d in DIMENSIONS])
     share, true = estimate / max(estimate.sum(), 1e-12), truth / truth.sum()
     return {
         "estimator": estimator,
         "MAE of shares": float(np.abs(share - true).mean()),
-        "Spearman": float(spearmanr(share, true).statistic),
+        "Spearman": float(spearmanr(share, true).statistic),  # pyright: ignore[reportAttributeAccessIssue]
         "first is first": float(np.argmax(share) == np.argmax(true)),
-        "inert share": float(share[names.index("inert")]) if "inert" in names else float("nan"),
+        "inert share": float(share[-1]),
     }
 
 
 @dataclass(frozen=True, kw_only=True)
 class TruthArgs:
-    """The synthetic truth table."""
+    """Print the table of all estimators and designs."""
 
     replicates: int = 10
     """Made-up studies per design."""
@@ -144,7 +144,7 @@ class TruthArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class TimeArgs:
-    """Reading and reporting time."""
+    """Print reading and reporting times."""
 
     trials: tuple[int, ...] = (100, 1000)
     """Trials of the made-up studies, 30 epochs each."""
@@ -152,9 +152,9 @@ class TimeArgs:
     """Write to and read from this MLflow server; a fresh SQLite file if left out."""
 
 
-def truth_table(args: TruthArgs) -> str:
-    """Run every design and give the table as Markdown."""
-    rows: list[dict[str, float | str | bool]] = []
+def print_truth(args: tyro.conf.OmitArgPrefixes[TruthArgs]) -> None:
+    """Print the table of all estimators and designs."""
+    rows: list[Row] = []
     for name, design in DESIGNS.items():
         if args.design and args.design not in name:
             continue
@@ -162,30 +162,17 @@ def truth_table(args: TruthArgs) -> str:
             started = time.monotonic()
             rows += [{"design": name, **row} for row in one_study(dataclasses.replace(design, seed=100 + replicate))]
             print(f"{name}: {replicate + 1}/{args.replicates} ({time.monotonic() - started:.0f} s)", file=sys.stderr)
-    table = pd.DataFrame(rows).groupby(["design", "estimator"], sort=False).mean(numeric_only=True).reset_index()
-    return markdown(table)
+    means = pd.DataFrame(rows).groupby(["design", "estimator"], sort=False, as_index=False).mean(numeric_only=True)
+    print(markdown(pd.DataFrame(means)))
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """A data frame as a Markdown table, numbers to three places."""
-    cells = [
-        [("" if value != value else f"{value:.3f}") if isinstance(value, float) else str(value) for value in row]
-        for row in table.itertuples(index=False)
-    ]
-    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in cells])
-
-
-def timing(args: TimeArgs) -> str:
-    """Time reading and the whole report for studies of given sizes."""
-    from analysis.sensitivity import Args
-    from analysis.sensitivity import main as report
-
+def print_timing(args: tyro.conf.OmitArgPrefixes[TimeArgs]) -> None:
+    """Print reading and reporting times."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         uri = args.tracking_uri or f"sqlite:///{folder}/mlflow.db"
-        MlflowClient(uri)
         for trials in args.trials:
+            name = f"timing-{trials}"
             study = Synthetic(
                 truth=ram_truth,
                 dimensions=RAM_DIMENSIONS,
@@ -195,34 +182,27 @@ def timing(args: TimeArgs) -> str:
                 default=RAM_DEFAULT,
             )
             records = simulate(study)
-            records = records._replace(study=records.study._replace(name=f"timing-{trials}"))
+            records = records._replace(study=records.study._replace(name=name))
             write_mlflow(records, uri, artifacts=Path(folder) / "artifacts")
             client = connect(uri)
             started = time.monotonic()
-            load_study(client, find_study(list_studies(client), f"timing-{trials}"))
-            read = time.monotonic() - started
-            started = time.monotonic()
+            load_study(client, find_study(list_studies(client), name))
+            read = time.monotonic()
             with contextlib.redirect_stdout(io.StringIO()):
-                code = report(Args(study=f"timing-{trials}", tracking_uri=uri, out=Path(folder) / str(trials)))
-            rows.append(
-                {
-                    "trials": str(trials),
-                    "read (s)": read,
-                    "read and report (s)": time.monotonic() - started,
-                    "exit": str(code),
-                }
-            )
-    return markdown(pd.DataFrame(rows))
+                code = sensitivity.main(sensitivity.Args(study=name, tracking_uri=uri, out=Path(folder) / name))
+            reported = time.monotonic()
+            rows.append((str(trials), read - started, reported - read, str(code)))
+    print(markdown(pd.DataFrame(rows, columns=["trials", "read (s)", "read and report (s)", "exit"])))
 
 
-def print_truth(args: tyro.conf.OmitArgPrefixes[TruthArgs]) -> None:
-    """Print the synthetic truth table."""
-    print(truth_table(args))
-
-
-def print_timing(args: tyro.conf.OmitArgPrefixes[TimeArgs]) -> None:
-    """Print reading and reporting times."""
-    print(timing(args))
+def markdown(table: pd.DataFrame) -> str:
+    """A data frame as a Markdown table, numbers to three places."""
+    cells = [
+        [("" if math.isnan(value) else f"{value:.3f}") if isinstance(value, float) else str(value) for value in row]
+        for row in table.itertuples(index=False)
+    ]
+    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in cells])
 
 
 if __name__ == "__main__":

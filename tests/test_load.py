@@ -200,7 +200,8 @@ def test_space_with_unknown_rule_or_bounds_is_refused() -> None:
     patch = {"name": "patch_size", "type": "int", "low": 4, "high": 20}
     for entry, rule, said in (
         (patch, "min(patch_size, 3) <= 3", "rule of the widest scale only"),
-        ({**patch, "low": "two"}, "patch_size > 1", "must list dimensions"),
+        (patch, "patch_size > 1", "rule of the widest scale only"),
+        ({**patch, "low": "two"}, "patch_size * scale_factor**(num_scales - 1) <= 60", "must list dimensions"),
     ):
         with pytest.raises(UserError, match=said):
             Space.from_dict({"dimensions": [entry], "constraints": [{"rule": rule}]})
