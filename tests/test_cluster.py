@@ -23,6 +23,7 @@ from study.cluster import Check, Growth, MachineHours, Node, TrialResources, cap
 from study.display import Display
 from study.flags import DONE, USAGE, Flags
 from study.pool import Pool, ray_running, run_trials
+from study.ray_internals import ray_reason
 from study.record import Record, StudySettings
 from study.run import main
 from study.scheduler import StudyScheduler
@@ -111,6 +112,24 @@ def test_machine_hours_add_up_when_the_number_of_machines_changes(monkeypatch):
     counted.set(3)
     clock[0] = 5400
     assert counted.hours() == pytest.approx(1 + 3 * 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", "no message"),
+        ("Failure # 1\n\nits last line\n", "its last line"),
+        ("Traceback\nValueError: first\nTypeError: last\nhelp", "TypeError: last"),
+        (
+            "OutOfMemoryError: Task was killed due to memory.\nSet RAY_x, or see Error page",
+            "OutOfMemoryError: Task was killed due to memory.",
+        ),
+        ("ActorDiedError: died\nWorker exit detail: end of file.", "Worker exit detail: end of file."),
+        ("Caught unexpected exception: RuntimeError: no", "RuntimeError: no"),
+    ],
+)
+def test_ray_error_text_is_reduced_to_its_telling_line(text, line):
+    assert ray_reason(text) == line
 
 
 # Refusals without a cluster.

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ramcore.config import Config
-from ramcore.cost import cost
+from ramcore.cost import cost, pareto_front
 from ramcore.evaluation import build_model, class_log_probs
 
 CONFIGS = [
@@ -38,3 +38,9 @@ def test_rams_cost_does_not_depend_on_the_canvas_and_a_cnns_does():
     assert len({cost(Config(task=task)) for task in tasks}) == 1
     macs = [cost(Config(task=task, model="cnn")).macs for task in tasks]
     assert macs == sorted(macs) and macs[-1] > 10 * macs[0]
+
+
+def test_pareto_front_holds_points_better_than_every_cheaper_one():
+    costs, values = [3, 1, 2, 2, 4, 1], [0.7, 0.5, 0.9, 0.9, 0.9, 0.4]
+    assert pareto_front(costs, values) == [1, 2]  # of equals the first; a dearer point must be better
+    assert pareto_front([], []) == []
