@@ -35,11 +35,11 @@ HYPERDRAWS, DRAWS_EACH = 100, 3
 MARKS = 6  # epochs at which importance is given, at most
 CLAIMED = ("patch_size", "num_scales", "num_glimpses")  # parameters that the case study speaks of
 
-OnProgress = Callable[[str], None]  # called with the step that begins
+OnStep = Callable[[str], None]  # called with the step that begins
 
 
 def analyse(
-    records: StudyData, on_progress: OnProgress = lambda message: None, *, seed: int = 0, hyperdraws: int = HYPERDRAWS
+    records: StudyData, on_step: OnStep = lambda message: None, *, seed: int = 0, hyperdraws: int = HYPERDRAWS
 ) -> Analysis:
     """Fit the surface to a study and answer every question from it.
 
@@ -48,7 +48,7 @@ def analyse(
     selection = select(records)
     data, observations, dimensions = selection.data, selection.observations, selection.data.dimensions
 
-    on_progress(f"fitting the surface to {len(observations.trials)} trials ({len(observations.y)} rows)")
+    on_step(f"fitting the surface to {len(observations.trials)} trials ({len(observations.y)} rows)")
     surface = Surface(dimensions)
     epochs = np.unique(np.round(np.geomspace(1, data.budget, MARKS)))
     at = log_epoch(epochs, data.budget)
@@ -57,10 +57,10 @@ def analyse(
     )
     draws = len(posterior.weights)
 
-    on_progress("cross-validating")
+    on_step("cross-validating")
     fit = cross_validate(surface, observations, start, np.random.default_rng(seed + 1))
 
-    on_progress("computing indices and effects")
+    on_step("computing indices and effects")
     failures, divergence = (
         fit_failures(surface.bases, selection.tried, which, draws, np.random.default_rng(seed + 2))
         for which in (selection.failed, selection.diverged)

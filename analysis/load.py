@@ -357,7 +357,7 @@ def _trial_table(runs: Iterable[Run]) -> pd.DataFrame:
         row: dict[str, Any] = {
             "trial": int(_number(tags.get(schema.TRIAL), -1)),
             "run_id": run.info.run_id,
-            "origin": tags.get(schema.ORIGIN, tags.get("ram.arm", "unknown")),
+            "origin": tags.get(schema.ORIGIN, tags.get("ram.arm", "unknown")),  # ram.arm: schema 1
             "row": tags.get(schema.ROW, ""),
             "baseline": tags.get(schema.BASELINE, ""),
             "parameter": tags.get(schema.PARAMETER, ""),
