@@ -167,7 +167,7 @@ def test_model_with_pickled_code_is_refused_and_the_code_does_not_run(tmp_path, 
         weights = build_model(config, torch.tensor([0])).state_dict()
         epoch = Epoch(time=0, value=0.5, metrics={"val_accuracy": [0.5]})
         trial = TrialRecord(
-            number=0, trial_id=0, spec=TrialSpec(config=config, origin="sobol", seeds=(0,)), started=0, epochs=[epoch],
+            number=0, spec=TrialSpec(config=config, origin="sobol", seeds=(0,)), started=0, epochs=[epoch],
             state="complete",
         )  # fmt: skip
         client = mlflow.MlflowClient()
