@@ -11,7 +11,7 @@ from ramcore import retina
 from ramcore.config import Config
 
 
-def test_the_plain_retina_sees_what_ours_sees():
+def test_plain_retina_equals_our_retina():
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(20, 60, 60, generator=generator)
     location = torch.rand(20, 2, generator=generator) * 2 - 1
@@ -19,7 +19,7 @@ def test_the_plain_retina_sees_what_ours_sees():
     torch.testing.assert_close(Retina(12, 3, 2).foveate(images[:, None], location), ours)
 
 
-def test_the_plain_ram_trains():
+def test_plain_ram_learns_to_classify_brightness():
     torch.manual_seed(0)
     config = dataclasses.replace(Config(), hidden_size=64, glimpse_size=32, learning_rate=3e-3, task="original")
     labels = torch.arange(40) % 10
@@ -30,7 +30,7 @@ def test_the_plain_ram_trains():
     assert sum(accuracies[-10:]) / 10 > 0.6
 
 
-def test_a_quick_benchmark_prints_and_writes_its_figures(tmp_path, capsys, monkeypatch):
+def test_quick_benchmark_prints_and_writes_its_figures(tmp_path, capsys, monkeypatch):
     small = dataclasses.replace(
         training.CONFIG, hidden_size=16, glimpse_size=8, patch_size=4, num_glimpses=2, batch_size=10
     )

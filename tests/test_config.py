@@ -33,7 +33,7 @@ def test_bad_settings_are_refused_in_one_line(settings, message):
     assert str(refusal.value) == message
 
 
-def test_defaults_are_the_papers():
+def test_defaults_are_the_papers_choices():
     config = Config()
     assert (config.core, config.location_hidden, config.layer_norm) == ("rnn", 0, False)
     assert (config.reward, config.discount, config.step_supervision, config.loss_mixing) == ("accuracy", 1, 0, 1)
@@ -41,8 +41,8 @@ def test_defaults_are_the_papers():
     assert dataclasses.replace(PAPER, epochs=config.epochs) == config
 
 
-def test_every_field_is_checked():
-    """A field that no rule covers would let bad input through to training."""
+def test_every_field_refuses_a_wrong_value():
+    """Without a check, a bad value would reach the training."""
     for field in dataclasses.fields(Config):
         with pytest.raises(UserError):
             Config(**{field.name: "nonsense" if isinstance(field.default, str) else -7})

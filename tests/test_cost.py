@@ -22,18 +22,18 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_parameters_and_macs_are_those_counted(config):
+def test_parameters_and_macs_equal_those_counted_by_torch(config):
     seeds = torch.tensor([0])
     model = build_model(config, seeds)
     assert cost(config).parameters == sum(p.numel() for p in model.parameters())
     images = torch.zeros(1, 2, config.canvas_size, config.canvas_size, dtype=torch.uint8)
-    model.requires_grad_(False)  # the counter follows modules by their gradients otherwise
+    model.requires_grad_(False)  # else the counter uses the gradients to follow the modules
     with FlopCounterMode(display=False) as counter:
         class_log_probs(model, config, seeds, images, torch.arange(2))
     assert cost(config).macs == counter.get_total_flops() // 2 // 2  # 2 images, 2 operations a MAC
 
 
-def test_rams_cost_does_not_depend_on_the_canvas_and_a_cnns_does():
+def test_cost_of_ram_does_not_depend_on_the_canvas_and_cost_of_a_cnn_does():
     tasks = ("original", "cluttered", "cluttered-100")
     assert len({cost(Config(task=task)) for task in tasks}) == 1
     macs = [cost(Config(task=task, model="cnn")).macs for task in tasks]

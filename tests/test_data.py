@@ -26,14 +26,14 @@ def whole(task, split="train", seeds=SEEDS, epoch=0, count=100):
 # Tasks.
 
 
-def test_original_is_the_source(digits_task):
+def test_original_canvases_equal_the_source_images(digits_task):
     task = digits_task("original")
     canvases = whole(task)
     assert torch.equal(canvases[0], task.train.images[:100])
     assert torch.equal(canvases[1], task.train.images[:100])
 
 
-def test_translated_holds_the_digit_once_and_nothing_else(digits_task):
+def test_translated_canvas_holds_the_digit_once_and_nothing_else(digits_task):
     task = digits_task("translated")
     canvases = whole(task)[0]
     assert canvases.shape == (100, 60, 60)
@@ -48,7 +48,7 @@ def test_translated_holds_the_digit_once_and_nothing_else(digits_task):
 
 
 def test_placement_covers_the_canvas_evenly():
-    """A lone white pixel in the digit's corner shows where the digit lies."""
+    """A single white pixel in the digit's corner shows the place of the digit."""
     images = torch.zeros(5000, 28, 28, dtype=torch.uint8)
     images[:, 0, 0] = 255
     split = Split(images, torch.zeros(5000, dtype=torch.int64))
@@ -60,7 +60,7 @@ def test_placement_covers_the_canvas_evenly():
 
 @pytest.mark.parametrize(("name", "patches"), [("cluttered", 4), ("cluttered-100", 8)])
 def test_clutter_is_cut_from_other_images_of_the_split(name, patches):
-    """Each image is filled with its own grey, so a canvas tells which images its patches come from."""
+    """Each image has its own grey, which shows the image that a patch comes from."""
     count = 200
     images = torch.arange(1, count + 1, dtype=torch.uint8)[:, None, None].expand(-1, 28, 28).contiguous()
     split = Split(images, torch.zeros(count, dtype=torch.int64))
@@ -79,13 +79,13 @@ def test_clutter_is_cut_from_other_images_of_the_split(name, patches):
     assert most == patches
 
 
-def test_cluttered_adds_clutter_to_translated(digits_task):
+def test_cluttered_canvas_is_the_translated_one_with_clutter(digits_task):
     plain, cluttered = whole(digits_task("translated"))[0], whole(digits_task("cluttered"))[0]
     assert (cluttered >= plain).all()
     assert ((cluttered > plain).flatten(1).sum(1) > 0).float().mean() > 0.9
 
 
-def test_validation_and_test_are_fixed_and_train_follows_seed_and_epoch(digits_task):
+def test_places_are_fixed_in_validation_and_test_and_follow_seed_and_epoch_in_train(digits_task):
     task = digits_task("cluttered")
     for split in ("validation", "test"):
         a, b = whole(task, split, torch.tensor([0])), whole(task, split, torch.tensor([7]), epoch=5)
@@ -97,7 +97,7 @@ def test_validation_and_test_are_fixed_and_train_follows_seed_and_epoch(digits_t
     assert not torch.equal(whole(task, "validation"), whole(task, "test"))
 
 
-def test_an_image_does_not_depend_on_its_batch(digits_task):
+def test_canvas_does_not_depend_on_the_rest_of_the_batch(digits_task):
     task = digits_task("cluttered")
     keys = task.placement_keys("train", SEEDS, 0)
     index = torch.tensor([[5, 9, 700], [9, 5, 1]])
@@ -129,14 +129,14 @@ def test_digits_are_split_into_disjoint_parts(digits):
     assert digits["validation"].labels.bincount().min() > 15
 
 
-def test_mnist_is_split_as_everywhere(mnist_dir):
+def test_mnist_is_split_into_50000_10000_and_10000_images(mnist_dir):
     task = load_task(Config(), mnist_dir)
     assert task.sizes == {"train": 50_000, "validation": 10_000, "test": 10_000}
     assert task.train.labels[:5].tolist() == [5, 0, 4, 1, 9]
     assert task.test.labels[:5].tolist() == [7, 2, 1, 0, 4]
 
 
-def test_idx_files_gz_or_plain(idx_folder, digits):
+def test_packed_and_plain_idx_files_give_the_same_images(idx_folder, digits):
     packed = load_source("mnist", idx_folder)
     assert torch.equal(packed["train"].images, digits["train"].images[:1000])
     assert torch.equal(packed["validation"].labels, digits["train"].labels[1000:])
@@ -147,7 +147,7 @@ def test_idx_files_gz_or_plain(idx_folder, digits):
     assert torch.equal(plain["test"].images, packed["test"].images)
 
 
-def test_where_files_are_looked_for(idx_folder, monkeypatch, tmp_path):
+def test_files_are_found_in_data_dir_the_variable_a_subfolder_or_the_cache(idx_folder, monkeypatch, tmp_path):
     with pytest.raises(DataMissing, match=r"mnist must be on this machine or within reach.*--data-dir"):
         load_source("mnist")
     monkeypatch.setenv("RAM_DATA_DIR", str(idx_folder))
@@ -177,7 +177,7 @@ def test_where_files_are_looked_for(idx_folder, monkeypatch, tmp_path):
         ("fashion-mnist", lambda raw: gzip.compress(gzip.decompress(raw)[:-1] + b"\x01"), "must be .*, md5 .*; found"),
     ],
 )
-def test_damaged_files_are_named(idx_folder, name, damage, message):
+def test_damaged_file_is_refused_by_name(idx_folder, name, damage, message):
     path = idx_folder / "train-images-idx3-ubyte.gz"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=message) as refusal:
@@ -196,8 +196,7 @@ def _download(port: int, queue) -> None:
         queue.put(str(error))
 
 
-def test_download_by_several_processes_at_once(idx_folder):
-    """The first mirror is down, the second one serves; three processes ask at the same time."""
+def test_three_processes_download_at_once_while_the_first_mirror_is_down(idx_folder):
     import http.server
     import threading
 

@@ -17,7 +17,7 @@ def rollout_of(logits, log_probs=None, baselines=None) -> Rollout:
     return Rollout(logits, none if log_probs is None else log_probs, none if baselines is None else baselines)
 
 
-def test_returns_by_hand():
+def test_returns_equal_those_computed_by_hand():
     reward = torch.tensor([1.0, 2.0, 4.0]).view(1, 3, 1)  # after glimpses 1, 2, 3; two decisions, placing 2 and 3
     last = dataclasses.replace(CONFIG, discount=0.5)
     assert location_returns(last, reward, 2).flatten().tolist() == [2, 4]
@@ -40,7 +40,7 @@ def test_step_supervision_mixes_last_and_every_step():
         assert needs_every_step(config) == (share > 0)
 
 
-def test_reward_is_accuracy_or_probability():
+def test_reward_is_0_or_1_or_the_true_class_probability():
     logits = torch.tensor([[2.0, 1.0], [0.0, 3.0]]).log().nan_to_num(neginf=-50).view(1, 1, 2, 2)
     logits = torch.nn.functional.pad(logits, (0, 8), value=-50)
     labels = torch.tensor([[0, 0]])
@@ -72,7 +72,7 @@ def policy_gradients(baseline: float, samples: int = 40_000):
     return -mean.grad
 
 
-def test_policy_gradient_is_unbiased_and_a_baseline_changes_only_its_variance():
+def test_policy_gradient_is_unbiased_and_the_baseline_changes_only_its_variance():
     normal = torch.distributions.Normal(0.0, 1.0)
     closed_form = normal.log_prob(torch.tensor(0.3 / 0.5)).exp().item() / 0.5  # d Phi(mean / std) / d mean
     spreads = {}
@@ -85,8 +85,8 @@ def test_policy_gradient_is_unbiased_and_a_baseline_changes_only_its_variance():
     assert spreads[0.7] < 0.5 * spreads[0.0] < 0.5 * spreads[-2.0]
 
 
-def test_class_reinforce_is_unbiased():
-    """Its expected gradient is that of the expected reward, which is the true class' probability."""
+def test_class_reinforce_gradient_is_unbiased():
+    """The expected gradient is that of the expected reward: the probability of the true class."""
     samples = 40_000
     scores = torch.randn(10, generator=torch.Generator().manual_seed(0))
     exact = scores.clone().requires_grad_()
@@ -111,7 +111,7 @@ def test_loss_mixing_is_linear():
     torch.testing.assert_close(at(0.25), 0.25 * at(1.0) + 0.75 * at(0.0))
 
 
-def test_reinforce_weight_scales_the_policys_gradient_only():
+def test_reinforce_weight_scales_only_the_policys_gradient():
     def gradients(weight):
         logits = torch.zeros(1, 1, 4, 10, requires_grad=True)
         log_probs, baselines = torch.zeros(1, 2, 4, requires_grad=True), torch.zeros(1, 2, 4, requires_grad=True)

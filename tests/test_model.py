@@ -32,7 +32,7 @@ def look(config: Config, batch: int = 7):
 
 
 def plain_rollout(model: RAM, images, first, noise):
-    """The papers' equations, a step at a time, with autograd through everything."""
+    """The papers' equations, step by step."""
     config = model.config
     location, state, logits, log_probs, baselines = first, None, [], [], []
     for t in range(config.num_glimpses):
@@ -83,7 +83,7 @@ def test_rollout_and_gradients_equal_the_papers_equations(settings):
 
 
 @pytest.mark.parametrize(("core", "reference"), [("rnn", nn.RNNCell), ("gru", nn.GRUCell), ("lstm", nn.LSTMCell)])
-def test_cores_are_torchs_cells(core, reference):
+def test_cores_equal_torchs_cells(core, reference):
     config = dataclasses.replace(SMALL, core=core)
     mine = RAM(config, SEEDS[:1]).core
     cell = reference(12, 12, **({"nonlinearity": "relu"} if core == "rnn" else {}))
@@ -114,7 +114,7 @@ def test_layers_equal_torchs():
 
 
 @pytest.mark.parametrize("model", ["ram", "ram-random", "cnn", "conv", "fc"])
-def test_a_replicate_starts_the_same_alone_or_among_others(model):
+def test_replicate_has_the_same_initial_weights_alone_and_among_others(model):
     config = dataclasses.replace(SMALL, model=model)
     together = build_model(config, torch.tensor([7, 8, 9])).state_dict()
     alone = build_model(config, torch.tensor([8])).state_dict()
@@ -124,7 +124,7 @@ def test_a_replicate_starts_the_same_alone_or_among_others(model):
 
 @pytest.mark.parametrize("model", ["cnn", "conv", "fc"])
 @pytest.mark.parametrize("task", ["original", "translated"])
-def test_whole_image_networks_see_every_replicates_own_images(model, task):
+def test_whole_image_networks_give_each_replicate_its_own_images(model, task):
     config = Config(model=model, task=task, hidden_size=16)
     net = build_model(config, SEEDS)
     images = torch.rand(2, 3, config.canvas_size, config.canvas_size)
@@ -138,7 +138,7 @@ def test_whole_image_networks_see_every_replicates_own_images(model, task):
     assert rollout.logits.shape == (2, 1, 3, 10) and rollout.log_probs.shape == (2, 0, 3)
 
 
-def test_locations_follow_the_policy():
+def test_locations_are_the_policys_mean_plus_scaled_noise_clipped_to_the_canvas():
     model, images, first, noise = look(SMALL)
     pyramid = model.retina.pyramid(images)
     sampled, followed = model.look(pyramid, first, noise), model.look(pyramid, first)
@@ -149,20 +149,20 @@ def test_locations_follow_the_policy():
     assert torch.stack(wild.locations).abs().max() == 1
 
 
-def test_gaussian_log_prob():
+def test_gaussian_log_prob_equals_torchs():
     sample, mean = torch.randn(5, 2), torch.randn(5, 2)
     expected = torch.distributions.Normal(mean, 0.3).log_prob(sample).sum(-1)
     torch.testing.assert_close(gaussian_log_prob(sample, mean, torch.tensor(0.3)), expected)
 
 
-def test_one_glimpse_makes_no_decision():
+def test_single_glimpse_has_no_location_decision():
     model, images, first, _ = look(dataclasses.replace(SMALL, num_glimpses=1))
     rollout = model.rollout(model.look(model.retina.pyramid(images), first, torch.empty(2, 0, 7, 2)))
     assert rollout.logits.shape == (2, 1, 7, 10)
     assert rollout.log_probs.shape == (2, 0, 7)
 
 
-def test_the_gain_multiplies_pixels_and_nothing_else():
+def test_input_gain_multiplies_the_pixels_only():
     model, images, first, noise = look(dataclasses.replace(SMALL, input_gain=3.0))
     plain = RAM(SMALL, SEEDS)
     with torch.no_grad():

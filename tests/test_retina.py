@@ -10,9 +10,9 @@ from ramcore.retina import Retina
 
 
 def slow_glimpse(canvas: np.ndarray, location, patch: int, scales: int, factor: int) -> np.ndarray:
-    """The definition, pixel by pixel."""
+    """The definition of a glimpse, pixel by pixel."""
     size = len(canvas)
-    one, half = np.float32(1), np.float32(0.5)  # in the sensor's precision: halfway, the last bit decides
+    one, half = np.float32(1), np.float32(0.5)  # the sensor's precision: halfway between pixels, the last bit decides
     cx, cy = (int(np.floor((np.float32(v) + one) * np.float32(size / 2) + half)) for v in location)
     seen = np.zeros((scales, patch, patch))
     for k in range(scales):
@@ -27,7 +27,7 @@ def slow_glimpse(canvas: np.ndarray, location, patch: int, scales: int, factor: 
     return seen
 
 
-def test_four_by_four_by_hand():
+def test_glimpses_of_a_4x4_canvas_equal_those_computed_by_hand():
     canvas = torch.arange(16.0).view(1, 4, 4)
     retina = Retina(patch_size=2, num_scales=2, canvas_size=4)
     centre = retina.see(canvas, torch.zeros(1, 2))[0]
@@ -38,7 +38,7 @@ def test_four_by_four_by_hand():
     assert upper_right[1].tolist() == [[0, 0], [(2 + 3 + 6 + 7) / 4, 0]]
 
 
-def test_x_is_horizontal():
+def test_first_coordinate_is_horizontal():
     canvas = torch.zeros(1, 8, 8)
     canvas[0, 1, 6] = 1  # row 1, column 6
     retina = Retina(patch_size=1, num_scales=1, canvas_size=8)
@@ -55,7 +55,7 @@ def test_x_is_horizontal():
     y=st.floats(-1, 1, width=32),
     seed=st.integers(0, 1000),
 )
-def test_equals_the_definition(size, patch, scales, factor, x, y, seed):
+def test_glimpse_equals_the_definition(size, patch, scales, factor, x, y, seed):
     if factor ** (scales - 1) * patch > 64:
         scales = 2
     canvases = np.random.default_rng(seed).integers(0, 256, (2, size, size), np.uint8)
@@ -67,7 +67,7 @@ def test_equals_the_definition(size, patch, scales, factor, x, y, seed):
         np.testing.assert_allclose(seen[i], slow, atol=1e-6)
 
 
-def test_six_scales_wider_than_the_canvas_on_100_pixels():
+def test_six_scales_wider_than_a_100_pixel_canvas_equal_the_definition():
     canvas = torch.randint(0, 256, (1, 100, 100), dtype=torch.uint8)
     retina = Retina(patch_size=5, num_scales=6, canvas_size=100)
     location = torch.tensor([[0.3, -0.9]])
@@ -75,7 +75,7 @@ def test_six_scales_wider_than_the_canvas_on_100_pixels():
     np.testing.assert_allclose(retina.see(canvas, location)[0].numpy(), slow, atol=1e-6)
 
 
-def test_float_images_and_leading_dimensions():
+def test_float_images_with_leading_dimensions_equal_the_definition():
     canvases = torch.rand(3, 4, 20, 20)
     location = torch.rand(3, 4, 2) * 2 - 1
     retina = Retina(patch_size=6, num_scales=3, canvas_size=20)
@@ -86,7 +86,7 @@ def test_float_images_and_leading_dimensions():
     )
 
 
-def test_one_pyramid_serves_several_replicates():
+def test_replicates_that_share_a_pyramid_see_what_they_see_in_their_own():
     canvases = torch.randint(0, 256, (1, 5, 30, 30), dtype=torch.uint8)
     location = torch.rand(3, 5, 2) * 2 - 1
     retina = Retina(patch_size=4, num_scales=2, canvas_size=30)
@@ -96,8 +96,7 @@ def test_one_pyramid_serves_several_replicates():
 
 
 @pytest.mark.parametrize("canvas_size", [28, 60, 100])
-def test_a_glimpse_reads_no_more_of_a_larger_canvas(canvas_size):
-    """The stated cost: the pyramid grows with the canvas, a glimpse does not."""
+def test_pyramid_grows_with_the_canvas_and_a_glimpse_does_not(canvas_size):
     retina = Retina(patch_size=12, num_scales=3, canvas_size=canvas_size)
     pyramid = retina.pyramid(torch.zeros(1, canvas_size, canvas_size, dtype=torch.uint8))
     assert len(pyramid.values) <= 3 * (canvas_size + 2 * retina.ring + 1) ** 2

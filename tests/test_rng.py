@@ -8,8 +8,8 @@ from ramcore.rng import Stream, bits, integers, key, normal, permutation, unifor
 SEEDS = torch.tensor([0, 1, 12345])
 
 
-def test_bits_are_splitmix64():
-    """The published first outputs of SplitMix64 seeded with 1234567."""
+def test_bits_equal_the_published_outputs_of_splitmix64():
+    """The first outputs for seed 1234567."""
     found = bits(torch.tensor(1234567), torch.arange(1, 6))
     expected = [
         6457827717110365317,
@@ -21,21 +21,20 @@ def test_bits_are_splitmix64():
     assert [x % 2**64 for x in found.tolist()] == expected
 
 
-def test_a_replicate_does_not_depend_on_the_others():
+def test_numbers_of_a_replicate_do_not_depend_on_the_others():
     together = normal(key(SEEDS, Stream.LOCATION_NOISE, 3, 4), 10)
     for r in range(len(SEEDS)):
         assert torch.equal(together[r : r + 1], normal(key(SEEDS[r : r + 1], Stream.LOCATION_NOISE, 3, 4), 10))
 
 
-def test_counters_may_be_tensors():
-    """A captured CUDA graph passes the epoch and the step as tensors."""
+def test_counters_as_tensors_give_the_same_keys_as_numbers():
     numbers = key(SEEDS, Stream.BATCH_ORDER, 5, 7)
     assert torch.equal(numbers, key(SEEDS, Stream.BATCH_ORDER, torch.tensor(5), torch.tensor(7)))
     assert not torch.equal(numbers, key(SEEDS, Stream.BATCH_ORDER, 7, 5))
     assert not torch.equal(numbers, key(SEEDS, Stream.PLACEMENT, 5, 7))
 
 
-def test_distributions():
+def test_uniform_normal_and_whole_numbers_have_their_distributions():
     keys = key(torch.arange(4), Stream.PLACEMENT)
     u = uniform(keys, 100_000)
     assert 0 <= u.min() and u.max() < 1
@@ -52,14 +51,14 @@ def test_distributions():
     assert (counts - 8000).abs().max() < 5 * 8000**0.5
 
 
-def test_permutation():
+def test_permutation_holds_every_index_once_and_differs_between_seeds():
     order = permutation(key(SEEDS, Stream.BATCH_ORDER, 0), 1000)
     assert torch.equal(order.sort(1).values, torch.arange(1000).expand(3, -1))
     assert not torch.equal(order[0], order[1])
 
 
 @pytest.mark.gpu
-def test_cpu_and_gpu_agree():
+def test_cpu_and_gpu_give_the_same_numbers():
     keys = key(SEEDS, Stream.PLACEMENT, 1)
     gpu = key(SEEDS.cuda(), Stream.PLACEMENT, 1)
     assert torch.equal(keys, gpu.cpu())

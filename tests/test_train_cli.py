@@ -3,18 +3,19 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from ramcore.train import main
 from ramcore.config import Config
 from ramcore.pictures import draw_glimpses, glimpse_paths, retina_view
+from ramcore.train import main
 from ramcore.trainer import Trainer
 
 SMALL = "--data digits --task original --num-glimpses 2 --patch-size 8 --num-scales 1 --hidden-size 32 --epochs 2"
 
 
-def test_trains_tests_and_draws(tmp_path):
+def test_command_trains_tests_and_draws_the_glimpses(tmp_path):
     command = [sys.executable, "-m", "ramcore.train", *SMALL.split(), "--seeds", "0", "1", "--out", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = run.stdout.splitlines()
@@ -42,7 +43,7 @@ def test_trains_tests_and_draws(tmp_path):
         ("--data digits --out /proc/nowhere", "--out must be a folder that can be written"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(capsys, flags, message):
+def test_bad_flag_is_refused_in_one_line(capsys, flags, message):
     assert main(flags.split()) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -50,14 +51,14 @@ def test_bad_input_is_refused_in_one_line(capsys, flags, message):
     assert printed.err.count("\n") == 1
 
 
-def test_unknown_flags_are_usage_errors(capsys):
+def test_unknown_flag_exits_with_2_and_is_named(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--glimpses", "3"])
     assert stop.value.code == 2
     assert "--glimpses" in capsys.readouterr().err
 
 
-def test_picture_shows_each_image_and_each_glimpse(tiny):
+def test_picture_has_a_row_for_each_image_and_a_square_for_each_glimpse(tiny):
     config, data = tiny
     trainer = Trainer(config, data)
     trainer.epoch()
@@ -70,9 +71,7 @@ def test_picture_shows_each_image_and_each_glimpse(tiny):
     assert len(figure.axes[0].patches) == config.num_glimpses
 
 
-def test_retina_view_puts_fine_scales_over_coarse_ones():
-    import numpy as np
-
+def test_retina_view_draws_fine_scales_over_coarse_ones():
     seen = np.stack([np.full((2, 2), 1.0), np.full((2, 2), 0.5)])
     view = retina_view(seen, 2)
     assert view.shape == (4, 4)
@@ -80,7 +79,7 @@ def test_retina_view_puts_fine_scales_over_coarse_ones():
     assert view[0].tolist() == [0.5] * 4
 
 
-def test_paper_recipe_is_reachable(monkeypatch):
+def test_paper_recipe_with_a_flag_gives_the_papers_configuration(monkeypatch):
     seen = {}
     monkeypatch.setattr("ramcore.train.train", lambda args: seen.update(config=args.config) or 0)
     assert main(["--recipe", "paper", "--patch-size", "8"]) == 0
