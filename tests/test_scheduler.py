@@ -133,7 +133,7 @@ def suggestion_from_storage(record: Record, number: int) -> dict:
     """The suggestion of TPE when it reads every trial from Optuna's own storage."""
     study = optuna.create_study(direction="maximize")
     study.ask()
-    study.add_trials(optuna.load_study(study_name="s", storage=record.study._storage).get_trials())
+    study.add_trials(optuna.load_study(study_name="s", storage=record._rdb).get_trials())
     tpe = FeasibleTPE(record, SPACE)
     tpe._study, tpe._coming, tpe._follow_record = study, study.get_trials()[0], lambda: None
     return tpe.suggest(number)
