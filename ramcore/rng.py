@@ -27,7 +27,6 @@ class Stream(IntEnum):
     LOCATION_NOISE = 4
     CLASS_SAMPLE = 5
     DROPOUT = 6
-    RANDOM_LOCATIONS = 7
 
 
 def _signed(value: int) -> int:
