@@ -11,16 +11,7 @@ from pathlib import Path
 
 import tyro
 
-from analysis.load import (
-    Exported,
-    connect,
-    find_study,
-    list_studies,
-    load_study,
-    progress_line,
-    quieten,
-    tracking_uri,
-)
+from analysis.load import Exported, connect, find_study, list_studies, load_study, progress_line, quieten, tracking_uri
 from ramcore.errors import UserError
 
 

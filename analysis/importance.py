@@ -8,28 +8,14 @@ import numpy as np
 
 from analysis.configurations import compare_configurations
 from analysis.curves import index_by_epoch, marginal_curve, pair_surface
-from analysis.effects import (
-    CUBE_POINTS,
-    Predictor,
-    allowed,
-    marginal,
-    rank_parameters,
-    sobol_indices,
-    space_points,
-)
+from analysis.effects import CUBE_POINTS, Predictor, allowed, marginal, rank_parameters, sobol_indices, space_points
 from analysis.failures import fit_failures
 from analysis.load import StudyData
 from analysis.observations import log_epoch
 from analysis.results import DUMMY, MIN_R2, MIN_RANKED, Analysis, Curves, ParameterDraws, Trust, interval
 from analysis.selection import select
 from analysis.surrogate import Surface
-from analysis.trust import (
-    cross_validate,
-    estimated_seed_noise,
-    extrapolation_share,
-    late_epochs,
-    measured_seed_noise,
-)
+from analysis.trust import cross_validate, estimated_seed_noise, extrapolation_share, late_epochs, measured_seed_noise
 
 HYPERDRAWS, DRAWS_EACH = 100, 3
 MARKS = 6  # epochs at which importance is given, at most

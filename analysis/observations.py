@@ -134,8 +134,5 @@ def _contrasts(per_seed: pd.DataFrame, bins: int) -> Contrasts:
         df.append(len(wide) - 1.0)
     shape = (len(u), bins)
     return Contrasts(
-        np.array(u).reshape(shape),
-        np.array(count).reshape(shape),
-        np.array(outer).reshape(*shape, bins),
-        np.array(df),
+        np.array(u).reshape(shape), np.array(count).reshape(shape), np.array(outer).reshape(*shape, bins), np.array(df)
     )
