@@ -1,7 +1,6 @@
 """A search space as plain data: dimensions, their map to the unit interval, and the rule that holds between them.
 
-The study samples from it, Optuna searches it, `space.json` stores it and the analysis reads it back. All of them use
-the code below, so they agree on every value.
+The study, Optuna, `space.json` and the analysis all use the code below, so they agree on every value.
 
 Unit coordinate of a value: (x - low) / (high - low), in logarithms where `log` is set, so 0 is `low` and 1 is `high`.
 A categorical value has the coordinate of its position among the choices.
@@ -57,30 +56,26 @@ class Dimension:
     reason: str = ""  # why this range
 
     def __post_init__(self) -> None:
+        name, low, high, step = self.name, self.low, self.high, self.step
         if self.type not in ("int", "float", "categorical"):
-            raise UserError(f"a dimension's type must be int, float or categorical; {self.name} has {self.type!r}")
+            raise UserError(f"a dimension's type must be int, float or categorical; {name} has {self.type!r}")
         if self.type == "categorical":
             if not self.choices:
-                raise UserError(f"a categorical dimension needs choices; {self.name} has none")
+                raise UserError(f"a categorical dimension needs choices; {name} has none")
             return
-        if not (math.isfinite(self.low) and math.isfinite(self.high)) or self.low > self.high:
-            raise UserError(f"a dimension needs finite low <= high; {self.name} has {self.low:g} and {self.high:g}")
-        if self.log and self.low <= 0:
-            raise UserError(f"a dimension in logarithms needs low > 0; {self.name} has {self.low:g}")
-        if self.type == "int" and not (float(self.low).is_integer() and float(self.high).is_integer()):
-            raise UserError(f"a whole-number dimension needs whole bounds; {self.name} has {self.low} and {self.high}")
-        if self.step is not None and (self.type == "float" or self.step < 1 or (self.log and self.step > 1)):
-            raise UserError(
-                f"only a whole-number dimension without log can have a step, of at least 1; see {self.name}"
-            )
+        if not -math.inf < low <= high < math.inf:
+            raise UserError(f"a dimension needs finite low <= high; {name} has {low:g} and {high:g}")
+        if self.log and low <= 0:
+            raise UserError(f"a dimension in logarithms needs low > 0; {name} has {low:g}")
+        if self.type == "int" and (low % 1 or high % 1):
+            raise UserError(f"a whole-number dimension needs whole bounds; {name} has {low} and {high}")
+        if step is not None and (self.type == "float" or step < 1 or (self.log and step > 1)):
+            raise UserError(f"only a whole-number dimension without log can have a step, of at least 1; see {name}")
 
     @property
     def top(self) -> float:
         """The largest value: `high`, or the last whole number that steps from `low` reach."""
-        if self.type != "int":
-            return self.high
-        step = self.step or 1
-        return self.low + step * ((self.high - self.low) // step)
+        return self.high - (self.high - self.low) % (self.step or 1) if self.type == "int" else self.high
 
     @property
     def count(self) -> int | None:
@@ -134,11 +129,9 @@ class Dimension:
         if self.type == "categorical":
             last = len(self.choices) - 1
             return self.choices[min(max(round(u * last), 0), last)]
-        if self.log:
-            number = math.exp(math.log(self.low) + u * (math.log(self.top) - math.log(self.low)))
-        else:
-            number = self.low + u * (self.top - self.low)
-        number = min(max(number, self.low), self.top)
+        low, top = (math.log(self.low), math.log(self.top)) if self.log else (self.low, self.top)
+        number = low + u * (top - low)
+        number = min(max(math.exp(number) if self.log else number, self.low), self.top)
         if self.type == "float":
             return number
         step = self.step or 1
@@ -166,18 +159,16 @@ class Dimension:
 
     def grid(self, size: int = 25) -> Array:
         """Unit coordinates to draw a curve on: those of the levels, or `size` evenly spaced ones."""
-        return (
-            self.to_unit(self.levels) if self.log and self.levels else np.linspace(0.0, 1.0, len(self.levels) or size)
-        )
+        levels = self.levels
+        return self.to_unit(levels) if self.log and levels else np.linspace(0.0, 1.0, len(levels) or size)
 
     def contains(self, value: Any) -> bool:
         """Whether the value is one that this dimension can take."""
         if self.type == "categorical":
             return value in self.choices
         number = _number(value)
-        if not self.low <= number <= self.top:
-            return False
-        return self.type == "float" or (number - self.low) % (self.step or 1) == 0
+        on_step = self.type == "float" or (number - self.low) % (self.step or 1) == 0
+        return self.low <= number <= self.top and on_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,9 +188,8 @@ class Space:
     @property
     def rule(self) -> str | None:
         """The rule between dimensions, for people and for `space.json`."""
-        return (
-            None if self.widest_scale is None else f"patch_size * scale_factor**(num_scales - 1) <= {self.widest_scale}"
-        )
+        widest = self.widest_scale
+        return None if widest is None else f"patch_size * scale_factor**(num_scales - 1) <= {widest}"
 
     def feasible(self, values: Mapping[str, Any]) -> bool:
         """Whether the rule holds: a scale that covers more than `widest_scale` only adds cost and blur."""
@@ -221,14 +211,15 @@ class Space:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as the record and `space.json` keep it."""
-        dimensions = []
-        for d in self.dimensions:
-            bounds = (d.low, d.high) if d.type != "categorical" else (None, None)
-            shown = dataclasses.asdict(d) | {"low": bounds[0], "high": bounds[1], "choices": list(d.choices) or None}
-            dimensions.append(shown)
+        no_bounds = {"low": None, "high": None}
         return {
             "schema": 1,
-            "dimensions": dimensions,
+            "dimensions": [
+                dataclasses.asdict(d)
+                | {"choices": list(d.choices) or None}
+                | (no_bounds if d.type == "categorical" else {})
+                for d in self.dimensions
+            ],
             "constraints": [{"rule": self.rule, "reason": RULE_REASON}] if self.rule else [],
             "default": dict(self.default),
             "fixed": dict(self.fixed),
@@ -238,22 +229,21 @@ class Space:
     def from_dict(data: Mapping[str, Any]) -> Space:
         """The inverse of `to_dict`. Raises UserError where a dimension or the rule makes no sense."""
         try:
-            rules = [str(constraint["rule"]) for constraint in data.get("constraints") or ()]
-            found = [_WIDEST.fullmatch(rule) for rule in rules]
-            if unknown := [rule for rule, match in zip(rules, found, strict=True) if match is None]:
-                raise UserError(f"space.json may hold the rule of the widest scale only; got {unknown[0]!r}")
+            widest = [_read_rule(str(constraint["rule"])) for constraint in data.get("constraints") or ()]
             return Space(
                 dimensions=tuple(_read_dimension(entry) for entry in data["dimensions"]),
                 default=dict(data.get("default") or {}),
                 fixed=dict(data.get("fixed") or {}),
-                widest_scale=min((int(match[1]) for match in found if match), default=None),
+                widest_scale=min(widest, default=None),
             )
-        except UserError:
-            raise
-        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-            raise UserError(
-                f"space.json must list dimensions with name, type and bounds; {error!r} is amiss"
-            ) from error
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(f"space.json must list dimensions with name, type and bounds; {error!r}") from error
+
+
+def _read_rule(rule: str) -> int:
+    if match := _WIDEST.fullmatch(rule):
+        return int(match[1])
+    raise UserError(f"space.json may hold the rule of the widest scale only; got {rule!r}")
 
 
 def _read_dimension(entry: Mapping[str, Any]) -> Dimension:
