@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import matplotlib.ticker as ticker
 import numpy as np
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -116,31 +117,20 @@ def draw_interval(
     ax.plot([value.mid], [y], marker=marker, color=colour, ls="none", **{"ms": 7, "mec": "white", "mew": 0.8} | style)
 
 
-def _heat_map(
-    ax: Axes, values: Array, rows: Sequence[str], columns: Sequence[str], label: str, *,
-    digits: int = 0, limits: tuple[float, float] | None = None, write_every: int = 1,
-) -> Axes:  # fmt: skip
-    """One coloured cell a number, with the number written into every nth column (0: none). NaN leaves a cell empty."""
-    low, high = limits or (float(np.nanmin(values)), float(np.nanmax(values)))
-    edges = np.arange(len(columns) + 1), np.arange(len(rows) + 1)
-    mesh = ax.pcolormesh(*edges, values, cmap="cividis", vmin=low, vmax=high, edgecolors="white", linewidth=0.5)
-    bar = figure_of(ax).colorbar(mesh, ax=ax, label=label)
-    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
-    for (i, j), value in np.ndenumerate(values):
-        if write_every and j % write_every == 0 and np.isfinite(value):
-            colour = "white" if value < (low + high) / 2 else "black"
-            ax.text(j + 0.5, i + 0.5, f"{value:.{digits}f}", ha="center", va="center", fontsize=8.5, color=colour)
-    ax.set_xticks(np.arange(len(columns)) + 0.5, columns)
-    ax.set_yticks(np.arange(len(rows)) + 0.5, rows)
-    ax.spines[:].set_visible(False)
+def _heat_map(ax: Axes, values: Array, rows: Sequence[str], columns: Sequence[str], label: str, **style: Any) -> Axes:
+    """One coloured cell a number, with the number in it, row 0 on top. NaN leaves a cell empty."""
+    style = {"annot": True, "cmap": "cividis", "linewidths": 0.5, "annot_kws": {"fontsize": 8.5}} | style
+    sns.heatmap(values, xticklabels=columns, yticklabels=rows, cbar_kws={"label": label}, ax=ax, **style)
+    ax.tick_params(axis="y", rotation=0)
     return ax
 
 
-def _names_of_parameters(ax: Axes) -> None:
-    """Row 0 on top, and slanted names below the columns."""
-    ax.invert_yaxis()
+def _matrix(ax: Axes, values: Array, rows: Sequence[str], columns: Sequence[str], label: str, **style: Any) -> Axes:
+    """A heat map of parameters, with slanted names below the columns."""
+    _heat_map(ax, values, rows, columns, label, vmin=0.0, **style)
     for tick in ax.get_xticklabels():
         tick.set(rotation=40, ha="right", rotation_mode="anchor")
+    return ax
 
 
 def _legend_above(ax: Axes, columns: int = 4) -> None:
@@ -238,8 +228,9 @@ def pair_surface(surface: PairSurface, ax: Axes | None = None) -> Axes:
     columns, rows = (
         [shown(v) for v in d.from_unit(u)] for d, u in ((surface.x, surface.grid_x), (surface.y, surface.grid_y))
     )
-    every = 0 if len(columns) > 17 or len(rows) > 11 else 1 if len(columns) <= 12 else 2
-    _heat_map(ax, surface.mean, rows, columns, "mean accuracy (points)", write_every=every)
+    write = len(columns) <= 17 and len(rows) <= 11  # more numbers would overlap
+    _heat_map(ax, surface.mean, rows, columns, "mean accuracy (points)", annot=write, fmt=".0f")
+    ax.invert_yaxis()
     ax.tick_params(labelsize=9)
     ax.set_xlabel(surface.x.label)
     ax.set_ylabel(surface.y.label)
@@ -251,18 +242,15 @@ def interactions(shares: Matrix, ax: Axes | None = None) -> Axes:
     names = [words(name) for name in shares.names]
     ax = ax or new_axes(6.6, 1.6 + 0.4 * len(names))
     percents = 100 * np.where(np.tri(len(names), k=-1, dtype=bool), shares.values, np.nan)[1:, :-1]
-    limits = 0.0, max(5.0, float(np.nanmax(percents)))  # so that a tenth of a percent does not look like much
-    _heat_map(ax, percents, names[1:], names[:-1], "% of variance", digits=1, limits=limits)
-    _names_of_parameters(ax)
-    return ax
+    top = max(5.0, float(np.nanmax(percents)))  # so that a tenth of a percent does not look like much
+    return _matrix(ax, percents, names[1:], names[:-1], "% of variance", fmt=".1f", vmax=top)
 
 
 def more_than(probability: Matrix, ax: Axes | None = None) -> Axes:
     """P(the row's parameter matters more than the column's), in percent; from 5% to 95% is a tie."""
     names = [words(name) for name in probability.names]
     ax = ax or new_axes(6.6, 1.9 + 0.4 * len(names))
-    _heat_map(ax, 100 * probability.values, names, names, "probability (%)", limits=(0.0, 100.0))
-    _names_of_parameters(ax)
+    _matrix(ax, 100 * probability.values, names, names, "probability (%)", fmt=".0f", vmax=100.0)
     ax.set_ylabel("this parameter ...")
     ax.set_xlabel("... matters more than this one")
     return ax
