@@ -89,6 +89,7 @@ def diagnostics(analysis: Analysis, crosschecks: pd.DataFrame | None) -> dict[st
         "coverage_of_90_percent_intervals": trust.fit.coverage,
         "held_out_trials": trust.fit.held_out,
         "rhat_max": trust.rhat,
+        "ess_min": trust.ess,
         "trials": data.counts._asdict(),
         "origins": data.origins,
         "not_varied": list(data.constant),
@@ -269,10 +270,7 @@ def _write_page(
     (out / "report.html").write_text(page, encoding="utf-8")
     plain_trials(records.trials).to_csv(out / "trials.csv")
     records.epochs.to_csv(out / "epochs.csv", index=False)
-    # A field may hold text in one trial and a number in another (a setting that changed type): Parquet wants one.
-    mixed = [c for c in records.epochs.columns if len(set(map(type, records.epochs[c]))) > 1]
-    records.epochs.astype({c: str for c in mixed}).to_parquet(out / "epochs.parquet", index=False)
-    return [out / name for name in ("report.html", "trials.csv", "epochs.csv", "epochs.parquet")] + paths
+    return [out / name for name in ("report.html", "trials.csv", "epochs.csv")] + paths
 
 
 def _save_figures(out: Path, drawn: Mapping[str, Axes | Figure]) -> tuple[dict[str, str], list[Path]]:
