@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import ray
 import torch
@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 
 from ramcore.config import Config
 from ramcore.cost import cost
-from ramcore.data import Split, TaskData
+from ramcore.data import Split, SplitName, TaskData
 from ramcore.errors import UserError
 from ramcore.trainer import Trainer
 from study import cluster, pool
@@ -28,7 +28,7 @@ from study.display import duration, time_left
 from study.flags import Flags
 from study.prepare import Prepared
 from study.ray_internals import ray_reason
-from study.record import TrialRecord, read_totals, read_trials
+from study.record import TrialRecord
 from study.search_space import configuration
 from study.sobol import SobolSequence
 from study.trainable import SharedData
@@ -45,42 +45,41 @@ class _Trials(NamedTuple):
     recorded: list[TrialRecord]  # so far
     rows: list[TrialSpec] | None  # of a fixed design
     configs: list[Config]  # of the rows, or of points all over the space
-    origins: Sequence[str]  # of every trial that the study is to have
-
-    @property
-    def num_epochs(self) -> int:
-        """Epochs that are recorded."""
-        return sum(len(trial.epochs) for trial in self.recorded)
-
-    def typical(self) -> list[Config]:
-        """The configurations a quarter, half and three quarters up in multiply-adds."""
-        ordered = sorted(self.configs, key=lambda config: cost(config).macs)
-        return [ordered[len(ordered) * quarter // 4] for quarter in (1, 2, 3)]
+    origins: list[str]  # of every trial that the study is to have
 
 
 class _Place(NamedTuple):
     """Where the trials would run, and how fast."""
 
     slots: int  # trials at a time
-    machines: int  # that are paid for
-    lines: list[str]  # about the cluster
-    seconds: list[float]  # of an epoch of each timed configuration; empty: the record's epochs tell
-    timed: str  # how these are known
+    machines: int = 1  # that are paid for
+    lines: Sequence[str] = ()  # about the cluster
+    seconds: Sequence[float] = ()  # of an epoch of each timed configuration; empty: the record's epochs tell
+    timed: str = ""  # how these are known
 
 
-def plan_lines(flags: Flags, prepared: Prepared, uri: str, ray_pool: pool.Pool) -> list[str]:
+def dry_run_lines(flags: Flags, prepared: Prepared, uri: str, ray_pool: pool.Pool) -> list[str]:
     """The lines that --dry-run prints. Raises UserError."""
     settings = prepared.settings
     trials = _trials(prepared)
-    place = (_on_cluster if flags.address is not None else _here)(flags, prepared, uri, ray_pool, trials)
+    epochs = sum(len(trial.epochs) for trial in trials.recorded)
+    to_time = [] if epochs else _typical(trials.configs)
+    if flags.address is None:
+        place = _here(prepared, ray_pool, to_time)
+    else:
+        cluster.check_lasting(flags.storage, uri)
+        with pool.ray_running(flags.address):
+            place = _on_cluster(prepared, ray_pool, to_time)
+    if epochs:
+        place = place._replace(timed=f"from {epochs} epochs so far")
     storage = prepared.storage if prepared.storage.is_remote else prepared.record_path.parent
+    trial = f"{flags.cpus_per_trial:g} CPU, {flags.gpus_per_trial or 0:g} GPU each"
     return [
         f"Study {settings.study}: {'continues' if prepared.exists else 'new'}",
         f"  design     {settings.design}; {settings.epochs} epochs, {settings.seeds_per_trial} seeds a trial",
         f"  task       {settings.task}; data {settings.data} {prepared.data.sizes}, sha256 {settings.digest[:12]}",
         *place.lines,
-        f"  slots      {place.slots}, one trial each ({flags.cpus_per_trial:g} CPU, {flags.gpus_per_trial or 0:g} GPU "
-        "each)",
+        f"  slots      {place.slots}, one trial each ({trial})",
         f"  storage    {storage}",
         f"  tracking   {uri}",
         *_time_and_cost(flags, settings.epochs, trials, place),
@@ -105,6 +104,12 @@ def _trials(prepared: Prepared) -> _Trials:
     return _Trials(recorded, None, [configuration(space, points[i]) for i in range(_POINTS)], origins)
 
 
+def _typical(configs: list[Config]) -> list[Config]:
+    """The configurations a quarter, half and three quarters up in multiply-adds."""
+    ordered = sorted(configs, key=lambda config: cost(config).macs)
+    return [ordered[len(ordered) * quarter // 4] for quarter in (1, 2, 3)]
+
+
 def _search_lines(prepared: Prepared, trials: _Trials) -> list[str]:
     assert prepared.space is not None
     origins = trials.origins
@@ -113,12 +118,9 @@ def _search_lines(prepared: Prepared, trials: _Trials) -> list[str]:
     for d in prepared.space.dimensions:
         scale = ", log" if d.log else ""
         lines.append(f"  {d.name:17s} {d.type} {d.low:g} to {d.high:g}{scale} ({d.unit}): {d.reason}")
-    sizes = [cost(config) for config in trials.configs]
-    return [
-        *lines,
-        f"  size       {min(s.parameters for s in sizes):,} to {max(s.parameters for s in sizes):,} parameters, "
-        f"{min(s.macs for s in sizes):,} to {max(s.macs for s in sizes):,} multiply-adds an image ({_POINTS} points)",
-    ]
+    parameters, macs = zip(*(cost(config) for config in trials.configs), strict=True)
+    size = f"{min(parameters):,} to {max(parameters):,} parameters, {min(macs):,} to {max(macs):,} multiply-adds"
+    return [*lines, f"  size       {size} an image ({_POINTS} points)"]
 
 
 def _row_lines(rows: list[TrialSpec]) -> list[str]:
@@ -130,95 +132,87 @@ def _row_lines(rows: list[TrialSpec]) -> list[str]:
 
 
 def _time_and_cost(flags: Flags, epochs: int, trials: _Trials, place: _Place) -> list[str]:
-    one_by_one = time_left(trials.recorded, trials.origins, epochs, 1, place.seconds)
-    side_by_side = time_left(trials.recorded, trials.origins, epochs, place.slots, place.seconds)
+    one_by_one, side_by_side = (
+        time_left(trials.recorded, trials.origins, epochs, slots, place.seconds) for slots in (1, place.slots)
+    )
     if one_by_one is None or side_by_side is None:
         return [f"  time       unknown: {place.timed}"]
     low, high = (s / 3600 for s in one_by_one)
-    lines = [
-        f"  time       {low:.2g} to {high:.2g} trial-hours; {duration(side_by_side[0])} to {duration(side_by_side[1])} "
-        f"on all slots ({place.timed})"
-    ]
-    if flags.price_per_hour is not None:
-        low, high = (s / 3600 * place.machines * flags.price_per_hour for s in side_by_side)
-        machines, rest = "this machine", ""
-        if flags.address is not None:
-            machines = f"{place.machines} worker{'s' if place.machines > 1 else ''}"
-            rest = "; their start, the head and the storage come on top"
-        lines.append(f"  cost       {low:.2f} to {high:.2f} for {machines} at {flags.price_per_hour:g} an hour{rest}")
-    return lines
+    shortest, longest = map(duration, side_by_side)
+    hours = f"{low:.2g} to {high:.2g} trial-hours; {shortest} to {longest} on all slots ({place.timed})"
+    if flags.price_per_hour is None:
+        return [f"  time       {hours}"]
+    low, high = (s / 3600 * place.machines * flags.price_per_hour for s in side_by_side)
+    machines, rest = "this machine", ""
+    if flags.address is not None:
+        machines = f"{place.machines} worker{'s' if place.machines > 1 else ''}"
+        rest = "; their start, the head and the storage come on top"
+    price = f"{low:.2f} to {high:.2f} for {machines} at {flags.price_per_hour:g} an hour{rest}"
+    return [f"  time       {hours}", f"  cost       {price}"]
 
 
-def _here(flags: Flags, prepared: Prepared, uri: str, ray_pool: pool.Pool, trials: _Trials) -> _Place:
+def _here(prepared: Prepared, ray_pool: pool.Pool, to_time: list[Config]) -> _Place:
     slots = pool.count_slots(pool.local_resources(), ray_pool)
-    if trials.num_epochs:
-        return _Place(slots, 1, [], [], f"from {trials.num_epochs} epochs so far")
-    configs, seeds = trials.typical(), tuple(range(prepared.settings.seeds_per_trial))
-    data = SharedData.of(prepared.data)
-    seconds = time_epochs(configs, data, seeds, ray_pool.cpus_per_trial, ray_pool.gpus_per_trial)
-    return _Place(slots, 1, [], seconds, f"{len(configs)} configurations timed now, on this machine")
+    if not to_time:
+        return _Place(slots)
+    seconds = time_epochs(to_time, SharedData.of(prepared.data), prepared.settings.seeds_per_trial, ray_pool.trial)
+    return _Place(slots, seconds=seconds, timed=f"{len(to_time)} configurations timed now, on this machine")
 
 
-def _on_cluster(flags: Flags, prepared: Prepared, uri: str, ray_pool: pool.Pool, trials: _Trials) -> _Place:
-    assert flags.address is not None
-    cluster.check_lasting(flags.storage, uri)
+def _on_cluster(prepared: Prepared, ray_pool: pool.Pool, to_time: list[Config]) -> _Place:
+    """Look at the cluster that this process has joined, and time there."""
     trial, growth = ray_pool.trial, ray_pool.growth
-    with pool.ray_running(flags.address):
-        present = cluster.nodes()
-        if problem := cluster.Check(prepared.storage)(present):
-            raise UserError(problem)
-        able = [node for node in present if trial.fits(node.resources)]
-        slots = ray_pool.slots
-        machines = growth.workers if growth is not None else max(1, len(able))
-        lines = _cluster_lines(present, able, growth)
-        if trials.num_epochs:
-            return _Place(slots, machines, lines, [], f"from {trials.num_epochs} epochs so far")
-        configs, data = trials.typical(), ray.put(SharedData.of(prepared.data))
-        # Without a worker, a node that runs no trials is timed: a plan must not start a machine that costs money.
-        node, cpus, gpus = (able[0], trial.cpus, trial.gpus) if able else (present[0], 0.0, 0.0)
-        task = ray.remote(num_cpus=cpus, num_gpus=gpus, scheduling_strategy=cluster.only_on(node))(time_epochs)
-        seeds = tuple(range(prepared.settings.seeds_per_trial))
-        try:
-            seconds = ray.get(task.remote(configs, data, seeds, trial.cpus, gpus), timeout=_PATIENCE)
-        except RayError as error:
-            failed = f"timing an epoch on {node} failed ({ray_reason(str(error))})"
-            return _Place(slots, machines, lines, [], failed)
-        timed = f"{len(configs)} configurations timed now, on {node}"
-        if not able:
-            timed += f", as no worker is up{' and on its CPU, where a GPU is faster' if trial.gpus else ''}"
-        return _Place(slots, machines, lines, seconds, timed)
+    present = cluster.nodes()
+    if problem := cluster.Check(prepared.storage)(present):
+        raise UserError(problem)
+    able = [node for node in present if trial.fits(node.resources)]
+    machines = growth.workers if growth is not None else max(1, len(able))
+    place = _Place(ray_pool.slots, machines, _cluster_lines(present, able, growth))
+    if not to_time:
+        return place
+    # Without a worker, a node that runs no trials is timed: a dry run must not start a machine that costs money.
+    node = (able or present)[0]
+    there = trial if able else cluster.TrialResources(cpus=trial.cpus, gpus=0.0)
+    cpus = trial.cpus if able else 0.0
+    task = ray.remote(num_cpus=cpus, num_gpus=there.gpus, scheduling_strategy=cluster.only_on(node))(time_epochs)
+    data = ray.put(SharedData.of(prepared.data))
+    try:
+        seconds = ray.get(task.remote(to_time, data, prepared.settings.seeds_per_trial, there), timeout=_PATIENCE)
+    except RayError as error:
+        return place._replace(timed=f"timing an epoch on {node} failed ({ray_reason(str(error))})")
+    timed = f"{len(to_time)} configurations timed now, on {node}"
+    if not able:
+        timed += f", as no worker is up{' and on its CPU, where a GPU is faster' if trial.gpus else ''}"
+    return place._replace(seconds=seconds, timed=timed)
 
 
 def _cluster_lines(present: list[cluster.Node], able: list[cluster.Node], growth: cluster.Growth | None) -> list[str]:
-    sizes = [f"{n}: {n.resources.get('CPU', 0):g} CPUs, {n.resources.get('GPU', 0):g} GPUs" for n in present]
     cpus, gpus = (sum(n.resources.get(kind, 0) for n in present) for kind in ("CPU", "GPU"))
-    lines = [f"  cluster    {len(present)} nodes, {cpus:g} CPUs, {gpus:g} GPUs ({'; '.join(sizes)})"]
+    lines = [f"  cluster    {len(present)} nodes, {cpus:g} CPUs, {gpus:g} GPUs ({cluster.sizes(present)})"]
     if growth is not None:
-        lines.append(
-            f"             may grow to {growth.workers} workers of {growth.worker['CPU']:g} CPUs, "
-            f"{growth.worker['GPU']:g} GPUs"
-        )
+        worker = f"{growth.worker['CPU']:g} CPUs, {growth.worker['GPU']:g} GPUs"
+        lines.append(f"             may grow to {growth.workers} workers of {worker}")
     elif not able:
         lines.append("             none can run a trial yet")
     return lines
 
 
 def time_epochs(
-    configs: list[Config], data: SharedData, seeds: tuple[int, ...], cpus: float, gpus: float
+    configs: list[Config], data: SharedData, num_seeds: int, resources: cluster.TrialResources
 ) -> list[float]:
     """Seconds that an epoch of each configuration takes here, trained as `study.trainable` does.
 
     Each trains one short epoch to warm up and one that is timed, on the first images of each split.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, int(cpus)))
-    device = "cuda" if gpus > 0 and torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(max(1, int(resources.cpus)))
+    device = "cuda" if resources.gpus > 0 and torch.cuda.is_available() else "cpu"
     found: list[float] = []
     try:
         for config in configs:
             whole = data.task(config.task)
             short = _shortened(whole, config.batch_size)
-            trainer = Trainer(dataclasses.replace(config, epochs=2), short, seeds=seeds, device=device)
+            trainer = Trainer(dataclasses.replace(config, epochs=2), short, seeds=range(num_seeds), device=device)
             trainer.epoch()
             steps = len(whole.train.labels) / len(short.train.labels)
             found.append(trainer.epoch().to_dict()["seconds"] * steps)
@@ -231,11 +225,8 @@ def _shortened(whole: TaskData, batch_size: int) -> TaskData:
     """The first images of each split, as many as an epoch is timed on."""
     total = len(whole.train.labels)
     share = max(min(total, _TIMED_STEPS * batch_size) / total, 1 / _TIMED_SHARE)
-
-    def first(split: Split) -> Split:
-        count = max(1, round(share * len(split.labels)))
-        return Split(split.images[:count], split.labels[:count])
-
-    return dataclasses.replace(
-        whole, train=first(whole.train), validation=first(whole.validation), test=first(whole.test)
-    )
+    splits: dict[str, Split] = {}
+    for name in get_args(SplitName):
+        count = max(1, round(share * whole.sizes[name]))
+        splits[name] = Split(*(part[:count] for part in whole.split(name)))
+    return dataclasses.replace(whole, **splits)  # pyright: ignore[reportArgumentType]

@@ -18,7 +18,7 @@ from ramcore.space import Space, Values
 from study import designs
 from study.designs import DESIGNS, Design, DesignInputs, TrialSpec
 from study.flags import Flags, check_design
-from study.record import KnownStudy, RecordLost, StudySettings, best_trial, read_settings, read_trials
+from study.record import RecordLost, StoredStudy, StudySettings, best_trial, read_study
 from study.search_space import search_space
 from study.snapshots import fetch
 from study.sobol import SobolSequence
@@ -53,7 +53,7 @@ class Prepared:
     total: int | None  # trials asked for; None: all rows
     data: TaskData  # the images; every task is made from the same
     storage: Storage
-    exists: bool  # whether this continues a study
+    known: StoredStudy | None  # the study that this continues
     warnings: tuple[str, ...]
 
     @property
@@ -64,11 +64,10 @@ class Prepared:
     @property
     def trials_left(self) -> int:
         """Trials that have not ended."""
-        if not self.exists:
+        if self.known is None:
             return self.total or len(self.rows() if self.rows else ())
-        trials, rows = read_trials(self.record_path)
-        total = min(self.total or 0, len(rows)) if rows is not None else self.total or 0
-        return total - sum(t.state != "running" for t in trials)
+        total, rows = self.total or 0, self.known.rows
+        return (total if rows is None else min(total, len(rows))) - self.known.ended
 
 
 class _Identity(NamedTuple):
@@ -78,7 +77,7 @@ class _Identity(NamedTuple):
     design: str
     tasks: tuple[str, ...]
     data: TaskData
-    known: KnownStudy | None  # from its record; None for a new study
+    known: StoredStudy | None  # from its record; None for a new study
 
 
 class _Source(NamedTuple):
@@ -108,7 +107,7 @@ def prepare(flags: Flags) -> Prepared:
     seeds = flags.seeds_per_trial or (known.settings.seeds_per_trial if known else design.seeds_per_trial)
     total = flags.trials or (designs.DEFAULT_TRIALS if design.rows is None else None)
     if known:  # a study never has fewer than it was asked for
-        total = max(flags.trials or 0, known.total)
+        total = max(flags.trials or 0, known.totals[-1])
 
     recipe = DIGITS if identity.data.data == "digits" else {}
     base = dataclasses.replace(TUNED, data=identity.data.data, task=identity.tasks[0], epochs=epochs, **recipe)
@@ -135,7 +134,7 @@ def prepare(flags: Flags) -> Prepared:
         total=total,
         data=identity.data,
         storage=storage,
-        exists=known is not None,
+        known=known,
         warnings=tuple(warnings),
     )
 
@@ -167,7 +166,7 @@ def _default_name(tasks: tuple[str, ...], data: str, design: str) -> str:
     return f"{'-'.join(tasks)}-{data}-{design}"
 
 
-def _existing_study(storage: Storage, tasks: tuple[str, ...], design: str) -> KnownStudy | None:
+def _existing_study(storage: Storage, tasks: tuple[str, ...], design: str) -> StoredStudy | None:
     """The study that `--data auto` continues, even where MNIST has come or gone since it began. MNIST goes first."""
     for data in ("mnist", "digits"):
         if (known := _read(storage, _default_name(tasks, data, design))) is not None:
@@ -210,15 +209,13 @@ def _read_source(storage: Storage, name: str, task: str, data: str) -> _Source |
         known = _fetched(storage, name)
         if known is None or (known.settings.design, known.settings.task, known.settings.data) != ("search", task, data):
             return None
-        trials, _ = read_trials(_record_path(storage, name))
     except (OSError, UserError, RecordLost) as error:
         logger.warning("the study %s is left out: %s", name, error)
         return None
-    best = best_trial(trials)
+    best, total = best_trial(known.trials), known.totals[-1]
     if best is None:
         return None
-    ended = sum(t.state != "running" for t in trials)
-    unfinished = f"{ended} of {known.total} trials have ended" if ended < known.total else ""
+    unfinished = f"{known.ended} of {total} trials have ended" if known.ended < total else ""
     changed = _record_path(storage, name).stat().st_mtime
     return _Source(known.settings, dataclasses.asdict(best.spec.config), unfinished, changed)
 
@@ -244,7 +241,7 @@ def _rows(design: Design, inputs: DesignInputs, source: _Source | None) -> Calla
     return around_the_best
 
 
-def _read(storage: Storage, study: str) -> KnownStudy | None:
+def _read(storage: Storage, study: str) -> StoredStudy | None:
     """What the storage knows of a study. Raises UserError if it cannot be reached."""
     try:
         return _fetched(storage, study)
@@ -252,10 +249,10 @@ def _read(storage: Storage, study: str) -> KnownStudy | None:
         raise storage.unreachable(error) from error
 
 
-def _fetched(storage: Storage, study: str) -> KnownStudy | None:
+def _fetched(storage: Storage, study: str) -> StoredStudy | None:
     """What the storage knows of a study. Raises OSError if it cannot be reached."""
     fetch(storage, study)
-    return read_settings(_record_path(storage, study))
+    return read_study(_record_path(storage, study))
 
 
 def _record_path(storage: Storage, study: str) -> Path:

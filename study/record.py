@@ -30,7 +30,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -80,41 +80,28 @@ class StudySettings:
     sobol_share: float = DEFAULT_SOBOL_SHARE  # of a search's trials
     space: dict[str, Any]  # Space.to_dict()
 
-    def differences(self, other: StudySettings) -> list[str]:
-        """The settings that differ, in words: 'epochs 30 there, 10 asked for'."""
-        found: list[str] = []
-        for field_ in fields(self):
-            ours, theirs = getattr(self, field_.name), getattr(other, field_.name)
-            if field_.name == "space":
-                found += _space_differences(ours, theirs)
-            elif ours != theirs and field_.name == "digest":
-                found.append(f"images (sha256 {ours[:12]} there, {theirs[:12]} here)")
-            elif ours != theirs:
-                found.append(f"{field_.name} {ours} there, {theirs} asked for")
-        return found
-
     def check_same(self, asked: StudySettings) -> None:
         """Raises UserError if the settings asked for are not these."""
-        if differences := self.differences(asked):
+        ours, theirs = self._flat(), asked._flat()
+        differing = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+        if differing:
+            words = [f"{n} {ours.get(n, 'absent')} there, {theirs.get(n, 'absent')} asked for" for n in differing]
             raise UserError(
-                f"a study's name stands for one space, task and data; {asked.study} differs in "
-                f"{'; '.join(differences)}: pass another --study, or the same settings"
+                f"a study's name stands for one space, task and data; {asked.study} differs in {'; '.join(words)}: "
+                "pass another --study, or the same settings"
             )
 
-
-def _space_differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """As `StudySettings.differences`. The reasons and units of a range may be reworded."""
-
-    def flat(space: dict[str, Any]) -> dict[str, Any]:
-        ranges = {
+    def _flat(self) -> dict[str, Any]:
+        """Every setting and everything of the space by name, but the reasons and units of ranges: they may change."""
+        flat = asdict(self)
+        space, flat["images"] = flat.pop("space"), f"sha256 {flat.pop('digest')[:12]}"
+        inside = {
             f"{d['name']}.{k}": v for d in space["dimensions"] for k, v in d.items() if k not in ("reason", "unit")
         }
-        rules = {"constraint": [c["rule"] for c in space["constraints"]]}
-        return ranges | rules | {f"default {k}": v for k, v in space["default"].items()} | space["fixed"]
-
-    old, new = flat(ours), flat(theirs)
-    names = [n for n in {**old, **new} if old.get(n) != new.get(n) and n not in ("task", "data", "epochs")]
-    return [f"space: {name} {old.get(name, 'absent')} there, {new.get(name, 'absent')} here" for name in names]
+        inside |= {f"default {name}": value for name, value in space["default"].items()}
+        inside |= {name: value for name, value in space["fixed"].items() if name not in flat}
+        inside["constraint"] = [constraint["rule"] for constraint in space["constraints"]]
+        return flat | {f"space: {name}": value for name, value in inside.items()}
 
 
 @dataclass(kw_only=True)
@@ -147,6 +134,15 @@ class TrialRecord:
         return self.epochs[-1].value if self.state == "complete" and self.epochs else None
 
 
+@contextmanager
+def _write_errors() -> Iterator[None]:
+    """Raises RecordLost where the database or the storage cannot be written."""
+    try:
+        yield
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError, LeaseHeld) as error:
+        raise RecordLost(f"the record cannot be written: {first_line(error.__cause__ or error)}") from error
+
+
 class Record:
     """An open record. Only one process can hold a record open for writing; see `open`."""
 
@@ -156,9 +152,7 @@ class Record:
         assert study is not None
         fault_point("record.open")
         attrs = study.user_attrs
-        # Else the study is new, or a crash came before all its attributes were written.
-        self._complete = "settings" in attrs
-        if self._complete:
+        if "settings" in attrs:  # else it is new, or a crash came before all its attributes were written
             StudySettings(**attrs["settings"]).check_same(settings)
         if "uid" not in attrs:
             study.set_user_attr("created", _now())
@@ -169,7 +163,8 @@ class Record:
         self.changed = threading.Condition()  # notified after each change
         self.created: int = study.user_attrs["created"]  # ms since 1970
         self.uid: str = study.user_attrs["uid"]  # tells two studies of one name apart in MLflow
-        self.runs: list[dict[str, Any]] = []  # of the command, those that trained; see `begin_run`
+        # Of the command, those that trained; see `begin_run`.
+        self.runs: list[dict[str, Any]] = [attrs[name] for name in sorted(attrs) if name.startswith("run ")]
         self.totals: list[int] = []  # trials asked for, as it grew
         self.rows: list[TrialSpec] | None = None  # of a fixed design
         self.snapshots: Snapshots | None = None  # of a record in a remote storage
@@ -212,7 +207,6 @@ class Record:
             with _write_errors():
                 record = cls(folder / RECORD, settings, lock)
                 record._ask_for(total, rows)
-                record._load_runs()
                 record._load_trials()
                 return record
         except BaseException:
@@ -221,40 +215,34 @@ class Record:
 
     def _ask_for(self, total: int | None, rows: Callable[[], list[TrialSpec]] | None) -> None:
         """Enter which trials the study is asked for; a continued study can only grow."""
-        if rows is not None and not self._complete:
+        is_new = "settings" not in self.study.user_attrs
+        if rows is not None and is_new:
             self.study.set_user_attr("rows", [spec.to_dict() for spec in rows()])
             fault_point("record.open.rows")
         attrs = self.study.user_attrs
         self.rows = _rows(attrs)
-        self.totals = attrs.get("totals", []) if self._complete else []
+        self.totals = [] if is_new else attrs["totals"]
         if total is None and self.rows is not None:
             total = len(self.rows)
-        if total is not None and total > (self.totals[-1] if self.totals else 0):
+        if total is not None and total > max(self.totals, default=0):
             self.totals = [*self.totals, total]
             self.study.set_user_attr("totals", self.totals)
         assert self.totals, "a new study is asked for some trials"
         fault_point("record.open.asked")
-        if not self._complete:  # last, because it says that the other attributes are there
+        if is_new:  # last, because it says that the other attributes are there
             self.study.set_user_attr("settings", asdict(self.settings))
-            self._complete = True
-
-    def _load_runs(self) -> None:
-        attrs = self.study.user_attrs
-        while (run := attrs.get(_run_key(len(self.runs)))) is not None:
-            self.runs.append(run)
 
     def _load_trials(self) -> None:
         """Load the trials, and complete the writes that a crash cut off."""
         attrs = self.study.user_attrs
         for frozen in self.study.get_trials(deepcopy=False):
             trial = _from_storage(frozen)
-            trial.test = attrs.get(_test_key(trial.number), trial.test)
-            self.trials[trial.number] = trial
-            self._dirty.add(trial.number)
+            number = trial.number
+            trial.test = attrs.get(f"test {number:04d}", trial.test)
+            self.trials[number] = trial
+            self._dirty.add(number)
             if frozen.state == TrialState.RUNNING:
-                self._trial_ids[trial.number] = self._rdb.get_trial_id_from_study_id_trial_number(
-                    self._study_id, trial.number
-                )
+                self._trial_ids[number] = self._rdb.get_trial_id_from_study_id_trial_number(self._study_id, number)
                 # An epoch's attribute is committed before its intermediate value, an end's reason before its state.
                 for epoch, entry in enumerate(trial.epochs, start=1):
                     if epoch not in frozen.intermediate_values:
@@ -280,14 +268,15 @@ class Record:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # Writing: each of these returns after the commit.
+    # Writing: each of these returns after the commit, or raises RecordLost.
 
+    @_write_errors()
     def begin_run(self, provenance: dict[str, Any]) -> None:
         """Enter the commit, versions, devices, ... with which the trials that start from now on are trained."""
-        with _write_errors():
-            self.study.set_user_attr(_run_key(len(self.runs)), provenance)
+        self.study.set_user_attr(f"run {len(self.runs):04d}", provenance)
         self.runs.append(provenance)
 
+    @_write_errors()
     def start(self, spec: TrialSpec, space: Space | None) -> TrialRecord:
         """Enter a new trial, with everything that defines it, in one commit.
 
@@ -296,20 +285,19 @@ class Record:
             space: the search space that it lies in, for Optuna; None for a trial outside (the CNN).
         """
         ranges = distributions(space) if space is not None else {}
-        params = {name: getattr(spec.config, name) for name in ranges}
         now, run = _now(), len(self.runs) - 1 if self.runs else None
+        columns = {"origin": spec.origin, "row": spec.row, "seeds": ",".join(map(str, spec.seeds))}  # of the dashboard
         template = optuna.trial.create_trial(
             state=TrialState.RUNNING,
-            params=params,
+            params={name: getattr(spec.config, name) for name in ranges},
             distributions=ranges,
-            user_attrs={"plan": spec.to_dict(), "started": now, "run": run, **_readable(spec)},
+            user_attrs={"plan": spec.to_dict(), "started": now, "run": run, **columns},
         )
-        with _write_errors():
-            fault_point("record.start.before")
-            trial_id = self._rdb.create_new_trial(self._study_id, template_trial=template)
-            number = self._rdb.get_trial_number_from_id(trial_id)
-            if self.snapshots is not None:
-                self.snapshots.save()
+        fault_point("record.start.before")
+        trial_id = self._rdb.create_new_trial(self._study_id, template_trial=template)
+        number = self._rdb.get_trial_number_from_id(trial_id)
+        if self.snapshots is not None:
+            self.snapshots.save()
         fault_point("record.start.after")
         trial = TrialRecord(number=number, spec=spec, started=now, run=run)
         self._trial_ids[number] = trial_id
@@ -317,6 +305,7 @@ class Record:
         self._touch(number)
         return trial
 
+    @_write_errors()
     def add_epoch(self, number: int, epoch: int, metrics: dict[str, Any]) -> bool:
         """Enter an epoch's metrics; a repeated report is compared and ignored. Returns whether it was new.
 
@@ -326,30 +315,27 @@ class Record:
             metrics: `EpochMetrics.to_dict()`.
         """
         trial = self.trials[number]
-        value = mean_accuracy(metrics)
+        entry = Epoch(time=_now(), value=mean_accuracy(metrics), metrics=metrics)
         if epoch <= len(trial.epochs):
             there = trial.epochs[epoch - 1].value
-            if abs(there - value) > _TOLERANCE:
+            if abs(there - entry.value) > _TOLERANCE:
                 text = "trial %04d epoch %d was reported twice, with accuracy %.6f and then %.6f; the first one counts"
-                logger.warning(text, number, epoch, there, value)
+                logger.warning(text, number, epoch, there, entry.value)
             return False
-        if epoch != len(trial.epochs) + 1:
-            raise AssertionError(f"trial {number} reported epoch {epoch} after {len(trial.epochs)}")
-        entry = Epoch(time=_now(), value=value, metrics=metrics)
-        with _write_errors():
-            fault_point("record.epoch.before")
-            entered = {"time": entry.time, "metrics": metrics}
-            self._rdb.set_trial_user_attr(self._trial_ids[number], _epoch_key(epoch), entered)
+        assert epoch == len(trial.epochs) + 1, f"trial {number} reported epoch {epoch} after {len(trial.epochs)}"
+        fault_point("record.epoch.before")
+        stored = {"time": entry.time, "metrics": metrics}
+        self._rdb.set_trial_user_attr(self._trial_ids[number], f"epoch {epoch:04d}", stored)
         fault_point("record.epoch.between")
-        self._set_value(trial, epoch, value)
-        with _write_errors():
-            if self.snapshots is not None:
-                self.snapshots.check()
+        self._set_value(trial, epoch, entry.value)
+        if self.snapshots is not None:
+            self.snapshots.check()
         fault_point("record.epoch.after")
         trial.epochs.append(entry)
         self._touch(number)
         return True
 
+    @_write_errors()
     def end(
         self, number: int, state: State, reason: str, *, test: dict[str, Any] | None = None, diverged: bool = False
     ) -> None:
@@ -358,45 +344,41 @@ class Record:
         if trial.state != "running":
             return
         end = {"state": state, "reason": reason, "time": _now(), "test": test, "diverged": diverged}
-        with _write_errors():
-            fault_point("record.end.before")
-            self._rdb.set_trial_user_attr(self._trial_ids[number], "end", end)
+        fault_point("record.end.before")
+        self._rdb.set_trial_user_attr(self._trial_ids[number], "end", end)
         fault_point("record.end.between")
         _apply_end(trial, end)
         self._set_state(trial)
-        with _write_errors():
-            if self.snapshots is not None:
-                self.snapshots.soon()
+        if self.snapshots is not None:
+            self.snapshots.soon()
         fault_point("record.end.after")
         self._touch(number)
 
+    @_write_errors()
     def set_test(self, number: int, test: dict[str, Any]) -> None:
         """Enter the accuracy on the test images of an ended trial.
 
         It becomes an attribute of the study, because Optuna allows no change of an ended trial.
         """
-        with _write_errors():
-            self.study.set_user_attr(_test_key(number), test)
-            if self.snapshots is not None:
-                self.snapshots.soon()
+        self.study.set_user_attr(f"test {number:04d}", test)
+        if self.snapshots is not None:
+            self.snapshots.soon()
         self.trials[number].test = test
         self._touch(number)
 
+    @_write_errors()
     def flush(self) -> None:
-        """Write everything to the storage now. Raises RecordLost."""
-        with _write_errors():
-            if self.snapshots is not None:
-                self.snapshots.save()
+        """Write everything to the storage now."""
+        if self.snapshots is not None:
+            self.snapshots.save()
 
     def _set_value(self, trial: TrialRecord, epoch: int, value: float) -> None:
         if math.isfinite(value):
-            with _write_errors():
-                self._rdb.set_trial_intermediate_value(self._trial_ids[trial.number], epoch, value)
+            self._rdb.set_trial_intermediate_value(self._trial_ids[trial.number], epoch, value)
 
     def _set_state(self, trial: TrialRecord) -> None:
         values = [trial.value] if trial.value is not None else None
-        with _write_errors():
-            self._rdb.set_trial_state_values(self._trial_ids[trial.number], OPTUNA_STATE[trial.state], values)
+        self._rdb.set_trial_state_values(self._trial_ids[trial.number], OPTUNA_STATE[trial.state], values)
 
     @property
     def epochs(self) -> int:
@@ -429,14 +411,8 @@ def open_record(
 ) -> Record:
     """`Record.open` for a study in a storage. In a remote one, take its lease first.
 
-    Args:
-        storage: a folder or an object store.
-        settings, total, rows: as for `Record.open`.
-        say: is called with a line if another machine's driver has to be waited for.
-
-    Raises:
-        UserError: another driver has the study, here or elsewhere, or it is a study with other settings.
-        RecordLost: the storage cannot be reached.
+    `say` is called with a line if another machine's driver has to be waited for. Raises UserError as `Record.open`, or
+    if another machine's driver has the study; RecordLost if the storage cannot be reached.
     """
     folder = storage.record_folder(settings.study)
     record = Record.open(folder, settings, total=total, rows=rows)
@@ -460,43 +436,31 @@ def open_record(
     return record
 
 
-class KnownStudy(NamedTuple):
-    """What a record says of its study before it is opened."""
+class StoredStudy(NamedTuple):
+    """A study as its record holds it."""
 
     settings: StudySettings
-    total: int  # trials that it was asked for
+    totals: list[int]  # trials asked for, as the study grew
+    rows: list[TrialSpec] | None  # of a fixed design
+    trials: list[TrialRecord]
+
+    @property
+    def ended(self) -> int:
+        """Trials that have ended."""
+        return sum(trial.state != "running" for trial in self.trials)
 
 
-def read_settings(path: Path) -> KnownStudy | None:
-    """The settings of the study in a SQLite file; None if no complete study is there."""
-    with _reading(path) as study:
-        attrs = study.user_attrs if study is not None else {}
-    return KnownStudy(StudySettings(**attrs["settings"]), attrs["totals"][-1]) if "settings" in attrs else None
-
-
-def read_totals(path: Path) -> list[int]:
-    """The trials that the study in a SQLite file was asked for, as they grew."""
-    with _reading(path) as study:
-        return list(study.user_attrs.get("totals", [])) if study is not None else []
-
-
-def read_trials(path: Path) -> tuple[list[TrialRecord], list[TrialSpec] | None]:
-    """The trials of the study in a SQLite file, and the rows of its design if that is fixed."""
-    with _reading(path) as study:
-        if study is None:
-            return [], None
-        return [_from_storage(frozen) for frozen in study.get_trials(deepcopy=False)], _rows(study.user_attrs)
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[optuna.Study | None]:
-    """The study in a SQLite file; None if there is none."""
+def read_study(path: Path) -> StoredStudy | None:
+    """Read the study in a SQLite file without opening it for writing; None if no complete study is there."""
     if not path.is_file():
-        yield None
-        return
+        return None
     study, database = _open_database(path, None)
     try:
-        yield study
+        attrs = study.user_attrs if study is not None else {}
+        if study is None or "settings" not in attrs:
+            return None
+        trials = [_from_storage(frozen) for frozen in study.get_trials(deepcopy=False)]
+        return StoredStudy(StudySettings(**attrs["settings"]), attrs["totals"], _rows(attrs), trials)
     finally:
         database.engine.dispose()
 
@@ -520,9 +484,6 @@ def distributions(space: Space) -> dict[str, BaseDistribution]:
     return found
 
 
-# Reading and writing details.
-
-
 def mean_accuracy(metrics: dict[str, Any]) -> float:
     """The objective of one epoch: mean validation accuracy over seeds, in [0, 1]; NaN once a seed has diverged."""
     return statistics.fmean(metrics["val_accuracy"])
@@ -530,15 +491,10 @@ def mean_accuracy(metrics: dict[str, Any]) -> float:
 
 def _from_storage(frozen: FrozenTrial) -> TrialRecord:
     attrs = frozen.user_attrs
-    trial = TrialRecord(
-        number=frozen.number,
-        spec=TrialSpec.from_dict(attrs["plan"]),
-        started=attrs["started"],
-        run=attrs.get("run"),
-    )
-    while (entry := attrs.get(_epoch_key(len(trial.epochs) + 1))) is not None:
-        metrics = entry["metrics"]
-        trial.epochs.append(Epoch(time=entry["time"], value=mean_accuracy(metrics), metrics=metrics))
+    spec = TrialSpec.from_dict(attrs["plan"])
+    trial = TrialRecord(number=frozen.number, spec=spec, started=attrs["started"], run=attrs.get("run"))
+    while (entry := attrs.get(f"epoch {len(trial.epochs) + 1:04d}")) is not None:
+        trial.epochs.append(Epoch(**entry, value=mean_accuracy(entry["metrics"])))
     if "end" in attrs:
         _apply_end(trial, attrs["end"])
     return trial
@@ -552,23 +508,6 @@ def _apply_end(trial: TrialRecord, end: dict[str, Any]) -> None:
 
 def _rows(attrs: dict[str, Any]) -> list[TrialSpec] | None:
     return [TrialSpec.from_dict(row) for row in attrs["rows"]] if "rows" in attrs else None
-
-
-def _epoch_key(epoch: int) -> str:
-    return f"epoch {epoch:04d}"
-
-
-def _run_key(number: int) -> str:
-    return f"run {number:04d}"
-
-
-def _test_key(number: int) -> str:
-    return f"test {number:04d}"
-
-
-def _readable(spec: TrialSpec) -> dict[str, Any]:
-    """Attributes that Optuna's dashboard shows as columns."""
-    return {"origin": spec.origin, "row": spec.row, "seeds": ",".join(map(str, spec.seeds))}
 
 
 def _now() -> int:
@@ -599,18 +538,6 @@ def _open_database(path: Path, name: str | None) -> tuple[optuna.Study | None, R
             "pass another --study, or move the file away"
         ) from error
     return study, rdb
-
-
-_DATABASE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError, LeaseHeld)
-
-
-@contextmanager
-def _write_errors() -> Iterator[None]:
-    """Raises RecordLost where the database cannot be written."""
-    try:
-        yield
-    except _DATABASE_ERRORS as error:
-        raise RecordLost(f"the record cannot be written: {first_line(error.__cause__ or error)}") from error
 
 
 def _lock(path: Path) -> FileLock:

@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 from ramcore.config import Config
 from ramcore.errors import UserError
 from study.designs import TrialSpec
-from study.record import Record, StudySettings, best_trial, read_settings, read_trials
+from study.record import Record, StudySettings, best_trial, read_study
 from study.search_space import configuration, search_space
 from study.sobol import SobolSequence
 
@@ -138,7 +138,7 @@ def test_larger_total_extends_study_and_smaller_one_changes_nothing(folder):
     [
         ({"epochs": 4}, "epochs 3 there, 4 asked for"),
         ({"data": "mnist"}, "data digits there, mnist asked for"),
-        ({"digest": "e" * 64}, "images (sha256 dddddddddddd there, eeeeeeeeeeee here)"),
+        ({"digest": "e" * 64}, "images sha256 dddddddddddd there, sha256 eeeeeeeeeeee asked for"),
         ({"seeds_per_trial": 1}, "seeds_per_trial 2 there, 1 asked for"),
         ({"design": "ofat"}, "design search there, ofat asked for"),
     ],
@@ -155,7 +155,7 @@ def test_another_space_is_refused_but_a_reworded_reason_is_accepted(folder):
     open_record(folder).close()
     space = SPACE.to_dict()
     space["dimensions"][1] |= {"high": 30, "reason": "another"}
-    with pytest.raises(UserError, match=r"space: patch_size.high 14 there, 30 here"):
+    with pytest.raises(UserError, match=r"space: patch_size.high 14 there, 30 asked for"):
         open_record(folder, dataclasses.replace(SETTINGS, space=space))
     space = SPACE.to_dict()
     space["dimensions"][1] |= {"reason": "another"}
@@ -185,16 +185,16 @@ def test_file_that_is_no_database_is_refused(folder):
 
 
 def test_record_can_be_read_without_opening_it_for_writing(folder):
-    assert read_settings(folder / "study.db") is None
+    assert read_study(folder / "study.db") is None
     with open_record(folder) as record:
         for i, accuracy in enumerate((0.2, 0.6, 0.4)):
             record.start(plan(i), SPACE)
             record.add_epoch(i, 1, metrics(1, accuracy, accuracy))
             record.end(i, "complete", "finished")
-    assert read_settings(folder / "study.db") == (SETTINGS, 5)
-    trials, rows = read_trials(folder / "study.db")
-    assert rows is None and [t.state for t in trials] == ["complete"] * 3
-    best = best_trial(trials)
+    stored = read_study(folder / "study.db")
+    assert stored is not None and (stored.settings, stored.totals, stored.rows) == (SETTINGS, [5], None)
+    assert [t.state for t in stored.trials] == ["complete"] * 3 and stored.ended == 3
+    best = best_trial(stored.trials)
     assert best is not None and best.spec == plan(1)
 
 

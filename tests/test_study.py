@@ -25,7 +25,7 @@ from study.checkpoints import Checkpoints
 from study.display import Display, duration, percent, time_left
 from study.flags import DONE, SOME_FAILED, STOPPED, USAGE, Flags, signals_caught
 from study.provenance import WorkingTree
-from study.record import Epoch, Record, TrialRecord, read_settings
+from study.record import Epoch, Record, TrialRecord, read_study
 from study.results import pareto_trials
 from study.run import main
 from study.search_space import configuration, search_space
@@ -391,7 +391,7 @@ def test_design_from_unfinished_search_prints_warning(fragile, capsys):
     capsys.readouterr()
     assert main(around) == DONE
     assert "is not finished" not in capsys.readouterr().err
-    settings, _ = read_settings(Path("runs/s/study.db")) or pytest.fail("no study")
+    settings, *_ = read_study(Path("runs/s/study.db")) or pytest.fail("no study")
     Record.open(Path("runs/s"), settings, total=4).close()  # asked for two more
     assert main(around) == DONE
     said = capsys.readouterr().err
