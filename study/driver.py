@@ -12,7 +12,7 @@ from dataclasses import asdict
 from ramcore.errors import UserError, say
 from study import cluster, pool, provenance, results, schema, tracking
 from study.display import Display
-from study.dry_run import plan_lines
+from study.dry_run import dry_run_lines
 from study.flags import BROKEN, DONE, SOME_FAILED, STOPPED, Flags, command, signals_caught, stopped
 from study.prepare import Prepared
 from study.record import Record, RecordLost, open_record
@@ -41,9 +41,9 @@ def run_study(flags: Flags, prepared: Prepared) -> int:
     if flags.address is None:
         pool.count_slots(pool.local_resources(), ray_pool)
     if flags.dry_run:
-        print("\n".join(plan_lines(flags, prepared, uri, ray_pool)))
+        print("\n".join(dry_run_lines(flags, prepared, uri, ray_pool)))
         return DONE
-    if not prepared.exists:
+    if prepared.known is None:
         tracking.check_reachable(uri)
     check = cluster.Check(prepared.storage)
     if flags.address is not None:

@@ -75,7 +75,7 @@ def dry_run_lines(flags: Flags, prepared: Prepared, uri: str, ray_pool: pool.Poo
     storage = prepared.storage if prepared.storage.is_remote else prepared.record_path.parent
     trial = f"{flags.cpus_per_trial:g} CPU, {flags.gpus_per_trial or 0:g} GPU each"
     return [
-        f"Study {settings.study}: {'continues' if prepared.exists else 'new'}",
+        f"Study {settings.study}: {'continues' if prepared.known else 'new'}",
         f"  design     {settings.design}; {settings.epochs} epochs, {settings.seeds_per_trial} seeds a trial",
         f"  task       {settings.task}; data {settings.data} {prepared.data.sizes}, sha256 {settings.digest[:12]}",
         *place.lines,
@@ -88,18 +88,18 @@ def dry_run_lines(flags: Flags, prepared: Prepared, uri: str, ray_pool: pool.Poo
 
 
 def _trials(prepared: Prepared) -> _Trials:
-    recorded, rows = read_trials(prepared.record_path) if prepared.exists else ([], None)
-    if rows is None and prepared.rows is not None:
-        rows = prepared.rows()
+    known = prepared.known
+    recorded = known.trials if known else []
+    rows = known.rows if known else prepared.rows() if prepared.rows else None
     if rows is not None:
         rows = rows[: prepared.total]
         return _Trials(recorded, rows, [spec.config for spec in rows], [spec.origin for spec in rows])
     space, settings, total = prepared.space, prepared.settings, prepared.total or 0
     assert space is not None
     points = SobolSequence(space, settings.seed)
-    totals = read_totals(prepared.record_path) if prepared.exists else []
-    if total > (totals[-1] if totals else 0):
-        totals.append(total)
+    totals = known.totals if known else []
+    if total > max(totals, default=0):
+        totals = [*totals, total]
     origins = search_origins(totals, len(published(space)), settings.sobol_share)
     return _Trials(recorded, None, [configuration(space, points[i]) for i in range(_POINTS)], origins)
 
