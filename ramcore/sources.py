@@ -6,8 +6,7 @@ import gzip
 import hashlib
 import os
 import zlib
-from collections.abc import Sequence
-from importlib.metadata import distribution
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -19,7 +18,7 @@ from torch.nn import functional
 
 from ramcore.config import DIGIT_SIZE, Config, Data
 from ramcore.data import Split, SplitName, TaskData, make_task
-from ramcore.errors import UserError
+from ramcore.errors import UserError, first_line
 from ramcore.rng import bits
 
 
@@ -39,53 +38,44 @@ class _IdxSource(NamedTuple):
     files: tuple[_IdxFile, ...]  # train images, train labels, test images, test labels
 
 
-_IDX_FILES = {
-    "train-images-idx3-ubyte": (60_000, 28, 28),
-    "train-labels-idx1-ubyte": (60_000,),
-    "t10k-images-idx3-ubyte": (10_000, 28, 28),
-    "t10k-labels-idx1-ubyte": (10_000,),
-}
+# A line for each file: its name without "-ubyte", the md5 and, where known, the sha256.
+_MNIST = """
+train-images-idx3 f68b3c2dcbeaaa9fbdd348bbdeb94873 ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db
+train-labels-idx1 d53e105ee54ea40749a09fcbcd1e9432 65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5
+t10k-images-idx3 9fb629c4189551a2d022fa330f9573f3 0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7
+t10k-labels-idx1 ec29112dd5afa0611ce80d1b7f02629c ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2
+"""
+_FASHION_MNIST = """
+train-images-idx3 8d4fb7e6c68d591d4c3dfef9ec88bf0d
+train-labels-idx1 25c81989df183df01b3e8a0aad5dffbe
+t10k-images-idx3 bef4ecab320f06d8554ea6380940ec79
+t10k-labels-idx1 bb300cfdad3c16e7a12a480ee83cd310
+"""
 
 
-def _idx_source(mirrors: tuple[str, ...], md5: Sequence[str], sha256: Sequence[str | None]) -> _IdxSource:
-    rows = zip(_IDX_FILES.items(), md5, sha256, strict=True)
-    return _IdxSource(mirrors, tuple(_IdxFile(name, shape, packed, content) for (name, shape), packed, content in rows))
+def _idx_source(table: str, *mirrors: str) -> _IdxSource:
+    files: list[_IdxFile] = []
+    for name, md5, *sha256 in map(str.split, table.strip().splitlines()):
+        count = 60_000 if name.startswith("train") else 10_000
+        shape = (count, DIGIT_SIZE, DIGIT_SIZE) if "images" in name else (count,)
+        files.append(_IdxFile(f"{name}-ubyte", shape, md5, sha256[0] if sha256 else None))
+    return _IdxSource(mirrors, tuple(files))
 
 
-_IDX_SOURCES: dict[str, _IdxSource] = {
+_IDX_SOURCES = {
     "mnist": _idx_source(
-        (
-            "https://ossci-datasets.s3.amazonaws.com/mnist/",
-            "https://storage.googleapis.com/cvdf-datasets/mnist/",
-        ),
-        md5=(
-            "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-            "d53e105ee54ea40749a09fcbcd1e9432",
-            "9fb629c4189551a2d022fa330f9573f3",
-            "ec29112dd5afa0611ce80d1b7f02629c",
-        ),
-        sha256=(
-            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-            "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-            "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-        ),
+        _MNIST,
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
     ),
     "fashion-mnist": _idx_source(
-        (
-            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-            "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
-        ),
-        md5=(
-            "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-            "25c81989df183df01b3e8a0aad5dffbe",
-            "bef4ecab320f06d8554ea6380940ec79",
-            "bb300cfdad3c16e7a12a480ee83cd310",
-        ),
-        sha256=(None,) * 4,
+        _FASHION_MNIST,
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
     ),
 }
 _VALIDATION_SIZE = 10_000  # the last training images, which leaves 50,000
+_DIGITS_FILE = "sklearn/datasets/data/digits.csv.gz"  # read by itself, since importing scikit-learn takes seconds
 _DIGITS_SPLIT = (1_197, 300, 300)  # images for training, validation and test
 
 
@@ -103,23 +93,24 @@ def load_source(name: Data, data_dir: Path | None = None) -> dict[SplitName, Spl
         return _load_digits()
     source = _IDX_SOURCES[name]
     paths = _find(name, source, data_dir)
-    arrays = [_read_idx(path, file, name) for path, file in zip(paths, source.files, strict=True)]
-    train_images, train_labels, test_images, test_labels = (torch.from_numpy(a) for a in arrays)
-    train_labels, test_labels = train_labels.long(), test_labels.long()
-    cut = len(train_images) - _VALIDATION_SIZE
-    return {
-        "train": Split(train_images[:cut], train_labels[:cut]),
-        "validation": Split(train_images[cut:], train_labels[cut:]),
-        "test": Split(test_images, test_labels),
-    }
+    arrays = [torch.from_numpy(_read_idx(p, file, name)) for p, file in zip(paths, source.files, strict=True)]
+    images, labels, test = arrays[0], arrays[1].long(), Split(arrays[2], arrays[3].long())
+    cut = len(images) - _VALIDATION_SIZE
+    train, validation = Split(images[:cut], labels[:cut]), Split(images[cut:], labels[cut:])
+    return {"train": train, "validation": validation, "test": test}
 
 
 def _load_digits() -> dict[SplitName, Split]:
     """The 1,797 8x8 digits that come with scikit-learn (UCI Optical Recognition of Handwritten Digits), at 28x28."""
-    # The file of `sklearn.datasets.load_digits`, a row an image: 64 pixels from 0 to 16, then the label. Importing
-    # scikit-learn takes longer than training an epoch.
-    path = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
-    table = torch.from_numpy(np.loadtxt(str(path), delimiter=",", dtype=np.float32))
+    try:
+        path = distribution("scikit-learn").locate_file(_DIGITS_FILE)
+        table = torch.from_numpy(np.loadtxt(str(path), delimiter=",", dtype=np.float32))
+    except (PackageNotFoundError, OSError) as error:
+        raise DataMissing(
+            f"--data digits needs the file {_DIGITS_FILE} of scikit-learn; {first_line(error)}: "
+            "install scikit-learn as pyproject.toml says, or use --data mnist"
+        ) from error
+    # A row is an image: 64 pixels from 0 to 16, then the label.
     small = table[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)
     large = functional.interpolate(small, size=(DIGIT_SIZE, DIGIT_SIZE), mode="bilinear", align_corners=False)
     images, labels = large[:, 0].round().to(torch.uint8), table[:, -1].long()
@@ -133,18 +124,16 @@ def _find(name: str, source: _IdxSource, data_dir: Path | None) -> list[Path]:
     """The paths of a source's four files; they are downloaded if no folder holds all of them."""
     cache = Path(pooch.os_cache("ram-study"))
     folders: list[Path] = []
-    for origin, given in (("--data-dir", data_dir), ("$RAM_DATA_DIR", os.environ.get("RAM_DATA_DIR"))):
-        if not given:
-            continue
-        if not Path(given).is_dir():
-            raise UserError(f"{origin} must be a folder; {given} is not one: create it or name another")
-        folders.append(Path(given))
-    for folder in [*folders, cache]:
-        # A folder for several sources has a subfolder for each. The cache's own files could only be MNIST's.
-        for place in (folder / name, folder) if name == "mnist" or folder != cache else (folder / name,):
-            paths = [_existing(place, file.name) for file in source.files]
-            if all(paths):
-                return [path for path in paths if path]
+    for flag, given in (("--data-dir", data_dir), ("$RAM_DATA_DIR", os.environ.get("RAM_DATA_DIR"))):
+        if given and not Path(given).is_dir():
+            raise UserError(f"{flag} must be a folder; {given} is not one: create it or name another")
+        folders += [Path(given)] if given else []
+    # A folder for several sources has a subfolder for each. The cache's own files could only be MNIST's.
+    places = [place for folder in [*folders, cache] for place in (folder / name, folder)]
+    for place in places:
+        paths = [_existing(place, file.name) for file in source.files]
+        if all(paths) and (place != cache or name == "mnist"):
+            return [path for path in paths if path]
     return [_download(name, source, file, cache / name) for file in source.files]
 
 
@@ -158,13 +147,9 @@ def _download(name: str, source: _IdxSource, file: _IdxFile, folder: Path) -> Pa
     failures: list[str] = []
     for mirror in source.mirrors:
         try:
-            path = pooch.retrieve(
-                url=f"{mirror}{file.name}.gz",
-                known_hash=f"md5:{file.md5}",
-                fname=f"{file.name}.gz",
-                path=folder,
-                downloader=downloader,  # pyright: ignore[reportArgumentType]  # as pooch documents it
-            )
+            packed, known_hash = f"{file.name}.gz", f"md5:{file.md5}"
+            # The type of `downloader` in pooch is narrower than its documentation.
+            path = pooch.retrieve(mirror + packed, known_hash, packed, folder, downloader=downloader)  # pyright: ignore[reportArgumentType]
             return Path(path)
         except (requests.exceptions.RequestException, OSError, ValueError) as error:
             failures.append(f"{mirror}: {type(error).__name__}")
@@ -193,16 +178,11 @@ def _read_idx(path: Path, file: _IdxFile, source: str) -> np.ndarray:
             f"{path} must hold shape {file.shape} in {expected_size} bytes; "
             f"found {shape} in {len(content)} bytes: fetch it again"
         )
-    if file.sha256 is not None:
-        found = hashlib.sha256(content).hexdigest()
-        if found != file.sha256:
-            raise UserError(
-                f"{path} must be {source}'s, sha256 {file.sha256} (unpacked); found {found}: fetch it again"
-            )
-    elif path.suffix == ".gz":
-        found = hashlib.md5(raw, usedforsecurity=False).hexdigest()
-        if found != file.md5:
-            raise UserError(f"{path} must be {source}'s, md5 {file.md5}; found {found}: fetch it again")
+    checksum, wanted, found = "md5", file.md5, hashlib.md5(raw, usedforsecurity=False).hexdigest()
+    if file.sha256:
+        checksum, wanted, found = "sha256 of the unpacked file", file.sha256, hashlib.sha256(content).hexdigest()
+    if found != wanted and (file.sha256 or path.suffix == ".gz"):  # no checksum of a plain Fashion-MNIST file is known
+        raise UserError(f"{path} must be {source}'s, {checksum} {wanted}; found {found}: fetch it again")
     return np.frombuffer(content, np.uint8, offset=len(header)).reshape(file.shape).copy()
 
 

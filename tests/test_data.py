@@ -129,6 +129,13 @@ def test_digits_are_split_into_disjoint_parts(digits):
     assert digits["validation"].labels.bincount().min() > 15
 
 
+def test_missing_file_of_scikit_learns_digits_is_named_in_one_line(monkeypatch):
+    monkeypatch.setattr(sources, "_DIGITS_FILE", "sklearn/datasets/data/moved.csv.gz")
+    with pytest.raises(DataMissing, match=r"--data digits needs .*moved\.csv\.gz of scikit-learn; .* not found") as error:
+        load_source("digits")
+    assert "\n" not in str(error.value)
+
+
 def test_mnist_is_split_into_50000_10000_and_10000_images(mnist_dir):
     task = load_task(Config(), mnist_dir)
     assert task.sizes == {"train": 50_000, "validation": 10_000, "test": 10_000}
