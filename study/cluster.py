@@ -9,7 +9,6 @@ Ray is imported inside the functions that use it: it takes seconds, and this mod
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -20,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from typing import Any
 import ramcore
 import study
 from ramcore.errors import UserError, first_line
-from study.probe import Answer, probe, versions
+from study.probe import COMPARED, probe, versions
 from study.ray_internals import check_token, cluster_address, ray_reason
 from study.storage import Storage
 
@@ -51,15 +50,15 @@ class TrialResources:
 
     def fits(self, resources: Mapping[str, float]) -> int:
         """How many trials fit on a node with these resources at a time."""
-        counts = [math.inf]
+        cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+        counts: list[int] = []
         if self.cpus > 0:
-            counts.append(math.floor(resources.get("CPU", 0.0) / self.cpus + 1e-9))
-        if self.gpus > 0:
-            have = resources.get("GPU", 0.0)
-            # A trial's part of a GPU is on one GPU: parts of two do not add up.
-            shared = 0 < self.gpus < 1
-            counts.append(math.floor(have) * math.floor(1 / self.gpus) if shared else math.floor(have / self.gpus))
-        return int(min(counts)) if min(counts) < math.inf else 0
+            counts.append(math.floor(cpus / self.cpus + 1e-9))
+        if 0 < self.gpus < 1:  # a trial's part of a GPU is on one GPU: parts of two do not add up
+            counts.append(math.floor(gpus) * math.floor(1 / self.gpus))
+        elif self.gpus > 0:
+            counts.append(math.floor(gpus / self.gpus))
+        return min(counts, default=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +76,8 @@ class Growth:
             return None
         cpus, gpus = number("RAM_WORKER_CPUS"), number("RAM_WORKER_GPUS") or 0.0
         if cpus is None:
-            raise UserError(
-                "RAM_MAX_WORKERS needs the size of a worker; RAM_WORKER_CPUS is not set: set it (and RAM_WORKER_GPUS)"
-            )
+            fact = "RAM_WORKER_CPUS is not set: set it (and RAM_WORKER_GPUS)"
+            raise UserError(f"RAM_MAX_WORKERS needs the size of a worker; {fact}")
         return Growth(workers=int(workers), worker={"CPU": cpus, "GPU": gpus})
 
 
@@ -117,7 +115,7 @@ def number(name: str) -> float | None:
     text = os.environ.get(name)
     if not text:
         return None
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         value = float(text)
         if 0 <= value < math.inf:
             return value
@@ -137,19 +135,18 @@ def find(address: str) -> str:
 
     rule = "--address must be that of a running Ray cluster"
     fix = "run `ray status` there, or pass --address local for this machine alone"
+    fact = "did not answer"
     try:
         found = cluster_address(address)
         host, _, port = found.rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
-    except (OSError, ValueError) as error:  # ConnectionError is an OSError: Ray found none
-        raise UserError(f"{rule}; {address} did not answer ({first_line(error)}): {fix}") from error
-    try:
+        fact = "is not one"
         check_token(found)
+        return found
     except AuthenticationError as error:
         raise UserError(wrong_token(address)) from error
-    except (RuntimeError, ConnectionError, RayError) as error:
-        raise UserError(f"{rule}; {address} is not one ({first_line(error)}): {fix}") from error
-    return found
+    except (OSError, ValueError, RuntimeError, RayError) as error:  # ConnectionError is an OSError: Ray found none
+        raise UserError(f"{rule}; {address} {fact} ({first_line(error)}): {fix}") from error
 
 
 def wrong_token(address: str) -> str:
@@ -256,18 +253,17 @@ def wait_for_workers(
     """
     import ray  # here, to put it off
 
-    wanted = f"{trial.cpus:g} CPUs and {trial.gpus:g} GPUs"
+    size = f"{trial.cpus:g} CPUs and {trial.gpus:g} GPUs"
+    fix = "pass a smaller --cpus-per-trial or --gpus-per-trial"
     if growth is not None and capacity([n for n in nodes() if n.is_head], growth, trial) < 1:
-        raise UserError(
-            f"a trial must fit on a node; it takes {wanted} and a worker has {growth.worker['CPU']:g} and "
-            f"{growth.worker['GPU']:g}: pass a smaller --cpus-per-trial or --gpus-per-trial"
-        )
+        worker = f"{growth.worker['CPU']:g} and {growth.worker['GPU']:g}"
+        raise UserError(f"a trial must fit on a node; it takes {size} and a worker has {worker}: {fix}")
     here = ray.get_runtime_context().get_node_id()
     minutes = JOIN_MINUTES if growth is not None and growth.workers > 0 else JOIN_MINUTES_FIXED
     started, said, holding = time.monotonic(), -math.inf, []
     hold = ray.remote(num_cpus=trial.cpus, num_gpus=trial.gpus, max_retries=0)(_hold)
     try:
-        while True:
+        while (waited := time.monotonic() - started) < minutes * 60:
             present = nodes()
             alone = all(node.id == here for node in present)
             if any(trial.fits(node.resources) for node in present) and not (others and alone):
@@ -275,25 +271,23 @@ def wait_for_workers(
             if growth is not None and not holding:
                 places = min(trials, capacity(present, growth, trial))
                 holding = [hold.remote(JOIN_MINUTES * 60) for _ in range(places)]
-            waited = time.monotonic() - started
-            if waited >= minutes * 60:
-                break
             if waited - said >= _SAY_SECONDS:
                 said = waited
-                say(
-                    f"waiting for a worker with {wanted}: {len(present)} node{'s' if len(present) > 1 else ''} so far, "
-                    f"{waited:.0f} s of at most {minutes:g} min"
-                )
+                so_far = f"{len(present)} node{'s' if len(present) > 1 else ''} so far"
+                say(f"waiting for a worker with {size}: {so_far}, {waited:.0f} s of at most {minutes:g} min")
             time.sleep(1.0)
     finally:
         for task in holding:
             ray.cancel(task, force=True)
-    sizes = "; ".join(f"{n}: {n.resources.get('CPU', 0):g} CPUs, {n.resources.get('GPU', 0):g} GPUs" for n in nodes())
+    what = f"a node with {size}{', and --storage a worker to be checked on' if others else ''}"
     raise UserError(
-        f"a trial needs a node with {wanted}{', and --storage a worker to be checked on' if others else ''}; within "
-        f"{minutes:g} min none came ({sizes}): look at `ray status`, or pass a smaller --cpus-per-trial or "
-        "--gpus-per-trial"
+        f"a trial needs {what}; within {minutes:g} min none came ({sizes(nodes())}): look at `ray status`, or {fix}"
     )
+
+
+def sizes(present: list[Node]) -> str:
+    """The CPUs and GPUs of each node, in words."""
+    return "; ".join(f"{n}: {n.resources.get('CPU', 0):g} CPUs, {n.resources.get('GPU', 0):g} GPUs" for n in present)
 
 
 def _hold(seconds: float) -> None:
@@ -315,9 +309,8 @@ class Check:
     def __call__(self, present: list[Node]) -> str | None:
         """The first problem of a node that has not passed yet, as rule, fact and fix; None if there is none."""
         new = [node for node in present if node.id not in self._passed]
-        with contextlib.nullcontext() if self._storage.is_remote or not new else self._marked():
-            for node, answer in self._ask(new):
-                problem = answer if isinstance(answer, str) else self._judge(node, answer)
+        with nullcontext() if self._storage.is_remote or not new else self._marked():
+            for node, problem in self._ask(new):
                 if problem:
                     return problem
                 self._passed.add(node.id)
@@ -335,19 +328,19 @@ class Check:
         finally:
             marker.unlink(missing_ok=True)
             for folder in made:
-                with contextlib.suppress(OSError):  # in use by now
+                with suppress(OSError):  # in use by now
                     folder.rmdir()
 
-    def _ask(self, new: list[Node]) -> Iterator[tuple[Node, Answer | str]]:
-        """Each node's answer, or the problem if it gives none. Nodes that leave meanwhile are skipped."""
+    def _ask(self, new: list[Node]) -> Iterator[tuple[Node, str | None]]:
+        """Each node's problem, if it has one. Nodes that leave meanwhile are skipped."""
         # Imported here to put off Ray.
         import ray
         from ray.exceptions import GetTimeoutError, NodeDiedError, RayError, TaskUnschedulableError
 
-        asked = {}
+        ours, asked = versions(COMPARED), {}
         for node in new:
             task = ray.remote(num_cpus=0, scheduling_strategy=only_on(node), max_retries=1)(probe)
-            asked[node.id] = task.remote(self._storage.place, self._marker)
+            asked[node.id] = task.remote(str(node), self._storage.place, self._marker, ours)
         end = time.monotonic() + _PROBE_SECONDS
         for node in new:
             try:
@@ -360,39 +353,8 @@ class Check:
                 rule, fact = "every node must be able to run the project", f"cannot ({ray_reason(str(error))})"
                 if isinstance(error, GetTimeoutError):
                     rule, fact = f"every node must answer within {_PROBE_SECONDS / 60:g} min", "did not"
-                yield (
-                    node,
-                    (
-                        f"{rule}; {node} {fact}: install the project there as CLUSTER.md says, look at it with `ray "
-                        "status`, or take it out of the cluster"
-                    ),
-                )
-
-    def _judge(self, node: Node, answer: Answer) -> str | None:
-        """The problem that an answer shows; None if there is none."""
-        ours = versions()
-        differing = [
-            f"{name} {answer.versions.get(name, 'not installed')}, the driver {ours[name]}"
-            for name in ours
-            if answer.versions.get(name) != ours[name]
-        ]
-        fix = "install the project there with constraints.txt, as CLUSTER.md says, or take the node out of the cluster"
-        if differing:
-            return f"every node must have the driver's versions; {node} has {'; '.join(differing)}: {fix}"
-        if answer.lacks:
-            return f"every node must have the project's packages; {node} lacks some ({answer.lacks}): {fix}"
-        if answer.unseen:
-            return (
-                f"on several nodes --storage must be the same folder on all of them; {node} does not see "
-                f"{self._storage}: pass --storage s3://bucket/folder or a folder that all nodes mount, or set "
-                "RAM_STORAGE on the nodes"
-            )
-        if answer.unreachable:
-            return (
-                f"every node must reach --storage; {node} cannot write to {self._storage} ({answer.unreachable}): "
-                "give that node access (an instance profile, or AWS_* in its environment)"
-            )
-        return None
+                fix = "install the project there as CLUSTER.md says, see `ray status`, or take it out of the cluster"
+                yield node, f"{rule}; {node} {fact}: {fix}"
 
 
 # While the study runs.

@@ -23,7 +23,7 @@ import tyro
 
 from ramcore.config import TASKS, Data
 from ramcore.errors import UserError, say
-from study.designs import DEFAULT_SOBOL_SHARE, DEFAULT_TRIALS, DESIGNS, Design, get_design
+from study.designs import DESIGNS, get_design
 
 # Exit codes. SIGINT and SIGTERM give 130 and 143; the same command continues then too.
 DONE = 0
@@ -36,44 +36,29 @@ SUBMITTED = "RAM_STUDY_SUBMITTED"  # environment variable of a submitted job: co
 DATA = ("auto", *get_args(Data))
 
 
-def _choice(names: Collection[str], text: str) -> Any:
-    """What tyro shows for a flag that takes one of some names. `check` refuses other names."""
-    return tyro.conf.arg(metavar=f"{{{','.join(names)}}}", help=text)
+def _one_of(names: Collection[str]) -> str:
+    """What --help shows for a flag that takes one of some names. `check` refuses other names."""
+    return f"{{{','.join(names)}}}"
 
 
-def _defaults(show: Callable[[Design], object]) -> str:
+def _defaults(field_name: str) -> str:
     """A default of each design, in words: '100 for paper and mnih, 30 for the others'."""
     groups: dict[str, list[str]] = {}
     for name, design in DESIGNS.items():
-        groups.setdefault(str(show(design)), []).append(name)
+        value = getattr(design, field_name)
+        groups.setdefault(" and ".join(value) if isinstance(value, tuple) else str(value), []).append(name)
     *special, usual = sorted(groups, key=lambda value: len(groups[value]))
     return ", ".join([*(f"{value} for {' and '.join(groups[value])}" for value in special), f"{usual} for the others"])
 
 
-_TASK = _choice(
-    TASKS, f"How digits are placed on the canvas. Default: {_defaults(lambda design: ' and '.join(design.tasks))}."
+# Help texts with facts of the designs; the other flags have docstrings.
+_TASK = tyro.conf.arg(
+    metavar=_one_of(TASKS), help=f"How digits are placed on the canvas. Default: {_defaults('tasks')}."
 )
-_DATA = _choice(DATA, "The images. auto: MNIST if it can be had, else the bundled digits, with a warning.")
-_DESIGN = _choice(
-    DESIGNS,
-    "Which configurations are tried. "
-    + "".join(f"{name}: {design.summary}. " for name, design in DESIGNS.items())
-    + "Default: search.",
-)
-_TRIALS = tyro.conf.arg(
-    help="Trials that the study has in the end, with those of earlier runs. "
-    f"Default: {DEFAULT_TRIALS} for a search; the other designs have one for each of their rows."
-)
-_EPOCHS = tyro.conf.arg(
-    help=f"Epochs of a trial that is not stopped early. Default: {_defaults(lambda design: design.epochs)}."
-)
-_SEEDS = tyro.conf.arg(
-    help=f"Seeds of a trial, trained side by side. Default: {_defaults(lambda design: design.seeds_per_trial)}."
-)
-_SOBOL_SHARE = tyro.conf.arg(
-    help="Share of a search's trials that are Sobol points. These are never stopped early. "
-    f"Default: {DEFAULT_SOBOL_SHARE}."
-)
+_SUMMARIES = "".join(f"{name}: {design.summary}. " for name, design in DESIGNS.items())
+_DESIGN = tyro.conf.arg(metavar=_one_of(DESIGNS), help=f"Which configurations are tried. {_SUMMARIES}Default: search.")
+_EPOCHS = tyro.conf.arg(help=f"Epochs of a trial that is not stopped early. Default: {_defaults('epochs')}.")
+_SEEDS = tyro.conf.arg(help=f"Seeds of a trial, trained side by side. Default: {_defaults('seeds_per_trial')}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +70,18 @@ class Flags:
     """
 
     task: Annotated[str | None, _TASK] = None
-    data: Annotated[str, _DATA] = "auto"
+    data: Annotated[str, tyro.conf.arg(metavar=_one_of(DATA))] = "auto"
+    """The images. auto: MNIST if it can be had, else the bundled digits, with a warning."""
     data_dir: Path | None = None
     """Folder of the IDX files. Default: $RAM_DATA_DIR, then the per-user cache, then a download."""
     design: Annotated[str | None, _DESIGN] = None
-    trials: Annotated[int | None, _TRIALS] = None
+    trials: int | None = None
+    """Trials that the study has in the end, with those of earlier runs. Default: 40 for a search; the other designs
+    have one for each of their rows."""
     epochs: Annotated[int | None, _EPOCHS] = None
     seeds_per_trial: Annotated[int | None, _SEEDS] = None
-    sobol_share: Annotated[float | None, _SOBOL_SHARE] = None
+    sobol_share: float | None = None
+    """Share of a search's trials that are Sobol points. These are never stopped early. Default: 0.4."""
     study: str | None = None
     """Name of the study. An existing study is continued with its own settings. Default: made of task, data and
     design."""
@@ -124,11 +113,6 @@ class Flags:
     dry_run: bool = False
     """Print the plan, with an estimate of its time and cost, and exit. On a cluster, no machine is started."""
 
-    @property
-    def for_job_server(self) -> bool:
-        """Whether the command is to be submitted to a cluster's job server."""
-        return self.address is not None and self.address.startswith(("http://", "https://"))
-
 
 def parse() -> Flags:
     """The flags of this process's command line. Exits where they cannot be parsed."""
@@ -137,14 +121,14 @@ def parse() -> Flags:
 
 def check(flags: Flags) -> None:
     """Refuse flags that can be judged without the data, the storage or the cluster. Raises UserError."""
-    for name, value, choices in (
-        ("--task", flags.task, TASKS),
-        ("--data", flags.data, DATA),
-        ("--design", flags.design, DESIGNS),
-    ):
-        if value is not None and value not in choices:
-            raise UserError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-    check_numbers(flags)
+    for name, choices in (("task", TASKS), ("data", DATA), ("design", DESIGNS)):
+        _require(flags, name, f"one of {', '.join(choices)}", choices.__contains__, "pass one of these")
+    for name in ("trials", "epochs", "seeds_per_trial", "max_concurrent"):
+        _require(flags, name, "at least 1", lambda v: v >= 1, "pass a larger number or leave it out")
+    for name in ("cpus_per_trial", "time_budget", "price_per_hour", "money_budget"):
+        _require(flags, name, "above 0", lambda v: 0 < v < math.inf, "pass a positive number or leave it out")
+    _require(flags, "sobol_share", "above 0 and at most 0.8", lambda v: 0 < v <= 0.8, "a fifth of the trials is TPE's")
+    _require(flags, "gpus_per_trial", "at least 0", lambda v: 0 <= v < math.inf, "pass 0, a fraction or a count")
     if flags.study is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", flags.study):
         raise UserError(
             "a study's name is a folder's name: up to 100 letters, digits, and . _ + - after the first; "
@@ -154,32 +138,12 @@ def check(flags: Flags) -> None:
         check_design(flags, flags.design)
 
 
-def check_numbers(flags: Flags) -> None:
-    """Refuse numbers outside of their range. Raises UserError."""
-    for name, value in (
-        ("--trials", flags.trials),
-        ("--epochs", flags.epochs),
-        ("--seeds-per-trial", flags.seeds_per_trial),
-        ("--max-concurrent", flags.max_concurrent),
-    ):
-        if value is not None and value < 1:
-            raise UserError(f"{name} must be at least 1; got {value}: pass a larger number or leave it out")
-    for name, value in (
-        ("--cpus-per-trial", flags.cpus_per_trial),
-        ("--time-budget", flags.time_budget),
-        ("--price-per-hour", flags.price_per_hour),
-        ("--money-budget", flags.money_budget),
-    ):
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{name} must be above 0; got {value:g}: pass a positive number or leave it out")
-    if flags.sobol_share is not None and not 0 < flags.sobol_share <= 0.8:
-        raise UserError(
-            f"--sobol-share must be above 0 and at most 0.8; got {flags.sobol_share:g}: a fifth of the trials is TPE's"
-        )
-    if flags.gpus_per_trial is not None and not 0 <= flags.gpus_per_trial < math.inf:
-        raise UserError(
-            f"--gpus-per-trial must be at least 0; got {flags.gpus_per_trial:g}: pass 0, a fraction or a count"
-        )
+def _require(flags: Flags, name: str, rule: str, fulfils: Callable[[Any], bool], fix: str) -> None:
+    """Refuse a flag that is given and breaks the rule. Raises UserError."""
+    value = getattr(flags, name)
+    if value is not None and not fulfils(value):
+        got = repr(value) if isinstance(value, str) else f"{value:g}"
+        raise UserError(f"--{name.replace('_', '-')} must be {rule}; got {got}: {fix}")
 
 
 def check_design(flags: Flags, name: str) -> None:
@@ -192,12 +156,6 @@ def check_design(flags: Flags, name: str) -> None:
         )
     if flags.sobol_share is not None and design.rows is not None:
         raise UserError(f"--sobol-share is a search's; the design is {name}: leave it out")
-
-
-def check_budget(flags: Flags) -> None:
-    """Refuse a money budget without a price, on the machine where the study runs. Raises UserError."""
-    if flags.money_budget is not None and flags.price_per_hour is None:
-        raise UserError("a money budget needs a price; got --money-budget alone: pass --price-per-hour too")
 
 
 def command() -> str:
@@ -223,9 +181,7 @@ def stopped(reason: object) -> int:
 def signals_caught(*numbers: signal.Signals, raising: type[Exception] | None = None) -> Iterator[list[int]]:
     """Collect the signals that come inside the block, first one first. A second one ends the process at once.
 
-    Args:
-        numbers: the signals to catch.
-        raising: raised in the main thread at the first signal, if given.
+    The first one raises `raising` in the main thread, if that is given.
     """
     received: list[int] = []
 

@@ -9,47 +9,52 @@ import contextlib
 import platform
 import secrets
 import time
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
 
 from ramcore.errors import first_line
 
-_COMPARED = ("ray", "torch", "numpy")  # packages whose versions change a trial's results or how Ray carries them
+COMPARED = ("ray", "torch", "numpy")  # packages whose versions change a trial's results or how Ray carries them
+_FIX = "install the project there with constraints.txt, as CLUSTER.md says, or take the node out of the cluster"
 
 
-class Answer(NamedTuple):
-    """The answer of one node."""
-
-    versions: dict[str, str]
-    lacks: str = ""  # the import that failed
-    unseen: bool = False  # the node does not see the driver's file in the storage
-    unreachable: str = ""  # why the node cannot write to the storage
-
-
-def probe(place: str, marker: str) -> Answer:
-    """Report the node's versions, the packages it lacks, and problems with the storage.
+def probe(node: str, place: str, marker: str, ours: dict[str, str]) -> str | None:
+    """The first problem of the node where this runs, as rule, fact and fix; None if there is none.
 
     Args:
+        node: its name, for the message.
         place: of the storage, as in `Storage.parse`.
         marker: name of a file that the driver has put there if the storage is a folder.
+        ours: the driver's `versions(COMPARED)`.
     """
+    theirs = versions(COMPARED)
+    differing = [
+        f"{name} {theirs.get(name, 'not installed')}, the driver {version}"
+        for name, version in ours.items()
+        if theirs.get(name) != version
+    ]
+    if differing:
+        return f"every node must have the driver's versions; {node} has {'; '.join(differing)}: {_FIX}"
     try:  # imported here, because the node may lack what these need
         from study.storage import Storage
         from study.trainable import tune_trial as tune_trial  # all that a trial imports
     except ImportError as error:
-        return Answer(versions(), lacks=str(error)[:200])
+        return f"every node must have the project's packages; {node} lacks some ({first_line(error)}): {_FIX}"
     storage = Storage.parse(place)
     if not storage.is_remote and not _seen(Path(place) / marker):
-        return Answer(versions(), unseen=True)
+        return (
+            f"on several nodes --storage must be the same folder on all of them; {node} does not see {storage}: pass "
+            "--storage s3://bucket/folder or a folder that all nodes mount, or set RAM_STORAGE on the nodes"
+        )
     try:
-        folder = storage.folder(f"{marker}-{secrets.token_hex(4)}")
-        folder.write("probe", b"")
-        folder.delete("probe")
-        folder.delete_folder("")
+        storage.probe(f"{marker}-{secrets.token_hex(4)}")
     except (OSError, ValueError) as error:
-        return Answer(versions(), unreachable=first_line(error))
-    return Answer(versions())
+        return (
+            f"every node must reach --storage; {node} cannot write to {storage} ({first_line(error)}): give that node "
+            "access (an instance profile, or AWS_* in its environment)"
+        )
+    return None
 
 
 def _seen(path: Path) -> bool:
@@ -60,10 +65,10 @@ def _seen(path: Path) -> bool:
     return False
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the compared packages that are installed."""
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of Python and of the packages that are installed."""
     found = {"python": platform.python_version()}
-    for name in _COMPARED:
+    for name in packages:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

@@ -7,11 +7,11 @@ import os
 import platform
 import subprocess
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from study.flags import SUBMITTED, Flags, command
+from study.probe import versions
 
 _PACKAGES = ("torch", "ray", "optuna", "mlflow", "numpy", "scipy", "ram-study")
 
@@ -28,13 +28,15 @@ def working_tree() -> WorkingTree:
     if SUBMITTED in os.environ:
         submitted = json.loads(os.environ[SUBMITTED])
         return WorkingTree(submitted["commit"], submitted["dirty"])
-    git = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
+
+    def git(*arguments: str) -> str:
+        line = ["git", "-C", str(Path(__file__).resolve().parent.parent), *arguments]
+        return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
-        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        return WorkingTree(git("rev-parse", "HEAD"), bool(git("status", "--porcelain")))
     except (OSError, subprocess.CalledProcessError):
         return WorkingTree("unknown", True)
-    return WorkingTree(commit.strip(), bool(status.strip()))
 
 
 def of_this_run(flags: Flags, devices: dict[str, float]) -> dict[str, Any]:
@@ -45,16 +47,6 @@ def of_this_run(flags: Flags, devices: dict[str, float]) -> dict[str, Any]:
         "command": command(),
         "commit": tree.commit,
         "commit_dirty": tree.dirty,
-        "versions": _versions(),
+        "versions": versions(_PACKAGES) | {"platform": platform.platform()},
         "devices": devices,
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -15,7 +15,7 @@ from typing import TextIO
 
 from ramcore.errors import UserError, first_line, say
 from study import cluster
-from study.flags import Flags, check, check_budget, parse, refuse, stopped
+from study.flags import Flags, check, parse, refuse, stopped
 from study.storage import Storage
 
 _CONNECT_SECONDS = 5.0  # for a job server to answer
@@ -27,9 +27,10 @@ def main(flags: Flags) -> int:
     try:
         check(flags)
         flags = _settled(flags)
-        if flags.for_job_server:
-            return _submit(flags)
-        check_budget(flags)
+        if flags.address is not None and flags.address.startswith(("http://", "https://")):
+            return _submit(flags, flags.address.rstrip("/"))
+        if flags.money_budget is not None and flags.price_per_hour is None:
+            raise UserError("a money budget needs a price; got --money-budget alone: pass --price-per-hour too")
         Storage.parse(flags.storage).check_writable()
         return _run(flags)
     except UserError as error:
@@ -54,9 +55,8 @@ def _settled(flags: Flags) -> Flags:
     return replace(flags, address=address, price_per_hour=price, gpus_per_trial=gpus)
 
 
-def _submit(flags: Flags) -> int:
-    """Submit the command to the job server at --address, and follow it. Raises UserError."""
-    address = (flags.address or "").rstrip("/")
+def _submit(flags: Flags, address: str) -> int:
+    """Submit the command to the job server at an address, and follow it. Raises UserError."""
     server = urllib.parse.urlsplit(address)
     try:
         port = server.port or (443 if server.scheme == "https" else 80)
@@ -64,9 +64,8 @@ def _submit(flags: Flags) -> int:
     except (OSError, ValueError) as error:
         raise cluster.no_job_server(address, f"did not answer ({first_line(error)})") from error
     if server.scheme == "http" and server.hostname not in ("127.0.0.1", "localhost", "::1"):
-        say(
-            f"warning: the token and the code go to {server.hostname} unencrypted; forward its port through SSH instead"
-        )
+        host = server.hostname
+        say(f"warning: the token and the code go to {host} unencrypted; forward its port through SSH instead")
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray prefers these to the address that it is given
         os.environ[name] = address
     if os.environ.get("RAY_AUTH_TOKEN") or (Path.home() / ".ray" / "auth_token").is_file():
@@ -96,11 +95,8 @@ def _run(flags: Flags) -> int:
 
 
 def _protect_local_ray() -> None:
-    """Keep Ray of this machine on loopback, behind a token of this run: other users of the machine reach loopback too.
-
-    Ray reads these variables when it is imported; later they have no effect.
-    """
-    if "ray" in sys.modules:
+    """Keep Ray of this machine on loopback, behind a token of this run: other users reach loopback too."""
+    if "ray" in sys.modules:  # Ray reads these variables when it is imported; later they have no effect
         return
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # loopback; the name is from where this is Ray's default
     os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -116,9 +112,7 @@ class _ToStderr(logging.StreamHandler[TextIO]):
 
 
 def _configure_logging() -> None:
-    handler = _ToStderr()
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.basicConfig(level="WARNING", format="%(levelname)s %(name)s: %(message)s", handlers=[_ToStderr()])
     logging.getLogger("study").setLevel(logging.INFO)
     _quieten()
 

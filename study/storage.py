@@ -66,10 +66,7 @@ class Storage:
         """Raises UserError if nothing can be written here."""
         if self.is_remote:
             try:
-                folder = self.folder(".probe")
-                folder.write("probe", b"")
-                folder.delete("probe")
-                folder.delete_folder("")
+                self.probe(".probe")
             except (OSError, ValueError) as error:  # pyarrow's ValueError: no such kind of storage
                 raise self.unreachable(error) from error
             return
@@ -78,6 +75,13 @@ class Storage:
             path = path.parent
         if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
             raise UserError(f"--storage must be a folder that can be written; {path} cannot: pass another --storage")
+
+    def probe(self, name: str) -> None:
+        """Write a file into a folder of this name, and delete both. Raises OSError or ValueError."""
+        folder = self.folder(name)
+        folder.write("probe", b"")
+        folder.delete("probe")
+        folder.delete_folder("")
 
     def unreachable(self, error: Exception) -> UserError:
         """The error to raise when the storage did not answer."""

@@ -26,7 +26,7 @@ from test_record import SETTINGS, SPACE, metrics, plan
 
 from study.checkpoints import Checkpoints
 from study.flags import USAGE, Flags
-from study.probe import probe
+from study.probe import COMPARED, probe, versions
 from study.record import Record, open_record
 from study.run import main
 from study.snapshots import fetch
@@ -86,8 +86,7 @@ def test_checkpoints_are_saved_in_and_loaded_from_a_bucket(store):
 
 
 def test_probing_a_bucket_leaves_nothing_there(store):
-    answer = probe(STORAGE, ".probe-of-this-test")
-    assert not answer.lacks and not answer.unreachable
+    assert probe("a node", STORAGE, ".probe-of-this-test", versions(COMPARED)) is None
     assert all("probe" not in key for key in keys(marks=True))
     Storage.parse(STORAGE).folder("s").write("study.db", b"")
     Storage.parse(STORAGE).folder(".hidden").write("x", b"")
