@@ -224,15 +224,15 @@ def markdown(table: Sequence[TableRow], compared: Sequence[Comparison], ablated:
     for source, rows in itertools.groupby(table, key=lambda row: row.source):
         parts.append(f"## {source}")
         headings = ("task", "model", "published %", "ours % (90% interval)", "seeds", "data, epochs")
-        parts.append(_markdown_table(headings, (_published_cells(row) for row in rows)))
+        parts.append(markdown_table(headings, (_published_cells(row) for row in rows)))
     if compared:
         parts.append("## What a size changes\n\nFrom one row to the next of the same table, in points.")
         headings = ("table", "task", "from", "to", "published", "ours (90% interval)")
-        parts.append(_markdown_table(headings, (_compared_cells(row) for row in compared)))
+        parts.append(markdown_table(headings, (_compared_cells(row) for row in compared)))
     if ablated:
         parts.append("## What each choice of the tuned recipe is worth")
         headings = ("task", "setting", "test % (90% interval)", "against tuned (90% interval)", "seeds", "epochs")
-        parts.append(_markdown_table(headings, (_ablated_cells(row) for row in ablated)))
+        parts.append(markdown_table(headings, (_ablated_cells(row) for row in ablated)))
     return "\n\n".join(parts) + "\n"
 
 
@@ -252,7 +252,8 @@ def _ablated_cells(row: AblationRow) -> Sequence[object]:
     return row.task, row.row, shown, "" if math.isnan(change.mid) else span(change, 2, "+"), row.seeds, row.epochs
 
 
-def _markdown_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
     lines = [headings, *([str(cell).replace("|", "/") for cell in row] for row in rows)]
     head, *body = (f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([head, "|" + "---|" * len(headings), *body])

@@ -11,13 +11,11 @@ compared with true total Sobol indices, the others with true first-order shares,
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
-import math
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +27,9 @@ from analysis import sensitivity
 from analysis.crosschecks import fanova, last_accuracy, ped_anova, unit_table
 from analysis.importance import analyse
 from analysis.load import connect, find_study, list_studies, load_study
+from analysis.paper import markdown_table
 from analysis.results import DUMMY
+from analysis.text import number
 from ramcore.space import Dimension
 from tests.synthetic import RAM_DEFAULT, RAM_DIMENSIONS, Synthetic, Truth, ram_truth, simulate, write_mlflow
 
@@ -46,24 +46,16 @@ DIMENSIONS = (
 def crossing_truth(x: np.ndarray, u: float) -> np.ndarray:
     """Logit accuracy at coordinates (n, 6) and u = log epoch in [0, 1]; the last coordinate does nothing."""
     width, rate, steps, mixing, scales = (x[:, i] for i in range(5))
-    end = (
-        1.6 * width
-        - 5.0 * (rate - (0.85 - 0.35 * u)) ** 2
-        + 1.2 * (steps - 0.5) * (1 - width)
-        + 0.5 * mixing * u
-        + 0.2 * scales
-    )
+    end = 1.6 * width - 5.0 * (rate - (0.85 - 0.35 * u)) ** 2 + 1.2 * (steps - 0.5) * (1 - width)
+    end = end + 0.5 * mixing * u + 0.2 * scales
     return -1.5 + (0.4 + 0.6 * u) * (end + 1.0) + 1.0 * u
 
 
-DESIGNS: dict[str, Synthetic] = {
-    "Sobol, never stopped (36)": Synthetic(truth=crossing_truth, dimensions=DIMENSIONS, trials=36),
-    "half Sobol, half optimiser + halving (64)": Synthetic(
-        truth=crossing_truth, dimensions=DIMENSIONS, trials=64, origin="mixed", stop=True
-    ),
-    "optimiser + halving (100)": Synthetic(
-        truth=crossing_truth, dimensions=DIMENSIONS, trials=100, origin="tpe", stop=True
-    ),
+MADE = Synthetic(truth=crossing_truth, dimensions=DIMENSIONS)
+DESIGNS = {
+    "Sobol, never stopped (36)": replace(MADE, trials=36),
+    "half Sobol, half optimiser + halving (64)": replace(MADE, trials=64, origin="mixed", stop=True),
+    "optimiser + halving (100)": replace(MADE, trials=100, origin="tpe", stop=True),
 }
 
 
@@ -132,56 +124,39 @@ def _score(estimator: str, estimates: dict[str, float], truth: np.ndarray) -> Ro
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class TruthArgs:
-    """Print the table of all estimators and designs."""
+def print_truth(*, replicates: int = 10, design: str = "") -> None:
+    """Print the table of all estimators and designs.
 
-    replicates: int = 10
-    """Made-up studies per design."""
-    design: str | None = None
-    """Only designs whose name contains this."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimeArgs:
-    """Print reading and reporting times."""
-
-    trials: tuple[int, ...] = (100, 1000)
-    """Trials of the made-up studies, 30 epochs each."""
-    tracking_uri: str | None = None
-    """Write to and read from this MLflow server; a fresh SQLite file if left out."""
-
-
-def print_truth(args: tyro.conf.OmitArgPrefixes[TruthArgs]) -> None:
-    """Print the table of all estimators and designs."""
+    Args:
+        replicates: Made-up studies per design.
+        design: Only designs whose name contains this.
+    """
     rows: list[Row] = []
-    for name, design in DESIGNS.items():
-        if args.design and args.design not in name:
-            continue
-        for replicate in range(args.replicates):
+    for name, made in ((name, made) for name, made in DESIGNS.items() if design in name):
+        for replicate in range(replicates):
             started = time.monotonic()
-            rows += [{"design": name, **row} for row in one_study(dataclasses.replace(design, seed=100 + replicate))]
-            print(f"{name}: {replicate + 1}/{args.replicates} ({time.monotonic() - started:.0f} s)", file=sys.stderr)
-    means = pd.DataFrame(rows).groupby(["design", "estimator"], sort=False, as_index=False).mean(numeric_only=True)
-    print(markdown(pd.DataFrame(means)))
+            rows += [{"design": name, **row} for row in one_study(replace(made, seed=100 + replicate))]
+            print(f"{name}: {replicate + 1}/{replicates} ({time.monotonic() - started:.0f} s)", file=sys.stderr)
+    groups = pd.DataFrame(rows).groupby(["design", "estimator"], sort=False, as_index=False)
+    means = pd.DataFrame(groups.mean(numeric_only=True))
+    cells = ([v if isinstance(v, str) else number(v, 3) for v in row] for row in means.itertuples(index=False))
+    print(markdown_table(list(means.columns), cells))
 
 
-def print_timing(args: tyro.conf.OmitArgPrefixes[TimeArgs]) -> None:
-    """Print reading and reporting times."""
+def print_timing(*, trials: tuple[int, ...] = (100, 1000), tracking_uri: str | None = None) -> None:
+    """Print reading and reporting times.
+
+    Args:
+        trials: Trials of the made-up studies, 30 epochs each.
+        tracking_uri: Write to and read from this MLflow server; a fresh SQLite file if left out.
+    """
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        uri = args.tracking_uri or f"sqlite:///{folder}/mlflow.db"
-        for trials in args.trials:
-            name = f"timing-{trials}"
-            study = Synthetic(
-                truth=ram_truth,
-                dimensions=RAM_DIMENSIONS,
-                trials=trials,
-                origin="mixed",
-                stop=True,
-                default=RAM_DEFAULT,
-            )
-            records = simulate(study)
+        uri = tracking_uri or f"sqlite:///{folder}/mlflow.db"
+        made = Synthetic(truth=ram_truth, dimensions=RAM_DIMENSIONS, origin="mixed", stop=True, default=RAM_DEFAULT)
+        for count in trials:
+            name = f"timing-{count}"
+            records = simulate(replace(made, trials=count))
             records = records._replace(study=records.study._replace(name=name))
             write_mlflow(records, uri, artifacts=Path(folder) / "artifacts")
             client = connect(uri)
@@ -191,18 +166,8 @@ def print_timing(args: tyro.conf.OmitArgPrefixes[TimeArgs]) -> None:
             with contextlib.redirect_stdout(io.StringIO()):
                 code = sensitivity.main(sensitivity.Args(study=name, tracking_uri=uri, out=Path(folder) / name))
             reported = time.monotonic()
-            rows.append((str(trials), read - started, reported - read, str(code)))
-    print(markdown(pd.DataFrame(rows, columns=["trials", "read (s)", "read and report (s)", "exit"])))
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """A data frame as a Markdown table, numbers to three places."""
-    cells = [
-        [("" if math.isnan(value) else f"{value:.3f}") if isinstance(value, float) else str(value) for value in row]
-        for row in table.itertuples(index=False)
-    ]
-    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in cells])
+            rows.append((count, f"{read - started:.3f}", f"{reported - read:.3f}", code))
+    print(markdown_table(("trials", "read (s)", "read and report (s)", "exit"), rows))
 
 
 if __name__ == "__main__":
