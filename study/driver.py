@@ -32,8 +32,7 @@ def run_study(flags: Flags, prepared: Prepared) -> int:
     """
     uri = tracking.tracking_uri(flags.tracking_uri)
     ray_pool = pool.Pool(
-        cpus_per_trial=flags.cpus_per_trial,
-        gpus_per_trial=flags.gpus_per_trial or 0.0,
+        trial=cluster.TrialResources(cpus=flags.cpus_per_trial, gpus=flags.gpus_per_trial or 0.0),
         max_concurrent=flags.max_concurrent,
         on_cluster=flags.address is not None,
         growth=cluster.Growth.declared() if flags.address is not None else None,
@@ -92,7 +91,7 @@ class _Run:
     def run(self) -> int:
         """Train, conclude and report; returns the exit code. Raises UserError if Ray could not be joined at all."""
         with signals_caught(signal.SIGINT, signal.SIGTERM) as self.signals, self.display:
-            self.scheduler.stop_when(self._reason_to_stop)
+            self.scheduler.deadline = self._reason_to_stop
             self.display.resume(list(self.record.trials.values()), self.scheduler.origins)
             self._train()
             code = self._exit_code()
@@ -152,7 +151,7 @@ class _Run:
             return
         running = [trial.number for trial in self.record.trials.values() if trial.state == "running"]
         if self.trained and len(running) == 1:  # no other trial can be the cause
-            self.scheduler.worker_lost(running[0], f"Ray broke down {self.breakdowns} times over it; {error}")
+            self.scheduler.report(running[0], {"error": f"Ray broke down {self.breakdowns} times over it; {error}"})
             self.breakdowns = 0
         else:
             self.scheduler.stop(f"Ray broke down {self.breakdowns} times without an epoch between: {error}")
@@ -212,34 +211,24 @@ class _Run:
         settings, record = self.record.settings, self.record
         # The last run that trained made the study; a run that only looks at it again did not.
         made_by = record.runs[-1] if record.runs else provenance.of_this_run(self.flags, self.devices)
+        plain = asdict(settings)
+        space = plain.pop("space") | {name: plain[name] for name in ("study", "epochs", "seeds_per_trial", "design")}
+        params = {name: str(plain[name]) for name in ("task", "data", "design", "epochs", "seeds_per_trial")}
         described = {
-            **{name: value for name, value in asdict(settings).items() if name != "space"},
-            "trials": record.totals[-1],
+            **plain,
             **made_by,
+            "trials": record.totals[-1],
             "runs": record.runs,
             "data_sizes": self.prepared.data.sizes,
             "record": f"{self.flags.storage.rstrip('/')}/{settings.study}/study.db",
         }
-        space = {
-            **settings.space,
-            "study": settings.study,
-            "objective": schema.OBJECTIVE,
-            "epochs": settings.epochs,
-            "seeds_per_trial": settings.seeds_per_trial,
-            "design": settings.design,
-        }
-        params = {
-            name: str(getattr(settings, name)) for name in ("task", "data", "design", "epochs", "seeds_per_trial")
-        }
-        params["trials"] = str(record.totals[0])
-        tracker = tracking.Tracker(
-            record,
-            self.uri,
-            tracking.Provenance(
-                settings=described, commit=made_by["commit"], dirty=made_by["commit_dirty"], params=params
-            ),
-            space,
+        made = tracking.Provenance(
+            settings=described,
+            commit=made_by["commit"],
+            dirty=made_by["commit_dirty"],
+            params=params | {"trials": str(record.totals[0])},
         )
+        tracker = tracking.Tracker(record, self.uri, made, space | {"objective": schema.OBJECTIVE})
         tracker.start()
         self.display.outage = lambda: tracker.outage
         return tracker
@@ -247,14 +236,12 @@ class _Run:
     def _report(self, code: int, outcome: results.Outcome | None, untracked: str | None) -> None:
         """Print the results to stdout, and what went wrong to stderr."""
         scheduler, name = self.scheduler, self.record.settings.study
-        trials = list(self.record.trials.values())
         if code == BROKEN:
-            say(
-                f"error: {scheduler.stopping}: mend it and run the same command; failed trials stay failed, the rest "
-                "are run"
-            )
+            fix = "mend it and run the same command; failed trials stay failed, the rest are run"
+            say(f"error: {scheduler.stopping}: {fix}")
         elif code not in (DONE, SOME_FAILED):
             stopped(scheduler.stopping or "Ray Tune ended early")
+        trials = self.record.trials.values()
         states = [trial.state for trial in trials]
         print(
             f"Study {name}: {states.count('complete')} trials finished, {states.count('pruned')} stopped early, "
@@ -263,14 +250,14 @@ class _Run:
         if outcome is not None:
             searched = self.prepared.space.names if self.prepared.space else ()
             print("\n".join(results.summary_lines(outcome, searched)))
-        failed = [trial for trial in trials if trial.state == "failed"]
-        for trial in failed[:_FAILURES_SHOWN]:
-            print(f"  failed: trial {trial.number:04d}: {trial.reason}")
+        failed = [f"failed: trial {trial.number:04d}: {trial.reason}" for trial in trials if trial.state == "failed"]
         if len(failed) > _FAILURES_SHOWN:
-            print(f"  and {len(failed) - _FAILURES_SHOWN} more")
+            failed[_FAILURES_SHOWN:] = [f"and {len(failed) - _FAILURES_SHOWN} more"]
+        for line in failed:
+            print(f"  {line}")
         print(f"Record: {self.prepared.record_path}; tracked in {self.uri}")
-        default = self.uri == schema.DEFAULT_TRACKING_URI
         print("Next:")
+        default = self.uri == schema.DEFAULT_TRACKING_URI
         if not self.uri.startswith("http"):
             print(f"  mlflow ui{'' if default else f' --backend-store-uri {self.uri}'}")
         print(f"  python -m analysis.sensitivity --study {name}{'' if default else f' --tracking-uri {self.uri}'}")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import ray
 import torch
@@ -19,16 +20,8 @@ from ray.tune.error import TuneError
 from ray.tune.search import ConcurrencyLimiter
 
 from ramcore.errors import UserError, first_line
-from study.cluster import (
-    Growth,
-    TrialResources,
-    called_regularly,
-    capacity,
-    code_folder,
-    find,
-    in_shipped_code,
-    nodes,
-)
+from study import cluster
+from study.cluster import Growth, TrialResources
 from study.ray_internals import ray_reason
 from study.scheduler import StudyScheduler
 from study.trainable import SharedData, tune_trial
@@ -46,6 +39,7 @@ _SETTINGS = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TUNE_MAX_PENDING_TRIALS_PG": "1000",  # trials that wait for a place; Tune's default grows a cluster node by node
 }
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 _OBJECT_STORE = 512 * 2**20  # bytes on a single machine: the images of any task, with room
 
 
@@ -57,16 +51,10 @@ class PoolLost(RuntimeError):
 class Pool:
     """The resources of a running Ray and of one trial."""
 
-    cpus_per_trial: float
-    gpus_per_trial: float
+    trial: TrialResources
     max_concurrent: int | None
     on_cluster: bool = False
     growth: Growth | None = None  # of a cluster that declares it
-
-    @property
-    def trial(self) -> TrialResources:
-        """The resources of one trial."""
-        return TrialResources(cpus=self.cpus_per_trial, gpus=self.gpus_per_trial)
 
     @property
     def slots(self) -> int:
@@ -79,7 +67,7 @@ class Pool:
             return count_slots(ray.cluster_resources(), self)
         if self.growth is None and self.max_concurrent is not None:
             return self.max_concurrent
-        return max(1, min(capacity(nodes(), self.growth, self.trial), self.max_concurrent or 2**31))
+        return max(1, min(cluster.capacity(cluster.nodes(), self.growth, self.trial), self.max_concurrent or 2**31))
 
     @property
     def devices(self) -> dict[str, float]:
@@ -96,13 +84,12 @@ def count_slots(resources: Mapping[str, float], pool: Pool) -> int:
     """How many trials fit on this machine at a time. Raises UserError if none fits."""
     slots = pool.trial.fits(resources)
     if slots < 1:
-        kind, wanted = "CPU", pool.cpus_per_trial
-        if wanted <= resources.get("CPU", 0.0):
-            kind, wanted = "GPU", pool.gpus_per_trial
-        raise UserError(
-            f"a trial must fit on the machine; --{kind.lower()}s-per-trial is {wanted:g} and there are "
-            f"{resources.get(kind, 0.0):g}: pass a smaller --{kind.lower()}s-per-trial"
-        )
+        kind, asked = "CPU", pool.trial.cpus
+        if asked <= resources.get("CPU", 0.0):
+            kind, asked = "GPU", pool.trial.gpus
+        flag, there = f"--{kind.lower()}s-per-trial", f"{resources.get(kind, 0.0):g}"
+        fact = f"{flag} is {asked:g} and there are {there}"
+        raise UserError(f"a trial must fit on the machine; {fact}: pass a smaller {flag}")
     return slots if pool.max_concurrent is None else min(slots, pool.max_concurrent)
 
 
@@ -132,16 +119,9 @@ def ray_running(address: str | None) -> Iterator[None]:
 
 
 def _start_ray() -> None:
-    have = local_resources()
+    cpus = int(local_resources()["CPU"])
     try:
-        ray.init(
-            address="local",
-            num_cpus=int(have["CPU"]),
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=_OBJECT_STORE, **_QUIET)
     except Exception as error:
         if type(error) is not Exception:
             raise
@@ -150,11 +130,11 @@ def _start_ray() -> None:
 
 
 def _join_ray(address: str) -> None:
-    found = find(address)
-    with nullcontext() if in_shipped_code() else code_folder() as folder:
+    found = cluster.find(address)
+    with nullcontext() if cluster.in_shipped_code() else cluster.code_folder() as folder:
         code = None if folder is None else {"working_dir": str(folder)}
         try:
-            ray.init(address=found, runtime_env=code, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(found, runtime_env=code, **_QUIET)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"--address must be that of a Ray cluster that takes this driver; {address} does not "
@@ -192,29 +172,23 @@ def run_trials(
             limiter.max_concurrent = max(limiter.max_concurrent, look() if look else 0)
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # its errors come to us as results
-    work = partial(work, cpus=pool.cpus_per_trial, gpus=pool.gpus_per_trial)
-    trainable = tune.with_resources(
-        tune.with_parameters(work, data=data), {"cpu": pool.cpus_per_trial, "gpu": pool.gpus_per_trial}
+    work = partial(work, cpus=pool.trial.cpus, gpus=pool.trial.gpus)
+    resources = {"cpu": pool.trial.cpus, "gpu": pool.trial.gpus}
+    search = tune.TuneConfig(
+        num_samples=-1, search_alg=limiter, scheduler=TuneScheduler(scheduler, slots), reuse_actors=True
     )
     with tempfile.TemporaryDirectory(prefix="ram-study-tune-") as scratch:
-        tuner = tune.Tuner(
-            trainable,
-            tune_config=tune.TuneConfig(
-                num_samples=-1,
-                search_alg=limiter,
-                scheduler=TuneScheduler(scheduler, slots),
-                reuse_actors=True,
-            ),
-            run_config=tune.RunConfig(
-                name="tune",
-                storage_path=scratch,  # Tune's own files; see study.checkpoints for why they are not kept
-                failure_config=tune.FailureConfig(max_failures=MAX_WORKER_DEATHS),
-                stop=TuneStopper(scheduler),
-                verbose=0,
-            ),
+        run = tune.RunConfig(
+            name="tune",
+            storage_path=scratch,  # Tune's own files; see study.checkpoints for why they are not kept
+            failure_config=tune.FailureConfig(max_failures=MAX_WORKER_DEATHS),
+            stop=TuneStopper(scheduler),
+            verbose=0,
         )
+        trainable = tune.with_resources(tune.with_parameters(work, data=data), resources)
+        tuner = tune.Tuner(trainable, tune_config=search, run_config=run)
         try:
-            with called_regularly(grow) if look else nullcontext():
+            with cluster.called_regularly(grow) if look else nullcontext():
                 tuner.fit()
         except (RuntimeError, TuneError, RayError) as error:
             # Tune survives most deaths of a worker, but not when Ray kills the worker for lack of memory.

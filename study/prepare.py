@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +15,9 @@ from ramcore.data import TaskData
 from ramcore.errors import UserError
 from ramcore.recipes import TUNED
 from ramcore.sources import DataMissing, load_task
-from ramcore.space import Space, Values
+from ramcore.space import Space
 from study import designs
-from study.designs import DESIGNS, Design, DesignInputs, TrialSpec
+from study.designs import DESIGNS, DesignInputs, TrialSpec
 from study.flags import Flags, check_design
 from study.record import RecordLost, StoredStudy, StudySettings, best_trial, read_study
 from study.search_space import search_space
@@ -80,15 +81,6 @@ class _Identity(NamedTuple):
     known: StoredStudy | None  # from its record; None for a new study
 
 
-class _Source(NamedTuple):
-    """The search that a design starts from."""
-
-    settings: StudySettings
-    best: Values  # the configuration of its best trial
-    unfinished: str  # how far the search is, if it has not ended
-    changed: float  # when the record was last written, seconds since 1970
-
-
 def prepare(flags: Flags) -> Prepared:
     """Resolve the flags. A flag that is left out is taken from the study if it exists, else from the defaults.
 
@@ -99,7 +91,7 @@ def prepare(flags: Flags) -> Prepared:
     storage = Storage.parse(flags.storage)
     warnings: list[str] = []
     identity = _find_study(flags, storage, warnings)
-    design, known = DESIGNS[identity.design], identity.known
+    data, tasks, known, design = identity.data, identity.tasks, identity.known, DESIGNS[identity.design]
     source = _find_source(flags, storage, identity, warnings) if design.from_search and known is None else None
 
     followed = known or source
@@ -109,15 +101,17 @@ def prepare(flags: Flags) -> Prepared:
     if known:  # a study never has fewer than it was asked for
         total = max(flags.trials or 0, known.totals[-1])
 
-    recipe = DIGITS if identity.data.data == "digits" else {}
-    base = dataclasses.replace(TUNED, data=identity.data.data, task=identity.tasks[0], epochs=epochs, **recipe)
+    recipe = DIGITS if data.data == "digits" else {}
+    base = dataclasses.replace(TUNED, data=data.data, task=tasks[0], epochs=epochs, **recipe)
     space = search_space(base) if design.has_space else None
-    inputs = DesignInputs(base=base, tasks=identity.tasks, seeds_per_trial=seeds, space=space)
+    inputs = DesignInputs(base=base, tasks=tasks, seeds_per_trial=seeds, space=space)
+    if source:
+        inputs = _around_best(inputs, source)
     settings = StudySettings(
         study=identity.name,
-        task="+".join(identity.tasks),
-        data=identity.data.data,
-        digest=identity.data.digest,
+        task="+".join(tasks),
+        data=data.data,
+        digest=data.digest,
         design=identity.design,
         epochs=epochs,
         seeds_per_trial=seeds,
@@ -130,9 +124,9 @@ def prepare(flags: Flags) -> Prepared:
     return Prepared(
         settings=settings,
         space=space,
-        rows=_rows(design, inputs, source),
+        rows=partial(design.rows, inputs) if design.rows else None,
         total=total,
-        data=identity.data,
+        data=data,
         storage=storage,
         known=known,
         warnings=tuple(warnings),
@@ -144,40 +138,31 @@ def _find_study(flags: Flags, storage: Storage, warnings: list[str]) -> _Identit
     known = _read(storage, flags.study) if flags.study else None
     design = flags.design or (known.settings.design if known else "search")
     check_design(flags, design)
+    tasks = tuple(known.settings.task.split("+")) if known else DESIGNS[design].tasks
     if flags.task:
         tasks = (flags.task,)
-    else:
-        tasks = tuple(known.settings.task.split("+")) if known else DESIGNS[design].tasks
-    wanted = known.settings.data if known and flags.data == "auto" else flags.data
-    if wanted == "auto" and not flags.study:
-        known = _existing_study(storage, tasks, design)
-        if known is not None:
-            wanted = known.settings.data
-            if wanted == "digits":
-                name = known.settings.study
-                warnings.append(f"{name} is continued, on the bundled digits: pass --data mnist for a study of MNIST")
-    data = _load(wanted, tasks[0], flags.data_dir, warnings)
+    source = known.settings.data if known and flags.data == "auto" else flags.data
+    if source == "auto" and not flags.study:
+        # The study of these settings is continued, even where MNIST has come or gone since it began. MNIST goes first.
+        names = (_default_name(tasks, data, design) for data in ("mnist", "digits"))
+        known = next(filter(None, (_read(storage, name) for name in names)), None)
+        source = known.settings.data if known else source
+        if known and source == "digits":
+            name = known.settings.study
+            warnings.append(f"{name} is continued, on the bundled digits: pass --data mnist for a study of MNIST")
+    data = _load(source, tasks[0], flags.data_dir, warnings)
     name = flags.study or _default_name(tasks, data.data, design)
     return _Identity(name, design, tasks, data, known or _read(storage, name))
 
 
 def _default_name(tasks: tuple[str, ...], data: str, design: str) -> str:
-    """The name of a study that was given none."""
     return f"{'-'.join(tasks)}-{data}-{design}"
 
 
-def _existing_study(storage: Storage, tasks: tuple[str, ...], design: str) -> StoredStudy | None:
-    """The study that `--data auto` continues, even where MNIST has come or gone since it began. MNIST goes first."""
-    for data in ("mnist", "digits"):
-        if (known := _read(storage, _default_name(tasks, data, design))) is not None:
-            return known
-    return None
-
-
-def _load(wanted: str, task: str, data_dir: Path | None, warnings: list[str]) -> TaskData:
+def _load(source: str, task: str, data_dir: Path | None, warnings: list[str]) -> TaskData:
     """The images; the bundled digits for "auto" where MNIST cannot be had. Raises UserError."""
-    if wanted != "auto":
-        return load_task(Config(data=wanted, task=task), data_dir)  # pyright: ignore[reportArgumentType]
+    if source != "auto":
+        return load_task(Config(data=source, task=task), data_dir)  # pyright: ignore[reportArgumentType]
     try:
         return load_task(Config(data="mnist", task=task), data_dir)
     except DataMissing as error:
@@ -185,60 +170,49 @@ def _load(wanted: str, task: str, data_dir: Path | None, warnings: list[str]) ->
         return load_task(Config(data="digits", task=task))
 
 
-def _find_source(flags: Flags, storage: Storage, identity: _Identity, warnings: list[str]) -> _Source:
+def _find_source(flags: Flags, storage: Storage, identity: _Identity, warnings: list[str]) -> StoredStudy:
     """The newest search of the same task and data that has a complete trial. Raises UserError if there is none."""
     task, data = identity.tasks[0], identity.data.data
-    found = [_read_source(storage, name, task, data) for name in storage.studies()]
-    source = max((source for source in found if source), key=lambda source: source.changed, default=None)
-    if source is None:
+    searches = {name: search for name in storage.studies() if (search := _read_search(storage, name, task, data))}
+    if not searches:
         raise UserError(
             f"this design starts from a search's best configuration; {flags.storage} holds no search of {task} {data} "
             f"with a finished trial: run `python -m study.run --task {task} --data {data}` first"
         )
-    if source.unfinished:
+    name = max(searches, key=lambda name: _record_path(storage, name).stat().st_mtime)
+    source = searches[name]
+    if source.ended < source.totals[-1]:
         warnings.append(
-            f"this design keeps the best configuration that {source.settings.study} has now, and that search is not "
-            f"finished ({source.unfinished}): finish it first if a better one may be found"
+            f"this design keeps the best configuration that {name} has now, and that search is not finished "
+            f"({source.ended} of {source.totals[-1]} trials have ended): finish it first if a better one may be found"
         )
     return source
 
 
-def _read_source(storage: Storage, name: str, task: str, data: str) -> _Source | None:
-    """A study as the source of a design; None unless it is a search of that task and data with a complete trial."""
+def _read_search(storage: Storage, name: str, task: str, data: str) -> StoredStudy | None:
+    """The study of a name; None unless it is a search of that task and data with a complete trial."""
     try:
         known = _fetched(storage, name)
-        if known is None or (known.settings.design, known.settings.task, known.settings.data) != ("search", task, data):
-            return None
     except (OSError, UserError, RecordLost) as error:
         logger.warning("the study %s is left out: %s", name, error)
         return None
-    best, total = best_trial(known.trials), known.totals[-1]
-    if best is None:
+    if known is None or best_trial(known.trials) is None:
         return None
-    unfinished = f"{known.ended} of {total} trials have ended" if known.ended < total else ""
-    changed = _record_path(storage, name).stat().st_mtime
-    return _Source(known.settings, dataclasses.asdict(best.spec.config), unfinished, changed)
+    is_search = (known.settings.design, known.settings.task, known.settings.data) == ("search", task, data)
+    return known if is_search else None
 
 
-def _rows(design: Design, inputs: DesignInputs, source: _Source | None) -> Callable[[], list[TrialSpec]] | None:
-    """What makes the rows of a fixed design, when they are needed. A continued study has them in its record."""
-    make = design.rows
-    if make is None or not design.from_search:
-        return None if make is None else lambda: make(inputs)
-
-    def around_the_best() -> list[TrialSpec]:
-        assert source is not None and inputs.space is not None
-        points = SobolSequence(inputs.space, designs.SPREAD_SEED)
-        return make(
-            dataclasses.replace(
-                inputs,
-                best={name: source.best[name] for name in inputs.space.names},
-                source=source.settings.study,
-                spread=[points[i] for i in range(designs.SPREAD_POINTS)],
-            )
-        )
-
-    return around_the_best
+def _around_best(inputs: DesignInputs, source: StoredStudy) -> DesignInputs:
+    """The inputs of a design that starts from the best trial of a search."""
+    best = best_trial(source.trials)
+    assert best is not None and inputs.space is not None
+    points = SobolSequence(inputs.space, designs.SPREAD_SEED)
+    return dataclasses.replace(
+        inputs,
+        best={name: getattr(best.spec.config, name) for name in inputs.space.names},
+        source=source.settings.study,
+        spread=[points[i] for i in range(designs.SPREAD_POINTS)],
+    )
 
 
 def _read(storage: Storage, study: str) -> StoredStudy | None:

@@ -410,16 +410,16 @@ def test_worker_that_joins_during_a_study_gets_trials(joined, here, monkeypatch)
         scheduler = StudyScheduler(
             record, space=space, storage=Storage.parse(str(here)), callback=Display(study="s", epochs=1),
         )  # fmt: skip
-        wanted = Pool(cpus_per_trial=1, gpus_per_trial=0, max_concurrent=None, on_cluster=True)
-        assert wanted.slots == 1
+        there = Pool(trial=TrialResources(cpus=1, gpus=0), max_concurrent=None, on_cluster=True)
+        assert there.slots == 1
 
         def look() -> int:
             if not came and record.trials:
                 came.append(add_node(joined, num_cpus=2))
-            return wanted.slots
+            return there.slots
 
         data: Any = {"images": "those of the driver"}
-        run_trials(scheduler, data, wanted, work=until_two_nodes_work(), look=look)
+        run_trials(scheduler, data, there, work=until_two_nodes_work(), look=look)
         done = [t.epochs[0].metrics for t in record.trials.values() if t.epochs]
         joined.remove_node(came[0])
     assert scheduler.error is None and len(done) == 4

@@ -158,9 +158,9 @@ def test_caught_signal_raises_the_given_error():
 
 def trial(number: int, *accuracy: float, origin: str = "sobol", state: str = "complete", **values) -> TrialRecord:
     space = search_space(Config(epochs=4))
-    plan = designs.TrialSpec(config=configuration(space, space.default | values), origin=origin, seeds=(0, 1))
+    spec = designs.TrialSpec(config=configuration(space, space.default | values), origin=origin, seeds=(0, 1))
     epochs = [Epoch(time=0, value=a, metrics={"val_accuracy": [a - 0.01, a + 0.01], "seconds": 10.0}) for a in accuracy]
-    return TrialRecord(number=number, spec=plan, started=0, epochs=epochs, state=state)  # type: ignore[arg-type]
+    return TrialRecord(number=number, spec=spec, started=0, epochs=epochs, state=state)  # type: ignore[arg-type]
 
 
 def test_pareto_front_holds_trials_that_none_beats_in_accuracy_and_cost():
@@ -235,7 +235,7 @@ def fragile(here, empty_database, monkeypatch) -> list[str]:
     monkeypatch.setattr(results, "_draw", lambda best, weights, data, path: path.touch())
     breakdowns: list[str] = []
 
-    def run_trials(scheduler, data, wanted, look=None):
+    def run_trials(scheduler, data, ray_pool, look=None):
         if breakdowns:
             while scheduler.next_job():
                 pass
@@ -297,11 +297,11 @@ def test_tune_that_ends_early_is_started_again(fragile, monkeypatch, capsys):
     run_trials = pool.run_trials
     lost = []
 
-    def ends_early(scheduler, data, wanted, look=None):
+    def ends_early(scheduler, data, ray_pool, look=None):
         if not lost:
             lost.append(scheduler.next_job())
             return
-        run_trials(scheduler, data, wanted, look)
+        run_trials(scheduler, data, ray_pool, look)
 
     monkeypatch.setattr(pool, "run_trials", ends_early)
     assert main(SMALL) == DONE
