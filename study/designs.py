@@ -9,11 +9,9 @@ starts cannot exceed a share (ray#52535), and a continued study goes on where it
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from ramcore.config import TASKS, Config
@@ -60,7 +58,7 @@ class TrialSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as the record keeps it."""
-        return dataclasses.asdict(self)
+        return asdict(self)
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> TrialSpec:
@@ -107,53 +105,52 @@ class Design:
         return self.rows is None or self.from_search
 
 
+def _specs(design: str, seeds: tuple[int, ...], rows: Iterable[tuple[str, Config]]) -> list[TrialSpec]:
+    return [TrialSpec(config=config, origin=design, row=row, seeds=seeds) for row, config in rows]
+
+
+def _sizes(row: Published) -> dict[str, int]:
+    return {"num_glimpses": row.glimpses, "patch_size": row.patch, "num_scales": row.scales} if row.glimpses else {}
+
+
 def _row_config(row: Published, base: Config) -> Config:
     """The configuration of a published row; what the row does not say is the base's."""
-    config = dataclasses.replace(base, task=row.task, model=row.model)  # pyright: ignore[reportArgumentType]
-    if row.glimpses:
-        sizes = {"num_glimpses": row.glimpses, "patch_size": row.patch, "num_scales": row.scales}
-        config = dataclasses.replace(config, **sizes)
-    return config
+    return replace(base, task=row.task, model=row.model, **_sizes(row))  # pyright: ignore[reportArgumentType]
 
 
 def paper(inputs: DesignInputs) -> list[TrialSpec]:
     """The rows of the case study's Table 1, at its own setting."""
-    base = dataclasses.replace(PAPER, data=inputs.base.data, epochs=inputs.base.epochs)
-    return [
-        TrialSpec(config=_row_config(row, base), origin="paper", row=f"{row.task} {row.short}", seeds=inputs.seeds)
-        for row in published_rows(CASE_STUDY, inputs.tasks)
-    ]
+    base = replace(PAPER, data=inputs.base.data, epochs=inputs.base.epochs)
+    table = published_rows(CASE_STUDY, inputs.tasks)
+    return _specs("paper", inputs.seeds, ((f"{row.task} {row.short}", _row_config(row, base)) for row in table))
 
 
 def mnih(inputs: DesignInputs) -> list[TrialSpec]:
     """Every row of Mnih et al.'s tables for the tasks, with the tuned recipe: the same glimpse budget, trained well."""
-    specs: list[TrialSpec] = []
-    base = dataclasses.replace(TUNED, data=inputs.base.data, epochs=inputs.base.epochs)
+    rows: list[tuple[str, Config]] = []
+    base = replace(TUNED, data=inputs.base.data, epochs=inputs.base.epochs)
     for task in inputs.tasks:
         table = published_rows(MNIH, (task,))
         rams = [row for row in reversed(table) if row.model == "ram"]  # the largest budget first: the table's headline
         largest = _row_config(rams[0], base)
         for row in [*rams, *(row for row in table if row.model != "ram")]:
-            config = dataclasses.replace(_row_config(row, largest), hidden_size=row.hidden)
-            specs.append(TrialSpec(config=config, origin="mnih", row=f"{task} {row.short}", seeds=inputs.seeds))
-    return specs
+            rows.append((f"{task} {row.short}", replace(_row_config(row, largest), hidden_size=row.hidden)))
+    return _specs("mnih", inputs.seeds, rows)
 
 
 def ablation(inputs: DesignInputs) -> list[TrialSpec]:
     """The tuned recipe at 6 glimpses, 12x12, 3 scales; then the same with one of its choices as in the papers."""
-    base = inputs.base
-    tuned = dataclasses.replace(TUNED, data=base.data, task=base.task, epochs=base.epochs)
-    names = [f.name for f in dataclasses.fields(TUNED) if getattr(TUNED, f.name) != getattr(PAPER, f.name)]
-    changed = {name: getattr(PAPER, name) for name in names if name != "epochs"}
+    tuned = replace(TUNED, data=inputs.base.data, task=inputs.base.task, epochs=inputs.base.epochs)
+    names = [f.name for f in fields(TUNED) if f.name != "epochs"]
+    changed = {name: getattr(PAPER, name) for name in names if getattr(TUNED, name) != getattr(PAPER, name)}
     rows = [("tuned", tuned)]
     for name, value in changed.items():
         undone = {name: value}
         if name == "reward_steps":  # undiscounted, or the last reward would reach the last decision alone
             undone["discount"] = PAPER.discount
         label = ", ".join(f"{field}={paper_value}" for field, paper_value in undone.items())
-        rows.append((f"tuned but {label}", dataclasses.replace(tuned, **undone)))
-    rows.append(("paper", dataclasses.replace(tuned, **changed)))
-    return [TrialSpec(config=config, origin="ablation", row=row, seeds=inputs.seeds) for row, config in rows]
+        rows.append((f"tuned but {label}", replace(tuned, **undone)))
+    return _specs("ablation", inputs.seeds, [*rows, ("paper", replace(tuned, **changed))])
 
 
 def ofat(inputs: DesignInputs) -> list[TrialSpec]:
@@ -165,21 +162,17 @@ def ofat(inputs: DesignInputs) -> list[TrialSpec]:
     assert space is not None and best is not None
     small = space.clamped(best | {"patch_size": SMALL_PATCH})
     specs: list[TrialSpec] = []
-
-    def add(row: str, values: Values, baseline: str, parameter: str = "") -> None:
-        config = configuration(space, values)
-        specs.append(
-            TrialSpec(config=config, origin="ofat", row=row, baseline=baseline, parameter=parameter, seeds=inputs.seeds)
-        )
-
     for name, baseline in ({"best": best} if small == best else {"best": best, "small patch": small}).items():
-        add(f"baseline {name}", baseline, name)
+        rows = [(f"baseline {name}", "", baseline)]
         for dimension in space.dimensions:
-            for level in dict.fromkeys(dimension.sample(u) for u in OFAT_LEVELS):
-                values = baseline | {dimension.name: level}
-                if level == baseline[dimension.name] or not space.feasible(values):
-                    continue
-                add(f"baseline {name}: {dimension.name}={shown(level)}", values, name, dimension.name)
+            factor = dimension.name
+            levels = dict.fromkeys(dimension.sample(u) for u in OFAT_LEVELS)
+            others = [level for level in levels if level != baseline[factor]]
+            rows += [(f"baseline {name}: {factor}={shown(x)}", factor, baseline | {factor: x}) for x in others]
+        for row, factor, values in rows:
+            if not factor or space.feasible(values):
+                spec = TrialSpec(config=configuration(space, values), origin="ofat", row=row, seeds=inputs.seeds)
+                specs.append(replace(spec, baseline=name, parameter=factor))
     return specs
 
 
@@ -187,14 +180,12 @@ def replicate(inputs: DesignInputs) -> list[TrialSpec]:
     """A search's best configuration, the default unless it is the best, and a few spread points, on held-out seeds."""
     space, best = inputs.space, inputs.best
     assert space is not None and best is not None
-    seeds = tuple(range(HELD_OUT_SEED, HELD_OUT_SEED + inputs.seeds_per_trial))
     rows = [(f"best of {inputs.source}", best)]
     if best != space.default:
         rows.append(("default", dict(space.default)))
-    rows += [(f"spread point {i}", dict(values)) for i, values in enumerate(inputs.spread, start=1)]
-    return [
-        TrialSpec(config=configuration(space, values), origin="replicate", row=row, seeds=seeds) for row, values in rows
-    ]
+    rows += [(f"spread point {i}", values) for i, values in enumerate(inputs.spread, start=1)]
+    seeds = tuple(range(HELD_OUT_SEED, HELD_OUT_SEED + inputs.seeds_per_trial))
+    return _specs("replicate", seeds, ((row, configuration(space, values)) for row, values in rows))
 
 
 DESIGNS: dict[str, Design] = {
@@ -236,17 +227,14 @@ def get_design(name: str) -> Design:
 
 
 def published(space: Space) -> list[tuple[str, Values]]:
-    """(row, values) of what a search tries first: the space's default, then the published configurations inside the
-    space.
+    """(row, values) of a search's first trials: the space's default, then the published points inside the space.
 
     Published is what is searched (sizes, policy std, learning rate, loss weights); the other fields are the space's.
     """
-    paper_values = {name: getattr(PAPER, name) for name in space.names}
     points = [("default", dict(space.default))]
     for row in first_points(space.fixed["task"]):
-        sizes = {"num_glimpses": row.glimpses, "patch_size": row.patch, "num_scales": row.scales}
-        searched = {name: value for name, value in sizes.items() if name in space.names}
-        points.append((row.short.removeprefix("RAM "), paper_values | searched))
+        config = replace(PAPER, **_sizes(row))
+        points.append((row.short.removeprefix("RAM "), {name: getattr(config, name) for name in space.names}))
     return [(row, values) for row, values in points if space.contains(values)]
 
 
@@ -259,14 +247,10 @@ def search_origins(totals: Sequence[int], num_published: int, sobol_share: float
     """
     origins: list[str] = []
     for total in totals:
-
-        def extend(origin: str, count: int, total: int = total) -> None:
-            origins.extend(itertools.repeat(origin, max(0, min(count, total - len(origins)))))
-
         if not origins:
-            extend("published", min(num_published, max(1, total // 8)))
+            origins += ["published"] * min(num_published, max(1, total // 8))
         for_tpe = max(1, total // 5) - origins.count("tpe") if total >= 4 else 0
         sobol = max(LEAST_SOBOL, math.ceil(round(sobol_share * total, 6))) - origins.count("sobol")
-        extend("sobol", min(sobol, total - len(origins) - max(0, for_tpe)))
-        extend("tpe", total)
+        origins += ["sobol"] * min(sobol, total - len(origins) - max(0, for_tpe))  # none if negative
+        origins += ["tpe"] * (total - len(origins))
     return origins

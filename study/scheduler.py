@@ -50,7 +50,7 @@ class StudyScheduler:
             space: the search space; None for a fixed design whose trials do not lie in one.
             storage: of the checkpoints.
             callback: is told what happens.
-            asha: early stopping, without any trial yet. Default: `ASHA` with its own defaults.
+            asha: early stopping without any trial yet; its own defaults by default.
         """
         self.record = record
         self.space = space
@@ -60,7 +60,7 @@ class StudyScheduler:
         self.stopping: str | None = None  # why no more trials are trained now
         self.broken: str | None = None  # why the study should not be continued as it is: a programming error
         self.error: BaseException | None = None  # the error of the driver itself
-        self._deadline: Callable[[], str | None] = lambda: None
+        self.deadline: Callable[[], str | None] = lambda: None  # says why to stop, before the study goes on
         self._first_ends: list[str] = []  # of this run; an error's text, or the trial's own name
         self._asha = ASHA(record.settings.epochs) if asha is None else asha
         if space is not None:
@@ -74,24 +74,17 @@ class StudyScheduler:
         self._interrupted: list[int] = []  # running trials without a worker; the last one is continued first
         self.requeue_running()
         self._replay_rungs()
-        self._tidy_latest()
+        # A crash may have come between a trial's end and its tidying.
+        ended = (trial for trial in record.trials.values() if trial.ended is not None)
+        for trial in sorted(ended, key=lambda trial: trial.ended or 0)[-_TIDIED_AGAIN:]:
+            self._tidy(trial)
 
     def _replay_rungs(self) -> None:
         """Bring early stopping to the state that the recorded epochs led to."""
-        reached = [
-            (trial.epochs[rung - 1].time, trial.number, rung)
-            for trial in self.record.trials.values()
-            for rung in self._asha.rungs
-            if rung <= len(trial.epochs)
-        ]
+        trials, rungs = self.record.trials, self._asha.rungs
+        reached = [(t.epochs[r - 1].time, n, r) for n, t in trials.items() for r in rungs if r <= len(t.epochs)]
         for _, number, rung in sorted(reached):
-            self._goes_on(self.record.trials[number], rung)
-
-    def _tidy_latest(self) -> None:
-        """Tidy the latest ended trials: a crash may have come between a trial's end and its tidying."""
-        ended = sorted((t for t in self.record.trials.values() if t.ended is not None), key=lambda t: t.ended or 0)
-        for trial in ended[-_TIDIED_AGAIN:]:
-            self._tidy(trial)
+            self._goes_on(trials[number], rung)
 
     @property
     def total(self) -> int:
@@ -109,17 +102,13 @@ class StudyScheduler:
         """Whether no trial is left to start, or none may be started any more."""
         return self.stopping is not None or (not self._interrupted and len(self.record.trials) >= self.total)
 
-    def stop_when(self, deadline: Callable[[], str | None]) -> None:
-        """Set the function that says why to stop, or None; it is called before the study goes on."""
-        self._deadline = deadline
-
     def stop(self, reason: str) -> None:
         """Stop training. Running trials stay running in the record, to be continued."""
         self.stopping = self.stopping or reason
 
     def should_stop(self) -> bool:
         """Whether to stop now."""
-        if self.stopping is None and (reason := self._deadline()):
+        if self.stopping is None and (reason := self.deadline()):
             self.stop(reason)
         return self.stopping is not None
 
@@ -136,12 +125,17 @@ class StudyScheduler:
     # The next trial.
 
     def next_job(self) -> Job | None:
-        """The next trial to train: an interrupted one if there is one, else a new one; None if there is none to
-        start.
-        """
+        """The next trial to train: an interrupted one, else a new one; None if there is none to start."""
         if self.should_stop() or self.nothing_to_start:
             return None
-        trial = self._continue_interrupted() if self._interrupted else self._start_new()
+        if self._interrupted:
+            trial = self.record.trials[self._interrupted.pop()]
+            self.callback.note(f"trial {trial.number:04d} is taken up again ({len(trial.epochs)} epochs recorded)")
+        else:
+            number = len(self.record.trials)
+            spec = self._suggest(number) if self.record.rows is None else self.record.rows[number]
+            trial = self.record.start(spec, self.space if self._lies_in_space(spec) else None)
+            assert trial.number == number, "only the driver adds trials"
         self.callback.started(trial)
         fault_point("scheduler.started")
         return Job(
@@ -154,18 +148,6 @@ class StudyScheduler:
             study=self.record.settings.study,
         )
 
-    def _continue_interrupted(self) -> TrialRecord:
-        trial = self.record.trials[self._interrupted.pop()]
-        self.callback.note(f"trial {trial.number:04d} is taken up again ({len(trial.epochs)} epochs recorded)")
-        return trial
-
-    def _start_new(self) -> TrialRecord:
-        number = len(self.record.trials)
-        spec = self._suggest(number) if self.record.rows is None else self.record.rows[number]
-        trial = self.record.start(spec, self.space if self._lies_in_space(spec) else None)
-        assert trial.number == number, "only the driver adds trials"
-        return trial
-
     def _lies_in_space(self, spec: TrialSpec) -> bool:
         if self.space is None or not spec.config.is_recurrent:
             return False
@@ -176,20 +158,17 @@ class StudyScheduler:
         assert self.space is not None
         origin = self.origins[number]
         index = self.origins[:number].count(origin)  # among the trials of the same origin
-        row = ""
         if origin == "published":
             row, values = self._published[index]
-        elif origin == "sobol":
-            values = self._sobol[index]
         else:
-            values = self._tpe.suggest(number)
+            row, values = "", self._sobol[index] if origin == "sobol" else self._tpe.suggest(number)
         seeds = tuple(range(self.record.settings.seeds_per_trial))
         return TrialSpec(config=configuration(self.space, values), origin=origin, row=row, seeds=seeds)
 
     # The reports of workers.
 
     def report(self, number: int, result: dict[str, Any]) -> bool:
-        """Take in a worker's report (see `run_trial`). Returns whether the trial goes on."""
+        """Take in a report of `run_trial`, or an {"error": ...} of its worker. Returns whether the trial goes on."""
         trial = self.record.trials[number]
         if trial.state != "running":
             return False
@@ -221,12 +200,6 @@ class StudyScheduler:
             self._end(trial, "complete", "finished", test=result.get("test"))
         elif trial.spec.stoppable and not goes_on:
             self._end(trial, "pruned", f"stopped by successive halving at epoch {epoch}")
-
-    def worker_lost(self, number: int, message: str) -> None:
-        """Fail a trial whose workers died too often."""
-        trial = self.record.trials[number]
-        if trial.state == "running":
-            self._end(trial, "failed", f"error: {message}")
 
     def _goes_on(self, trial: TrialRecord, epoch: int) -> bool:
         """Whether ASHA lets a trial go on after an epoch; a diverged trial does not compete."""

@@ -37,9 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def fetch(storage: Storage, study: str) -> None:
-    """Replace the working copy by the record in the storage, unless the copy is further. Raises OSError if the storage
-    cannot be reached.
-    """
+    """Replace the working copy by the record in the storage, unless the copy is further. Raises OSError."""
     if not storage.is_remote:
         return
     copy = storage.record_folder(study) / RECORD
@@ -73,20 +71,14 @@ def _set_aside(path: Path) -> None:
 
 def _extent(path: Path) -> tuple[str, int, int, int] | None:
     """Identity and progress of a record: uid, trials, epochs, ended trials. None if the file is no record."""
-    queries = (
-        "select value_json from study_user_attributes where key = 'uid'",
-        "select count(*) from trials",
-        "select count(*) from trial_intermediate_values",
-        "select count(*) from trials where state != 'RUNNING'",
-    )
+    query = """
+        select value_json, (select count(*) from trials), (select count(*) from trial_intermediate_values),
+            (select count(*) from trials where state != 'RUNNING') from study_user_attributes where key = 'uid'
+    """
     if not path.exists():
         return None
-    with contextlib.closing(sqlite3.connect(path)) as database:
-        try:
-            uid, trials, epochs, ended = (database.execute(query).fetchone()[0] for query in queries)
-        except (sqlite3.DatabaseError, TypeError):  # TypeError: no uid yet
-            return None
-    return str(uid), int(trials), int(epochs), int(ended)
+    with contextlib.closing(sqlite3.connect(path)) as database, contextlib.suppress(sqlite3.DatabaseError):
+        return database.execute(query).fetchone()
 
 
 class LeaseHeld(ValueError):
@@ -97,16 +89,12 @@ class Lease:
     """The right to drive a study, as a file in its storage."""
 
     def __init__(self, folder: Folder, study: str, copy: Path) -> None:
-        """For one study.
+        """For one study in a folder of its storage, with its working copy in another.
 
-        Args:
-            folder: of the study in its storage.
-            study: its name.
-            copy: folder of the working copy. Its lock file admits one driver at a time, so a lease that an earlier
-                driver of the same copy left behind need not be waited for.
+        The lock file of the copy admits one driver at a time, so a lease that an earlier driver of the same copy left
+        behind need not be waited for.
         """
-        self._folder = folder
-        self._study = study
+        self._folder, self._study = folder, study
         self._holder = uuid.uuid4().hex
         place = copy / _COPY
         if not place.exists():
@@ -127,8 +115,8 @@ class Lease:
                 if now is None:
                     break
                 if now != first:
-                    rule, fix = "a study has one driver at a time", "wait for it or end it"
-                    raise LeaseHeld(f"{rule}; {now['host']} is running {self._study}: {fix}")
+                    running = f"{now['host']} is running {self._study}"
+                    raise LeaseHeld(f"a study has one driver at a time; {running}: wait for it or end it")
         self.renew()
 
     def renew(self) -> None:
@@ -161,9 +149,7 @@ class Snapshots:
     """Writes a record back to its storage: at once, or in a thread of its own."""
 
     def __init__(self, path: Path, folder: Folder, lease: Lease) -> None:
-        self._path = path
-        self._folder = folder
-        self._lease = lease
+        self._path, self._folder, self._lease = path, folder, lease
         self._lock = threading.Lock()  # of the store: one copy at a time
         self._wake = threading.Event()
         self._closing = threading.Event()

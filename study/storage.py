@@ -116,10 +116,14 @@ class LocalFolder:
             temporary.unlink(missing_ok=True)
             raise
         fault_point("file.rename.after")
-        _sync_folder(path.parent)
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
     def read(self, name: str) -> bytes:
-        """Raises FileNotFoundError."""
+        """The content of a file. Raises FileNotFoundError."""
         return (self.root / name).read_bytes()
 
     def names(self, folder: str) -> list[str]:
@@ -148,6 +152,9 @@ class RemoteFolder:
     def _path(self, name: str) -> str:
         return str(PurePosixPath(self._root) / name)
 
+    def _inside(self, folder: str) -> list[pyarrow.fs.FileInfo]:
+        return self._fs.get_file_info(pyarrow.fs.FileSelector(self._path(folder), allow_not_found=True))
+
     def write(self, name: str, content: bytes) -> None:
         try:
             stream = self._fs.open_output_stream(self._path(name))
@@ -162,8 +169,7 @@ class RemoteFolder:
             return stream.read()
 
     def names(self, folder: str) -> list[str]:
-        selector = pyarrow.fs.FileSelector(self._path(folder), allow_not_found=True)
-        return sorted(info.base_name for info in self._fs.get_file_info(selector) if info.is_file)
+        return sorted(info.base_name for info in self._inside(folder) if info.is_file)
 
     def delete(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -171,18 +177,9 @@ class RemoteFolder:
 
     def delete_folder(self, folder: str) -> None:
         # An object store has no folders, but pyarrow leaves an empty object in the place of one.
-        selector = pyarrow.fs.FileSelector(self._path(folder), allow_not_found=True)
         with contextlib.suppress(OSError):
-            if not self._fs.get_file_info(selector):
+            if not self._inside(folder):
                 self._fs.delete_dir(self._path(folder))
 
 
 Folder = LocalFolder | RemoteFolder
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -97,7 +97,7 @@ class TuneScheduler(_Unpickled, FIFOScheduler):
             self._epochs_at_death[number] = epochs
             if not trial.should_recover():
                 message = f"its worker died {trial.num_failures} times; {last_message(trial)}"
-                self._scheduler.worker_lost(number, message)
+                self._scheduler.report(number, {"error": message})
                 return
             # Tune does not restart a trial that had not begun, nor one whose worker died often, whatever its progress.
             if not tune_restarts:
