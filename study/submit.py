@@ -10,14 +10,12 @@ This module brings Ray's client. `study.run` imports it after it has set what Ra
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import logging
 import os
 import re
 import shlex
 import signal
-import sys
 import time
 
 import aiohttp
@@ -37,12 +35,8 @@ _STOP_SECONDS = "60"  # Ray gives the driver this long to stop; its default is 3
 def submit(flags: Flags, address: str) -> int:
     """Submit the command, or find the job that runs its study; follow it; returns the job's exit code.
 
-    Args:
-        flags: of the command.
-        address: of the job server, without a slash at the end.
-
-    Raises:
-        UserError: the job server is not there, or refuses the token, or runs this study with other flags.
+    The address is that of the job server, without a slash at the end. Raises UserError if the server is not there, or
+    refuses the token, or runs this study with other flags.
     """
     try:
         return _submit_or_follow(flags, address)
@@ -63,23 +57,21 @@ def _submit_or_follow(flags: Flags, address: str) -> int:
     job = (running and running.submission_id) or _new_id(study)
     with signals_caught(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, raising=_Left) as left:
         try:
-            if running is None:
-                _submit(client, job, entrypoint, {} if flags.dry_run else {_TAG: study})
-                say(
-                    f"submitted to {address} as job {job}{'' if flags.dry_run else '; it goes on without this machine'}"
-                )
-            else:
+            if running is not None:
                 say(f"job {job} is running this study: following it")
+            else:
+                _submit(client, job, entrypoint, {} if flags.dry_run else {_TAG: study})
+                goes_on = "" if flags.dry_run else "; it goes on without this machine"
+                say(f"submitted to {address} as job {job}{goes_on}")
             return _follow(client, job)
         except _Left:
             if flags.dry_run:
                 client.stop_job(job)
                 say("left; the plan is not made")
             else:
-                say(
-                    f"left; the job goes on\n  follow it  {command()}\n  stop it    {_ray_job('stop', address, job)}\n"
-                    f"  its state  {_ray_job('status', address, job)}"
-                )
+                say(f"left; the job goes on\n  follow it  {command()}")
+                say(f"  stop it    {_ray_job('stop', address, job)}")
+                say(f"  its state  {_ray_job('status', address, job)}")
             return 128 + left[0]
 
 
@@ -90,13 +82,10 @@ class _Left(Exception):
 def arguments(flags: Flags) -> list[str]:
     """The command line of these flags, without --address and without the flags at their defaults."""
     found: list[str] = []
-    default = Flags()
-    for field in dataclasses.fields(Flags):
-        value = getattr(flags, field.name)
-        if field.name == "address" or value == getattr(default, field.name):
-            continue
-        name = f"--{field.name.replace('_', '-')}"
-        found += [name] if value is True else [name, str(value)]
+    default = vars(Flags())
+    for name, value in vars(flags).items():
+        if name != "address" and value != default[name]:
+            found += [f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", str(value)]
     return found
 
 
@@ -126,31 +115,27 @@ def _new_id(study: str) -> str:
 
 def _submit(client: JobSubmissionClient, job: str, entrypoint: str, metadata: dict[str, str]) -> None:
     """Send the command and its code. Raises UserError if the cluster refuses them."""
-    submitted = {"command": command(), **working_tree()._asdict()}
-    variables = {SUBMITTED: json.dumps(submitted), "RAY_JOB_STOP_WAIT_TIME_S": _STOP_SECONDS}
+    submitted = json.dumps({"command": command(), **working_tree()._asdict()})
+    variables = {SUBMITTED: submitted, "RAY_JOB_STOP_WAIT_TIME_S": _STOP_SECONDS}
     with code_folder() as folder:
+        runtime = {"working_dir": str(folder), "env_vars": variables}
         try:
-            client.submit_job(
-                entrypoint=entrypoint,
-                submission_id=job,
-                metadata=metadata,
-                runtime_env={"working_dir": str(folder), "env_vars": variables},
-            )
+            client.submit_job(entrypoint=entrypoint, submission_id=job, metadata=metadata, runtime_env=runtime)
         except (RuntimeError, OSError) as error:
-            raise UserError(
-                f"the cluster must take the job; it did not ({first_line(error)}): look at its dashboard and try again"
-            ) from error
+            fact = f"it did not ({first_line(error)})"
+            raise UserError(f"the cluster must take the job; {fact}: look at its dashboard and try again") from error
 
 
 def _follow(client: JobSubmissionClient, job: str) -> int:
     """Print the job's output until it ends; returns its exit code."""
-    printed, lost = 0, False
+    printed, lost = 0, False  # characters of the log; whether the connection is lost
     while True:
         try:
             details = client.get_job_info(job)
-            ended = details.status.is_terminal()
-            printed = _print_new(client, job, printed)
-            if ended:
+            text = client.get_job_logs(job) or ""
+            print(text[printed:], end="", flush=True)
+            printed = max(printed, len(text))
+            if details.status.is_terminal():
                 return _exit_code(details)
             if lost:
                 say("connected again")
@@ -166,20 +151,12 @@ def _follow(client: JobSubmissionClient, job: str) -> int:
             time.sleep(_AGAIN_SECONDS)
 
 
-def _print_new(client: JobSubmissionClient, job: str, printed: int) -> int:
-    """Print the log beyond this many characters; returns the characters printed so far."""
-    text = client.get_job_logs(job) or ""
-    _show(text[printed:])
-    return max(printed, len(text))
-
-
 async def _tail(client: JobSubmissionClient, job: str, printed: int) -> int:
-    """As `_print_new`, and go on while the log grows."""
+    """Print the log beyond this many characters while it grows; returns the characters printed by then."""
     seen = 0
     async for text in client.tail_job_logs(job):
-        new = text[max(0, printed - seen) :]
+        print(text[max(0, printed - seen) :], end="", flush=True)
         seen += len(text)
-        _show(new)
         printed = max(printed, seen)
     return printed
 
@@ -199,8 +176,3 @@ def _exit_code(details: JobDetails) -> int:
 def _ray_job(verb: str, address: str, job: str | None) -> str:
     token = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""  # Ray's default is no token
     return f"{token}ray job {verb} --address {address} {job}"
-
-
-def _show(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
