@@ -1,20 +1,27 @@
-"""Does the driver hold? Thousands of trivial trials over many slots, through Ray Tune, the record and MLflow.
+"""Does the driver hold? And how much of a study's slot-seconds is training?
 
     python -m benchmarks.driver                   # 2,000 trials x 20 reports over 64 slots, 12 minutes or more
     python -m benchmarks.driver --trials 300      # a shorter one
+    python -m benchmarks.driver --study FOLDER    # reads the record of a finished study, such as runs/mnist-24
 
-The trials wait instead of training, each by its own epoch's time, half to one and a half times --seconds, as
-configurations differ in cost; everything else is what `study.run` does (with tracking on), early stopping being
-computed at each rung but not obeyed, so that every trial sends all its reports. Printed: how long a report waited for
-its commit, what each trial cost beyond its waiting, how far tracking was behind at the end, and the driver's memory.
+The trials of the first two wait instead of training, each by its own epoch's time, half to one and a half times
+--seconds, as configurations differ in cost. Everything else is what `study.run` does (with tracking on). Early stopping
+is computed at each rung but not obeyed, so every trial sends all its reports. Printed: how long a report waited for its
+commit, what each trial cost beyond its waiting, how far tracking was behind at the end, and the driver's memory.
+
+Of a study: a slot-second is one second of one slot, between the start of the first trial and the end of the last.
+Training is the time of the epochs with their validation, as the trainers measured it. The rest is starting workers,
+checkpoints, reports and decisions, and slots without a trial at the end of the study. The last is printed separately:
+its share falls with the number of trials.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import resource
+import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -22,8 +29,9 @@ from typing import Any
 
 from ramcore.config import Config
 from study.asha import ASHA
+from study.cluster import TrialResources
 from study.pool import Pool, ray_running, run_trials
-from study.record import Record, StudySettings, TrialRecord
+from study.record import Record, StudySettings, TrialRecord, read_study
 from study.scheduler import StudyScheduler
 from study.search_space import search_space
 from study.storage import Storage
@@ -53,7 +61,7 @@ class Quiet:
         self.ended_trials += 1
         if time.monotonic() - self._said > 60:
             self._said = time.monotonic()
-            print(f"  {self.ended_trials} trials ended, driver at {_megabytes():.0f} MB", flush=True)
+            print(f"  {self.ended_trials} trials ended, driver at {_peak_megabytes():.0f} MB", flush=True)
 
 
 def _waiting_trial(seconds: float, slots: int, folder: str) -> Any:
@@ -89,18 +97,31 @@ def _waiting_trial(seconds: float, slots: int, folder: str) -> Any:
     return work
 
 
-def _megabytes() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+def _peak_megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def main() -> None:
-    """Run and print."""
-    parser = argparse.ArgumentParser(description="Does the driver hold?")
+    """Run or read, and print."""
+    parser = argparse.ArgumentParser(description="Does the driver hold? How much of a study is training?")
     parser.add_argument("--trials", type=int, default=2000)
     parser.add_argument("--reports", type=int, default=20)
-    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--slots", type=int, help="trials at a time (default 64; of a study: its most at once)")
     parser.add_argument("--seconds", type=float, default=1.0, help="between two reports of a trial (default 1)")
+    parser.add_argument("--study", type=Path, help="run nothing; read this folder of a finished study, its study.db")
     flags = parser.parse_args()
+    if flags.study is not None:
+        stored = read_study(flags.study / "study.db")
+        if stored is None or not stored.ended:
+            parser.error(f"--study must be a folder with the study.db of a finished study; got {flags.study}")
+        print(f"{stored.settings.study}: " + "\n".join(overhead(stored.trials, flags.slots)))
+    else:
+        flags.slots = flags.slots or 64
+        print("\n".join(run(flags)))
+
+
+def run(flags: argparse.Namespace) -> list[str]:
+    """Run a study of waiting trials; returns its figures as lines of text."""
     space = search_space(Config(data="digits", task="translated", epochs=flags.reports))
     settings = StudySettings(
         study="driver", task="translated", data="digits", digest="0" * 64, design="search", epochs=flags.reports,
@@ -109,10 +130,8 @@ def main() -> None:
     data: Any = {}  # no images: unpickling `SharedData` would import torch, 80 MB more for each of 64 workers
     with tempfile.TemporaryDirectory(prefix="ram-study-driver-") as root:
         record = Record.open(Path(root) / "driver", settings, total=flags.trials)
-        scheduler = StudyScheduler(
-            record, space=space, storage=Storage.parse(root), callback=Quiet(),
-            asha=NeverStops(flags.reports, min_epochs=2),
-        )  # fmt: skip
+        asha = NeverStops(flags.reports, min_epochs=2)
+        scheduler = StudyScheduler(record, space=space, storage=Storage.parse(root), callback=Quiet(), asha=asha)
         asked: list[float] = []
         ask = scheduler.next_job
 
@@ -124,19 +143,11 @@ def main() -> None:
 
         scheduler.next_job = timed  # type: ignore[method-assign]
         tracker = Tracker(record, f"sqlite:///{root}/mlflow.db", Provenance(settings={}, commit="-", dirty=True), {})
-        cores = os.cpu_count() or 1
-        pool = Pool(cpus_per_trial=cores / flags.slots, gpus_per_trial=0, max_concurrent=flags.slots)
-        started_with = _megabytes()
+        trial = TrialResources(cpus=(os.cpu_count() or 1) / flags.slots, gpus=0)
+        pool = Pool(trial=trial, max_concurrent=flags.slots)
+        memory = _peak_megabytes()
         with ray_running(None):
             tracker.start()
-            peak = [0.0]
-            stop = threading.Event()
-
-            def watch_memory() -> None:
-                while not stop.wait(1):
-                    peak[0] = max(peak[0], _megabytes())
-
-            threading.Thread(target=watch_memory, daemon=True).start()
             started = Path(root) / "started"
             started.mkdir()
             work = _waiting_trial(flags.seconds, min(flags.slots, flags.trials), str(started))
@@ -144,32 +155,28 @@ def main() -> None:
             ended = time.monotonic()
             untracked = tracker.finish("finished", patience=60)
             behind = time.monotonic() - ended
-            stop.set()
         trials = list(record.trials.values())
         record.close()
-        if untracked:
-            print(f"untracked: {untracked}")
-        print("\n".join(_figures(flags, trials, asked, behind, started_with, peak[0])))
+    return [
+        *([f"untracked: {untracked}"] if untracked else []),
+        *_figures(flags, trials, asked),
+        f"tracking was behind by           {behind:.1f} s when the last trial had ended",
+        f"memory of the driver             {memory:.0f} MB at first, {_peak_megabytes():.0f} MB at most",
+    ]
 
 
-def _figures(
-    flags: argparse.Namespace, trials: list[TrialRecord], asked: list[float], behind: float, before: float, peak: float
-) -> list[str]:
-    waits = sorted(epoch.time / 1000 - epoch.metrics["sent"] for trial in trials for epoch in trial.epochs)
-    begin = min(t.started for t in trials) / 1000
+def _figures(flags: argparse.Namespace, trials: list[TrialRecord], asked: list[float]) -> list[str]:
+    waits = [epoch.time / 1000 - epoch.metrics["sent"] for trial in trials for epoch in trial.epochs]
+    begin, end = min(t.started for t in trials) / 1000, max(t.ended or 0 for t in trials) / 1000
     # The slots fill once: what comes before all of them have sent a report is Ray starting workers.
     full = sorted(t.epochs[0].time / 1000 for t in trials)[min(flags.slots, len(trials)) - 1]
-    end = max(t.ended or 0 for t in trials) / 1000
-    steady = [t for t in trials if t.started / 1000 > full]
-    beyond = sorted(
-        (t.ended or 0) / 1000 - t.started / 1000 - sum(e.metrics["seconds"] for e in t.epochs) for t in steady
-    )
+    beyond = [_beyond_training(t) for t in trials if t.started / 1000 > full]
     epochs = sum(len(t.epochs) for t in trials)
 
     def quantiles(values: list[float]) -> str:
         if not values:
             return "-"
-        at = [values[min(len(values) - 1, int(len(values) * q))] for q in (0.5, 0.95, 0.99, 1.0)]
+        at = [sorted(values)[min(len(values) - 1, int(len(values) * q))] for q in (0.5, 0.95, 0.99, 1.0)]
         return " / ".join(f"{1000 * v:.0f}" for v in at) + " ms (median / 95% / 99% / most)"
 
     return [
@@ -178,10 +185,29 @@ def _figures(
         f"{(epochs - flags.slots) / max(end - full, 1e-9):.0f} reports/s "
         f"(slots that wait for nothing: {flags.slots / flags.seconds:.0f})",
         f"a report waited for its commit   {quantiles(waits)}",
-        f"choosing a configuration took    {quantiles(sorted(asked))}",
+        f"choosing a configuration took    {quantiles(asked)}",
         f"a trial cost beyond its waiting  {quantiles(beyond)}, {flags.reports} reports each",
-        f"tracking was behind by           {behind:.1f} s when the last trial had ended",
-        f"memory of the driver             {before:.0f} MB at first, {peak:.0f} MB at most",
+    ]
+
+
+def _beyond_training(trial: TrialRecord) -> float:
+    """Seconds of an ended trial that its epochs did not take."""
+    return (trial.ended or 0) / 1000 - trial.started / 1000 - sum(e.metrics["seconds"] for e in trial.epochs)
+
+
+def overhead(trials: list[TrialRecord], slots: int | None) -> list[str]:
+    """How the slot-seconds of a study were spent, as lines of text."""
+    spans = [(t.started / 1000, t.ended / 1000) for t in trials if t.ended is not None]
+    beyond = sorted(_beyond_training(t) for t in trials if t.ended is not None)
+    slots = slots or max(sum(s <= start < e for s, e in spans) for start, _ in spans)  # the most trials at once
+    length = max(e for _, e in spans) - min(s for s, _ in spans)
+    busy, total = sum(e - s for s, e in spans), slots * length
+    shares = (("training", busy - sum(beyond)), ("trials, not training", sum(beyond)), ("no trial", total - busy))
+    return [
+        f"{len(spans)} trials in {slots} slots over {length:.0f} s = {total:.0f} slot-seconds",
+        *(f"{name:20}{seconds:8.0f} s  {seconds / total:6.1%}" for name, seconds in shares),
+        f"a trial beyond its training: median {statistics.median(beyond):.2f} s, "
+        f"95% {beyond[int(0.95 * (len(beyond) - 1))]:.2f} s (the first of each slot starts its worker)",
     ]
 
 
