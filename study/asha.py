@@ -18,13 +18,10 @@ class ASHA:
     """
 
     def __init__(self, epochs: int, *, min_epochs: int | None = None, eta: int = 3) -> None:
-        """For trials of `epochs` epochs.
+        """For trials that have `epochs` epochs unless they are stopped.
 
-        Args:
-            epochs: of a trial that is not stopped.
-            min_epochs: the first rung. Default: a tenth of the epochs; earlier, RAM's accuracy says little about the
-                final one.
-            eta: the reduction factor.
+        The first rung, `min_epochs`, is a tenth of the epochs by default: before that, RAM's accuracy says little about
+        the final one. `eta` is the reduction factor.
         """
         self.eta = eta
         rung = max(1, round(epochs / 10)) if min_epochs is None else min_epochs

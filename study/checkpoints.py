@@ -40,19 +40,16 @@ class Checkpoints:
             self.folder.delete(f"{self.name}/{old}")
 
     def load(self, identity: dict[str, Any]) -> dict[str, Any] | None:
-        """The newest undamaged checkpoint with the given "identity"; None: start from the beginning.
+        """The newest undamaged checkpoint of this identity (configuration and seeds); None: start from the beginning.
 
-        Args:
-            identity: configuration and seeds. A record that lost its last commit in a power cut may give the number to
-                another configuration, which must not continue from here.
+        A record that lost its last commit in a power cut may give the number to another configuration, which must not
+        continue from here.
         """
         for name in reversed(self._epochs()):
-            content = self._read(name)
-            if content is None:
-                continue
-            if content.get("identity") == identity:
-                return content
-            logger.warning("%s/%s belongs to another configuration and is not used", self.name, name)
+            if content := self._read(name):
+                if content.get("identity") == identity:
+                    return content
+                logger.warning("%s/%s belongs to another configuration and is not used", self.name, name)
         return None
 
     def save_best(self, content: dict[str, Any]) -> None:

@@ -23,8 +23,7 @@ def keep_idle_workers(tune_controller: Any, trial: Any, count: int) -> Callable[
     seconds. Ray has no setting for it. Reaches into `TuneController._actor_cache`. Without it: None is returned, and
     studies are slower.
     """
-    controller = getattr(tune_controller, "_tune_controller", tune_controller)
-    cache = getattr(controller, "_actor_cache", None)
+    cache = getattr(getattr(tune_controller, "_tune_controller", tune_controller), "_actor_cache", None)
     if cache is None:
         return None
     cache.increase_max(trial.placement_group_factory, by=count)

@@ -51,6 +51,7 @@ from study.storage import RECORD, Storage
 
 logger = logging.getLogger(__name__)
 
+MakeRows = Callable[[], list[TrialSpec]]  # makes the rows of a fixed design
 State = Literal["running", "complete", "pruned", "failed"]
 OPTUNA_STATE: dict[State, TrialState] = {
     "running": TrialState.RUNNING,
@@ -95,9 +96,8 @@ class StudySettings:
         """Every setting and everything of the space by name, but the reasons and units of ranges: they may change."""
         flat = asdict(self)
         space, flat["images"] = flat.pop("space"), f"sha256 {flat.pop('digest')[:12]}"
-        inside = {
-            f"{d['name']}.{k}": v for d in space["dimensions"] for k, v in d.items() if k not in ("reason", "unit")
-        }
+        ranges = ((d["name"], key, value) for d in space["dimensions"] for key, value in d.items())
+        inside = {f"{name}.{key}": value for name, key, value in ranges if key not in ("reason", "unit")}
         inside |= {f"default {name}": value for name, value in space["default"].items()}
         inside |= {name: value for name, value in space["fixed"].items() if name not in flat}
         inside["constraint"] = [constraint["rule"] for constraint in space["constraints"]]
@@ -173,28 +173,19 @@ class Record:
         self._study_id = self._rdb.get_study_id_from_name(settings.study)
         self._trial_ids: dict[int, int] = {}  # Optuna's, of the trials that can be written to
 
-    # Opening and closing.
-
     @classmethod
-    def open(
-        cls,
-        folder: Path,
-        settings: StudySettings,
-        *,
-        total: int | None,
-        rows: Callable[[], list[TrialSpec]] | None = None,
-    ) -> Self:
+    def open(cls, folder: Path, settings: StudySettings, *, total: int | None, rows: MakeRows | None = None) -> Self:
         """Create the record in `folder`, or continue the one that is there.
 
         Args:
             folder: of the study; made if absent.
             settings: of the study asked for.
-            total: trials asked for, all runs of the command together; None: all rows, or as many as were asked for
-                before.
-            rows: makes those of a fixed design; None for a search. A continued study keeps the rows that it has.
+            total: trials asked for, all runs of the command together; None: all rows, or as many as before.
+            rows: None for a search. A continued study keeps the rows that it has.
 
         Raises:
             UserError: another process holds the record, or it is of a study with other settings.
+            RecordLost: the record cannot be read or written.
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -213,7 +204,7 @@ class Record:
             lock.release()
             raise
 
-    def _ask_for(self, total: int | None, rows: Callable[[], list[TrialSpec]] | None) -> None:
+    def _ask_for(self, total: int | None, rows: MakeRows | None) -> None:
         """Enter which trials the study is asked for; a continued study can only grow."""
         is_new = "settings" not in self.study.user_attrs
         if rows is not None and is_new:
@@ -278,12 +269,7 @@ class Record:
 
     @_write_errors()
     def start(self, spec: TrialSpec, space: Space | None) -> TrialRecord:
-        """Enter a new trial, with everything that defines it, in one commit.
-
-        Args:
-            spec: the trial.
-            space: the search space that it lies in, for Optuna; None for a trial outside (the CNN).
-        """
+        """Enter a new trial and all that defines it in one commit. `space` is None for a trial outside (the CNN)."""
         ranges = distributions(space) if space is not None else {}
         now, run = _now(), len(self.runs) - 1 if self.runs else None
         columns = {"origin": spec.origin, "row": spec.row, "seeds": ",".join(map(str, spec.seeds))}  # of the dashboard
@@ -307,12 +293,9 @@ class Record:
 
     @_write_errors()
     def add_epoch(self, number: int, epoch: int, metrics: dict[str, Any]) -> bool:
-        """Enter an epoch's metrics; a repeated report is compared and ignored. Returns whether it was new.
+        """Enter the metrics (`EpochMetrics.to_dict()`) of a trial's epoch, from 1. Returns whether they were new.
 
-        Args:
-            number: of the trial.
-            epoch: 1-based; at most one more than the record holds.
-            metrics: `EpochMetrics.to_dict()`.
+        A repeated report is compared and ignored.
         """
         trial = self.trials[number]
         entry = Epoch(time=_now(), value=mean_accuracy(metrics), metrics=metrics)
@@ -385,8 +368,6 @@ class Record:
         """Recorded epochs of all trials together."""
         return sum(len(t.epochs) for t in self.trials.values())
 
-    # Changes, for those that follow the record.
-
     def _touch(self, number: int) -> None:
         with self.changed:
             self._dirty.add(number)
@@ -406,7 +387,7 @@ def open_record(
     settings: StudySettings,
     *,
     total: int | None,
-    rows: Callable[[], list[TrialSpec]] | None = None,
+    rows: MakeRows | None = None,
     say: Callable[[str], None] = logger.info,
 ) -> Record:
     """`Record.open` for a study in a storage. In a remote one, take its lease first.
@@ -427,12 +408,10 @@ def open_record(
         fetch(storage, settings.study)
         record = Record.open(folder, settings, total=total, rows=rows)
         record.snapshots = Snapshots(folder / RECORD, shared, lease)
-    except LeaseHeld as error:
+    except (LeaseHeld, OSError) as error:
         record.close()
-        raise UserError(str(error)) from error
-    except OSError as error:
-        record.close()
-        raise RecordLost(f"the storage cannot be written: {error}") from error
+        lost = RecordLost(f"the storage cannot be written: {error}")
+        raise (UserError(str(error)) if isinstance(error, LeaseHeld) else lost) from error
     return record
 
 
@@ -528,7 +507,7 @@ def _open_database(path: Path, name: str | None) -> tuple[optuna.Study | None, R
         if name is None:
             names = optuna.get_all_study_names(rdb)
             return (optuna.load_study(study_name=names[0], storage=rdb) if names else None), rdb
-        study = optuna.create_study(study_name=name, storage=rdb, direction="maximize", load_if_exists=True)
+        return optuna.create_study(study_name=name, storage=rdb, direction="maximize", load_if_exists=True), rdb
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
         cause = error.__cause__ or error
         if isinstance(cause, sqlalchemy.exc.OperationalError) or isinstance(error, sqlalchemy.exc.OperationalError):
@@ -537,14 +516,10 @@ def _open_database(path: Path, name: str | None) -> tuple[optuna.Study | None, R
             f"a study's record must be an Optuna SQLite file; {path} cannot be used ({first_line(cause)}): "
             "pass another --study, or move the file away"
         ) from error
-    return study, rdb
 
 
 def _lock(path: Path) -> FileLock:
-    """Lock a file until released or until this process ends. The file holds the number of this process.
-
-    Raises UserError if another process has the lock, OSError.
-    """
+    """Lock a file, which then holds the number of this process. Raises UserError if another one has it; OSError."""
     lock = FileLock(path, blocking=False, thread_local=False)
     try:
         lock.acquire()

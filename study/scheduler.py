@@ -52,9 +52,7 @@ class StudyScheduler:
             callback: is told what happens.
             asha: early stopping without any trial yet; its own defaults by default.
         """
-        self.record = record
-        self.space = space
-        self.storage = storage
+        self.record, self.space, self.storage = record, space, storage
         self.folder = storage.folder(record.settings.study)
         self.callback = callback
         self.stopping: str | None = None  # why no more trials are trained now
@@ -149,9 +147,10 @@ class StudyScheduler:
         )
 
     def _lies_in_space(self, spec: TrialSpec) -> bool:
-        if self.space is None or not spec.config.is_recurrent:
-            return False
-        return self.space.contains({name: getattr(spec.config, name) for name in self.space.names})
+        space, config = self.space, spec.config
+        return (
+            space is not None and config.is_recurrent and space.contains({n: getattr(config, n) for n in space.names})
+        )
 
     def _suggest(self, number: int) -> TrialSpec:
         """The trial of a number in a search."""
@@ -204,9 +203,7 @@ class StudyScheduler:
     def _goes_on(self, trial: TrialRecord, epoch: int) -> bool:
         """Whether ASHA lets a trial go on after an epoch; a diverged trial does not compete."""
         value = trial.epochs[epoch - 1].value
-        if epoch not in self._asha.rungs or math.isnan(value):
-            return True
-        return self._asha.reach(trial.number, epoch, value)
+        return epoch not in self._asha.rungs or math.isnan(value) or self._asha.reach(trial.number, epoch, value)
 
     def _end(
         self,
@@ -220,17 +217,11 @@ class StudyScheduler:
         self.record.end(trial.number, state, reason, test=test, diverged=diverged)
         self._tidy(trial)
         self.callback.ended(trial)
-        self._stop_if_all_fail_alike(trial)
-
-    def _stop_if_all_fail_alike(self, trial: TrialRecord) -> None:
-        if len(self._first_ends) == SAME_FAILURES:
-            return
         # Numbers in a message (sizes, addresses) may differ from one configuration to the next.
-        error = re.sub(r"\d+", "", trial.reason) if trial.reason.startswith("error: ") else ""
-        self._first_ends.append(error or f"trial {trial.number}")
+        self._first_ends.append(re.sub(r"\d+", "", reason) if reason.startswith("error: ") else f"trial {trial.number}")
         if len(self._first_ends) == SAME_FAILURES and len(set(self._first_ends)) == 1:
-            self.broken = trial.reason
-            self.stop(f"the first {SAME_FAILURES} trials failed alike: {trial.reason}")
+            self.broken = reason
+            self.stop(f"the first {SAME_FAILURES} trials failed alike: {reason}")
 
     def _tidy(self, trial: TrialRecord) -> None:
         """Delete the checkpoints that an ended trial no longer needs."""

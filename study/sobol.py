@@ -15,8 +15,7 @@ class SobolSequence:
     """
 
     def __init__(self, space: Space, seed: int) -> None:
-        self._space = space
-        self._seed = seed
+        self._space, self._seed = space, seed
         self._log2 = 5  # of the number of points drawn
         self._points: list[Values] = []
 

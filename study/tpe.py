@@ -28,8 +28,7 @@ class FeasibleTPE:
     """
 
     def __init__(self, record: Record, space: Space) -> None:
-        self._record = record
-        self._space = space
+        self._record, self._space = record, space
         self._distributions = distributions(space)
         self._study = optuna.create_study(direction="maximize", sampler=RandomSampler())
         self._study.ask()

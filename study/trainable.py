@@ -15,13 +15,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
 from ramcore.config import Config
-from ramcore.data import Split, TaskData
+from ramcore.data import Split, SplitName, TaskData
 from ramcore.errors import first_line
 from ramcore.evaluation import Evaluation
 from ramcore.trainer import Trainer
@@ -42,13 +42,9 @@ class Job:
     storage: str  # `str(Storage)`
     study: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, as Tune carries it."""
-        return asdict(self)
-
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Job:
-        """The inverse of `to_dict`."""
+        """The inverse of `asdict`: Tune carries plain data."""
         return Job(**data | {"config": Config(**data["config"]), "seeds": tuple(data["seeds"])})
 
 
@@ -63,9 +59,9 @@ class SharedData:
     @staticmethod
     def of(task: TaskData) -> SharedData:
         """From tensors. All tasks are made from the same images."""
-        names = task.sizes
-        arrays = {f"{n}.images": task.split(n).images.numpy() for n in names}  # type: ignore[arg-type]
-        arrays |= {f"{n}.labels": task.split(n).labels.numpy() for n in names}  # type: ignore[arg-type]
+        splits = [(name, task.split(name)) for name in get_args(SplitName)]
+        arrays = {f"{name}.images": split.images.numpy() for name, split in splits}
+        arrays |= {f"{name}.labels": split.labels.numpy() for name, split in splits}
         return SharedData(data=task.data, digest=task.digest, arrays=arrays)
 
     def task(self, task: str) -> TaskData:
@@ -74,7 +70,7 @@ class SharedData:
             # The shared memory is read-only, which torch cannot express. Nothing writes to a task's images.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             tensors = {name: torch.from_numpy(array) for name, array in self.arrays.items()}
-        splits = {n: Split(tensors[f"{n}.images"], tensors[f"{n}.labels"]) for n in ("train", "validation", "test")}
+        splits = {n: Split(tensors[f"{n}.images"], tensors[f"{n}.labels"]) for n in get_args(SplitName)}
         return TaskData(data=self.data, task=task, digest=self.digest, **splits)
 
 
@@ -103,12 +99,11 @@ def _train(job: Job, data: SharedData, report: Callable[[dict[str, Any]], None],
         checkpoints = Checkpoints(Storage.parse(job.storage).folder(job.study), job.number)
     trainer = Trainer(job.config, data.task(job.config.task), seeds=job.seeds, device=device)
     identity = {"config": asdict(job.config), "seeds": list(job.seeds)}
-    history: list[dict[str, Any]] = []  # the metrics of every epoch
     with _storage_errors():
         saved = checkpoints.load(identity)
     if saved:
         trainer.load_state_dict(saved["trainer"])
-        history = saved["history"]
+    history: list[dict[str, Any]] = saved["history"] if saved else []  # the metrics of every epoch
 
     def tell(metrics: dict[str, Any]) -> None:
         result: dict[str, Any] = {"epoch": metrics["epoch"], "metrics": metrics}
@@ -140,7 +135,6 @@ class _StorageLost(Exception):
 
 @contextmanager
 def _storage_errors() -> Iterator[None]:
-    """Raises _StorageLost for an error of the storage."""
     try:
         yield
     except OSError as error:
@@ -149,12 +143,7 @@ def _storage_errors() -> Iterator[None]:
 
 
 def test_results(evaluation: Evaluation, epochs: Sequence[int]) -> dict[str, Any]:
-    """The results on the test images as the record keeps them.
-
-    Args:
-        evaluation: of each seed's best weights.
-        epochs: of these weights.
-    """
+    """The results of each seed's best weights (of these epochs) on the test images, as the record keeps them."""
     return {
         "accuracy": list(evaluation.accuracy),
         "loss": list(evaluation.loss),

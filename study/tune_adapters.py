@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from ray import tune
@@ -38,10 +39,10 @@ class TuneSearcher(_Unpickled, Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """A job as plain data; FINISHED when no more will come."""
-        job = None
         with guarded(self._scheduler):
-            job = self._scheduler.next_job()
-        return Searcher.FINISHED if job is None else job.to_dict()
+            if job := self._scheduler.next_job():
+                return asdict(job)
+        return Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Does nothing: the end of a trial is recorded where it is decided."""
@@ -58,8 +59,7 @@ class TuneScheduler(_Unpickled, FIFOScheduler):
 
     def __init__(self, scheduler: StudyScheduler, slots: int) -> None:
         super().__init__()
-        self._scheduler = scheduler
-        self._slots = slots
+        self._scheduler, self._slots = scheduler, slots
         self._keeps_workers = False
         self._release_workers: Callable[[], None] | None = None
         self._epochs_at_death: dict[int, int] = {}  # by trial number: recorded epochs when its worker last died
@@ -80,11 +80,10 @@ class TuneScheduler(_Unpickled, FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Record a report and decide whether the trial goes on."""
-        goes_on = True
         with guarded(self._scheduler):
-            if "result" in result:
-                goes_on = self._scheduler.report(trial.config["number"], json.loads(result["result"]))
-        return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
+            if "result" in result and not self._scheduler.report(trial.config["number"], json.loads(result["result"])):
+                return TrialScheduler.STOP
+        return TrialScheduler.CONTINUE
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """Start a trial again whose worker died or never started, on another node if need be; fail it at last."""
@@ -96,8 +95,8 @@ class TuneScheduler(_Unpickled, FIFOScheduler):
                 forget_worker_deaths(trial)
             self._epochs_at_death[number] = epochs
             if not trial.should_recover():
-                message = f"its worker died {trial.num_failures} times; {last_message(trial)}"
-                self._scheduler.report(number, {"error": message})
+                error = f"its worker died {trial.num_failures} times; {last_message(trial)}"
+                self._scheduler.report(number, {"error": error})
                 return
             # Tune does not restart a trial that had not begun, nor one whose worker died often, whatever its progress.
             if not tune_restarts:

@@ -115,7 +115,7 @@ def test_file_error_outside_checkpoints_is_reported_as_error(job, data, monkeypa
 
 
 def test_job_survives_conversion_to_dict_and_back(job):
-    assert Job.from_dict(job.to_dict()) == job
+    assert Job.from_dict(dataclasses.asdict(job)) == job
 
 
 @pytest.mark.gpu
