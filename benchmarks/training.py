@@ -33,15 +33,15 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.plain_ram import PlainTrainer
 from ramcore.config import Config, Task
-from ramcore.data import Split, TaskData, make_task
+from ramcore.data import Split, SplitName, TaskData, make_task
 from ramcore.evaluation import evaluate
 from ramcore.retina import Retina
 from ramcore.rng import Stream, key
@@ -52,18 +52,16 @@ TRAIN_IMAGES = 50_000
 EVALUATION_IMAGES = 1_000
 PLAIN, FLOOR = "plain RAM", "matrix products alone"
 
+Cases = dict[str, Callable[[], object]]  # what is timed, by name
+
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure and print the figures, write them to --out, and return them."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description="How fast ramcore trains.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument(
-        "--rounds", type=int, default=15, help="interleaved rounds; medians are over these (default 15)"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="3 short rounds and fewer images: a check, not a measurement"
-    )
+    parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds, for the medians (default 15)")
+    parser.add_argument("--quick", action="store_true", help="3 short rounds, fewer images: a check, not a measurement")
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -101,24 +99,19 @@ def synthetic(task: Task, images: int) -> TaskData:
         ink = torch.rand(count, 28, 28, generator=generator) < 0.2
         return Split(pixels * ink, torch.randint(0, 10, (count,), generator=generator))
 
-    return make_task(
-        CONFIG.data,
-        task,
-        {"train": split(images), "validation": split(EVALUATION_IMAGES), "test": split(EVALUATION_IMAGES)},
-    )
+    sizes: dict[SplitName, int] = {"train": images, "validation": EVALUATION_IMAGES, "test": EVALUATION_IMAGES}
+    return make_task(CONFIG.data, task, {name: split(count) for name, count in sizes.items()})
 
 
 def step_times(data: TaskData, device: torch.device, rounds: int, seconds: float) -> dict[str, dict[str, float]]:
     """Medians: milliseconds a step and seed, and ratios to the plain RAM and to the floor."""
-    replicates = (1, 4, 8, 32) if device.type == "cuda" else (1, 4, 8)
-    cases: dict[str, tuple[Callable[[], object], int]] = {
-        PLAIN: (plain_step(data, device), 1),
-        FLOOR: (floor(device), 1),
-    }
-    for count in replicates:
-        cases[f"ramcore, {count} seed{'s' if count > 1 else ''}"] = (ramcore_step(data, device, count), count)
-    times = interleaved({name: case for name, (case, _) in cases.items()}, device, rounds, seconds)
-    per_seed = {name: [1e3 * t / cases[name][1] for t in values] for name, values in times.items()}
+    cases: Cases = {PLAIN: plain_step(data, device), FLOOR: floor(device)}
+    seeds = {PLAIN: 1, FLOOR: 1}
+    for count in (1, 4, 8, 32) if device.type == "cuda" else (1, 4, 8):
+        name = f"ramcore, {count} seed{'s' if count > 1 else ''}"
+        cases[name], seeds[name] = ramcore_step(data, device, count), count
+    times = interleaved(cases, device, rounds, seconds)
+    per_seed = {name: [1e3 * t / seeds[name] for t in values] for name, values in times.items()}
     return {
         name: {
             "ms": statistics.median(values),
@@ -135,9 +128,7 @@ def _ratio(numerators: list[float], denominators: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
-def interleaved(
-    cases: dict[str, Callable[[], object]], device: torch.device, rounds: int, seconds: float
-) -> dict[str, list[float]]:
+def interleaved(cases: Cases, device: torch.device, rounds: int, seconds: float) -> dict[str, list[float]]:
     """Seconds a call of each case, a value a round. A round times every case for about `seconds`."""
     repeats = {}
     for name, case in cases.items():
@@ -190,16 +181,9 @@ def floor(device: torch.device) -> Callable[[], object]:
     """
     steps, batch, hidden, path = CONFIG.num_glimpses, CONFIG.batch_size, CONFIG.hidden_size, CONFIG.glimpse_size
     # what, code, input, recurrent: (inputs, outputs, glimpses)
-    sizes = [
-        (CONFIG.glimpse_pixels, path, steps),
-        (2 * path, hidden, steps),
-        (hidden, hidden, steps),
-        (hidden, hidden, steps - 1),
-    ]
-
-    def random(rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns, device=device)
-
+    what, code = (CONFIG.glimpse_pixels, path, steps), (2 * path, hidden, steps)
+    sizes = [what, code, (hidden, hidden, steps), (hidden, hidden, steps - 1)]
+    random = partial(torch.randn, device=device)
     layers = [(random(t * batch, i), random(i, o), random(t * batch, o)) for i, o, t in sizes]
 
     def products() -> None:
@@ -228,16 +212,14 @@ def set_up_seconds(data: TaskData, device: torch.device) -> float:
 def rendering_share(images: int, device: torch.device, rounds: int) -> dict[str, float]:
     """Share of a training step of one seed that goes into drawing canvases, places and clutter."""
     shares = {}
-    tasks: tuple[Task, ...] = ("translated", "cluttered")
-    for task in tasks:
+    for task in ("translated", "cluttered"):
         data = synthetic(task, images).to(device)
         seeds = torch.zeros(1, dtype=torch.int64, device=device)
         index = torch.randint(0, images, (1, CONFIG.batch_size), device=device)
         keys = key(seeds, Stream.PLACEMENT, 0)
-        cases: dict[str, Callable[[], object]] = {"render": lambda d=data, i=index, k=keys: d.render("train", i, k)}
         trainer = Trainer(replace(CONFIG, task=task), data, device=device)
-        draws = next(trainer.draws(0))
-        cases["step"] = lambda t=trainer, d=draws: t.step(d)
+        step = partial(trainer.step, next(trainer.draws(0)))
+        cases: Cases = {"render": partial(data.render, "train", index, keys), "step": step}
         times = interleaved(cases, device, rounds, 0.05)
         shares[task] = _ratio(times["render"], times["step"])
     return shares
@@ -246,26 +228,24 @@ def rendering_share(images: int, device: torch.device, rounds: int) -> dict[str,
 def evaluation_speed(data: TaskData, device: torch.device) -> float:
     """Images a second, one seed, at the policy's means."""
     trainer = Trainer(CONFIG, data, device=device)
-    case = lambda: evaluate(trainer.model, CONFIG, (0,), data, "validation", every_step=False)  # noqa: E731
+    case = partial(evaluate, trainer.model, CONFIG, (0,), data, "validation", every_step=False)
     case()
     return EVALUATION_IMAGES / statistics.median(_timed(case, 1, device) for _ in range(5))
 
 
 def retina_times(device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds a batch at three canvas sizes, of the pyramid (once a batch) and of a glimpse."""
-    cases: dict[str, Callable[[], object]] = {}
-    for size in (28, 60, 100):
+    cases: Cases = {}
+    sizes, parts = (28, 60, 100), ("pyramid", "glimpse")
+    for size in sizes:
         retina = Retina(patch_size=12, num_scales=3, canvas_size=size)
         images = torch.randint(0, 256, (1, CONFIG.batch_size, size, size), dtype=torch.uint8, device=device)
         location = torch.rand(1, CONFIG.batch_size, 2, device=device) * 2 - 1
-        pyramid = retina.pyramid(images)
-        cases[f"pyramid {size}"] = lambda r=retina, i=images: r.pyramid(i)
-        cases[f"glimpse {size}"] = lambda r=retina, p=pyramid, x=location: r.glimpse(p, x)
+        cases[f"pyramid {size}"] = partial(retina.pyramid, images)
+        cases[f"glimpse {size}"] = partial(retina.glimpse, retina.pyramid(images), location)
     times = interleaved(cases, device, rounds, 0.02)
-    return {
-        str(size): {part: 1e3 * statistics.median(times[f"{part} {size}"]) for part in ("pyramid", "glimpse")}
-        for size in (28, 60, 100)
-    }
+    medians = {name: 1e3 * statistics.median(values) for name, values in times.items()}
+    return {str(size): {part: medians[f"{part} {size}"] for part in parts} for size in sizes}
 
 
 def memory_mib(device: torch.device) -> float:
@@ -285,11 +265,8 @@ def table(result: dict[str, Any]) -> str:
         f"{'training step':24}{'ms a step':>12}{'images x seeds':>16}{'times':>12}{'share of':>12}",
         f"{'':24}{'and seed':>12}{'a second':>16}{'plain RAM':>12}{'floor':>12}",
     ]
-    for name, row in result["steps"].items():
-        lines.append(
-            f"{name:24}{row['ms']:12.2f}{row['images_x_seeds_per_second']:16,.0f}"
-            f"{row['times_plain']:12.2f}{row['share_of_floor']:12.2f}"
-        )
+    for name, (ms, images, plain, share) in ((name, row.values()) for name, row in result["steps"].items()):
+        lines.append(f"{name:24}{ms:12.2f}{images:16,.0f}{plain:12.2f}{share:12.2f}")
     shares = result["rendering_share"]
     lines += [
         "",
