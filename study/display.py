@@ -75,17 +75,16 @@ def time_left(
     ended = [len(t.epochs) for t in trials if t.spec.origin in STOPPABLE and t.state != "running"]
     short = statistics.fmean(ended) if ended else epochs / 4
     done = {t.number: t for t in trials}
-    low = high = longest_low = longest_high = 0.0
+    expected, most = [0.0], [0.0]  # epochs of each trial that is left
     for number, origin in enumerate(origins):
         trial = done.get(number)
-        if trial is not None and trial.state != "running":
-            continue
-        trained = len(trial.epochs) if trial else 0
-        expected = max(short - trained, 0.0) if origin in STOPPABLE else epochs - trained
-        low, high = low + expected, high + epochs - trained
-        longest_low, longest_high = max(longest_low, expected), max(longest_high, epochs - trained)
+        if trial is None or trial.state == "running":
+            trained = len(trial.epochs) if trial else 0
+            most.append(epochs - trained)
+            expected.append(max(short - trained, 0.0) if origin in STOPPABLE else epochs - trained)
     # The study takes at least as long as its longest remaining trial.
-    return max(low / slots, longest_low) * quick, max(high / slots, longest_high) * slow
+    low, high = (max(sum(left) / slots, *left) for left in (expected, most))
+    return low * quick, high * slow
 
 
 class Display:
@@ -129,22 +128,17 @@ class Display:
         now = time.monotonic()
         self._recent.append(now)
         if self._live is None and now - self._last_said >= _QUIET:
-            epoch = f"epoch {len(trial.epochs)}/{trial.spec.config.epochs}, {percent(accuracies(trial))}"
-            self.note(f"{self._count()} trial {trial.number:04d}: {epoch}{self._left('; ')}")
+            state = f"{_epoch(trial)}, {percent(accuracies(trial))}"
+            self.note(f"{self._count()} trial {trial.number:04d}: {state}{self._left('; ')}")
 
     def ended(self, trial: TrialRecord) -> None:
         """A trial has ended."""
-        seconds = sum(e.metrics["seconds"] for e in trial.epochs)
+        took = duration(sum(e.metrics["seconds"] for e in trial.epochs))
         best = best_trial(list(self._trials.values()))
         shown = f"best {percent(accuracies(best))} (trial {best.number:04d})" if best else "no complete trial yet"
-        label = f" {trial.spec.row}" if trial.spec.row else ""
-        parts = [
-            f"{self._count()} trial {trial.number:04d} {trial.spec.origin}{label}: "
-            f"{percent(accuracies(trial))} after {len(trial.epochs)} epochs, {duration(seconds)}",
-            trial.reason,
-            shown + self._left(", "),
-        ]
-        self.note("; ".join(parts))
+        label = f"{trial.spec.origin} {trial.spec.row}".rstrip()
+        result = f"{percent(accuracies(trial))} after {len(trial.epochs)} epochs, {took}; {trial.reason}"
+        self.note(f"{self._count()} trial {trial.number:04d} {label}: {result}; {shown}{self._left(', ')}")
 
     def note(self, text: str) -> None:
         """Show a line."""
@@ -168,33 +162,31 @@ class Display:
     def _render(self) -> RenderableType:
         trials = list(self._trials.values())
         states = [t.state for t in trials]
-        ended = len(states) - states.count("running")
+        running = [t for t in trials if t.state == "running"]
+        ended, total = len(trials) - len(running), len(self.origins)
+        counts = f"{states.count('complete')} finished, {states.count('pruned')} stopped early"
+        counts += f", {states.count('failed')} failed; {len(running)} running"
+        best = best_trial(trials)
+        shown = f"{percent(accuracies(best))}, trial {best.number:04d} ({best.spec.origin})" if best else "-"
         now = time.monotonic()
         recent = [t for t in list(self._recent) if now - t < 60]  # list: the driver thread appends meanwhile
         rate = f"{len(recent) / max(now - recent[0], 1):.2f} epochs/s" if len(recent) > 1 else "-"
         head = Table.grid(padding=(0, 2))
-        head.add_row(Text(self.study, style="bold"), ProgressBar(total=len(self.origins), completed=ended, width=30))
-        head.add_row(
-            "trials",
-            f"{ended} of {len(self.origins)} ended: {states.count('complete')} finished, {states.count('pruned')} "
-            f"stopped early, {states.count('failed')} failed; {states.count('running')} running",
-        )
-        best = best_trial(trials)
-        head.add_row(
-            "best", f"{percent(accuracies(best))}, trial {best.number:04d} ({best.spec.origin})" if best else "-"
-        )
+        head.add_row(Text(self.study, style="bold"), ProgressBar(total=total, completed=ended, width=30))
+        head.add_row("trials", f"{ended} of {total} ended: {counts}")
+        head.add_row("best", shown)
         head.add_row("speed", rate + self._left(", "))
         if outage := self.outage():
             head.add_row("tracking", Text(f"behind ({outage}); training goes on", style="yellow"))
         rows = Table.grid(padding=(0, 2))
-        running = [t for t in trials if t.state == "running"]
         for trial in running[:_SHOWN_RUNNING]:
-            rows.add_row(
-                f"  {trial.number:04d}", trial.spec.row or trial.spec.origin,
-                f"epoch {len(trial.epochs)}/{trial.spec.config.epochs}", percent(accuracies(trial)),
-            )  # fmt: skip
+            name = trial.spec.row or trial.spec.origin
+            rows.add_row(f"  {trial.number:04d}", name, _epoch(trial), percent(accuracies(trial)))
         if len(running) > _SHOWN_RUNNING:
             rows.add_row("", f"and {len(running) - _SHOWN_RUNNING} more")
-        return Group(
-            head, rows, *[Text(note, style="dim", overflow="ellipsis", no_wrap=True) for note in list(self._notes)]
-        )
+        notes = (Text(note, style="dim", overflow="ellipsis", no_wrap=True) for note in list(self._notes))
+        return Group(head, rows, *notes)
+
+
+def _epoch(trial: TrialRecord) -> str:
+    return f"epoch {len(trial.epochs)}/{trial.spec.config.epochs}"

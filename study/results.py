@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import tempfile
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from study import mlflow_settings as mlflow_settings  # before MLflow, which reads them when it is imported
 
@@ -34,33 +34,18 @@ from study.tracking import Publish
 from study.trainable import test_results
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
+class Outcome(NamedTuple):
     """The results of a study, for the screen and for MLflow."""
 
     best: TrialRecord
     front: tuple[TrialRecord, ...]  # see `pareto_trials`
-
-    def best_config(self) -> dict[str, Any]:
-        """The content of best_config.json: the configuration and its scores."""
-        best = self.best
-        return {
-            "trial": best.number,
-            "origin": best.spec.origin,
-            "row": best.spec.row,
-            "seeds": list(best.spec.seeds),
-            "config": asdict(best.spec.config),
-            "val_accuracy": list(accuracies(best)),
-            "test": best.test,
-            "cost": cost(best.spec.config)._asdict(),
-        }
 
 
 def conclude(record: Record) -> Outcome | None:
     """The results so far; None while no trial is complete."""
     trials = list(record.trials.values())
     best = best_trial(trials)
-    return None if best is None else Outcome(best=best, front=pareto_trials(trials))
+    return None if best is None else Outcome(best, pareto_trials(trials))
 
 
 def pareto_trials(trials: list[TrialRecord]) -> tuple[TrialRecord, ...]:
@@ -93,21 +78,19 @@ def read_best_test(record: Record, folder: Folder, data: TaskData) -> bool:
 
 def summary_lines(outcome: Outcome, searched: tuple[str, ...]) -> list[str]:
     """The lines that a study prints at its end, with the searched fields (or else those that are not the default)."""
-    best = outcome.best
-    config = asdict(best.spec.config)
-    size = cost(best.spec.config)
-    label = f"{best.spec.origin}{f', {best.spec.row}' if best.spec.row else ''}"
+    best, spec = outcome.best, outcome.best.spec
+    config, default = asdict(spec.config), asdict(Config())
+    fields = searched or [name for name in config if config[name] != default[name]]
     lines = [
-        f"Best configuration: trial {best.number:04d} ({label})",
-        f"  validation accuracy  {percent(accuracies(best))} over seeds {', '.join(map(str, best.spec.seeds))}",
+        f"Best configuration: trial {best.number:04d} ({spec.origin}{f', {spec.row}' if spec.row else ''})",
+        f"  validation accuracy  {percent(accuracies(best))} over seeds {', '.join(map(str, spec.seeds))}",
     ]
     if best.test is not None:
-        epochs = ", ".join(map(str, best.test["epoch"]))
-        lines.append(
-            f"  test accuracy        {percent(tuple(best.test['accuracy']))} (weights of epochs {epochs}; read once)"
-        )
+        mean, epochs = percent(tuple(best.test["accuracy"])), ", ".join(map(str, best.test["epoch"]))
+        lines.append(f"  test accuracy        {mean} (weights of epochs {epochs}; read once)")
+    size = cost(spec.config)
     lines.append(f"  size                 {size.parameters:,} parameters, {size.macs:,} multiply-adds an image")
-    lines += [f"  {name:20s} {shown(config[name], digits=4)}" for name in searched or _differing(best.spec.config)]
+    lines += [f"  {name:20s} {shown(config[name], digits=4)}" for name in fields]
     lines.append("Accuracy against multiply-adds an image (none is both cheaper and better than these):")
     for trial in outcome.front:
         size, name = cost(trial.spec.config), trial.spec.row or _brief(trial.spec.config)
@@ -117,17 +100,27 @@ def summary_lines(outcome: Outcome, searched: tuple[str, ...]) -> list[str]:
 
 def publisher(outcome: Outcome, folder: Folder, data: TaskData) -> Publish:
     """A call that logs best_config.json, and the best model and its glimpses if the weights are there."""
-    best = outcome.best
+    best, spec = outcome.best, outcome.best.spec
+    facts = {
+        "trial": best.number,
+        "origin": spec.origin,
+        "row": spec.row,
+        "seeds": spec.seeds,
+        "config": asdict(spec.config),
+        "val_accuracy": accuracies(best),
+        "test": best.test,
+        "cost": cost(spec.config)._asdict(),
+    }
 
     def publish(client: mlflow.MlflowClient, run_id: str) -> None:
-        client.log_text(run_id, json.dumps(outcome.best_config(), indent=1), schema.BEST_CONFIG_FILE)
+        client.log_text(run_id, json.dumps(facts, indent=1), schema.BEST_CONFIG_FILE)
         saved = Checkpoints(folder, best.number).load_best()
         if saved is None:
             return
         with tempfile.TemporaryDirectory(prefix="ram-study-") as scratch:
-            if best.spec.config.model == "ram":
+            if spec.config.model == "ram":
                 picture = Path(scratch) / "glimpses.png"
-                _draw(best, saved["weights"], replace(data, task=best.spec.config.task), picture)
+                _draw(best, saved["weights"], replace(data, task=spec.config.task), picture)
                 client.log_artifact(run_id, str(picture))
             _log_model(run_id, best, saved["weights"], Path(scratch))
 
@@ -167,8 +160,3 @@ def _brief(config: Config) -> str:
     if not config.is_recurrent:
         return config.model
     return f"{config.num_glimpses} glimpses, {config.patch_size}x{config.patch_size}, {config.num_scales} scales"
-
-
-def _differing(config: Config) -> list[str]:
-    default = asdict(Config())
-    return [name for name, value in asdict(config).items() if value != default[name]]

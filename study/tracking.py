@@ -20,7 +20,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,24 +61,20 @@ def check_reachable(uri: str, timeout: float = 5.0) -> None:
     """Check within seconds that a tracking server or database can be used. Raises UserError."""
     if uri.startswith(("http://", "https://")):
         try:
-            with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=timeout):
-                return
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=timeout).close()
         except urllib.error.HTTPError:
-            return  # a server answers; if it refuses us, that is a warning later, as training does not depend on it
+            pass  # a server answers; if it refuses us, that is a warning later, as training does not depend on it
         except (OSError, ValueError) as error:
-            why = getattr(error, "reason", error)
             raise UserError(
-                f"the tracking server must answer when a study starts; {uri} did not ({why}): "
-                "start it with `mlflow server`, or pass another --tracking-uri"
+                f"the tracking server must answer when a study starts; {uri} did not "
+                f"({getattr(error, 'reason', error)}): start it with `mlflow server`, or pass another --tracking-uri"
             ) from error
-    if uri.startswith("sqlite:///"):
+    elif uri.startswith("sqlite:///"):
         folder = Path(uri.removeprefix("sqlite:///")).absolute().parent
         if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise UserError(
-                f"the tracking database must lie in a writable folder; {folder} is not one: pass another --tracking-uri"
-            )
-        return
-    if "://" not in uri or uri.startswith("file:"):
+            rule = "the tracking database must lie in a writable folder"
+            raise UserError(f"{rule}; {folder} is not one: pass another --tracking-uri")
+    elif "://" not in uri or uri.startswith("file:"):
         raise UserError(
             f"tracking must be a server or a database (MLflow no longer writes plain folders); got {uri}: "
             "pass --tracking-uri sqlite:///mlflow.db or http://host:5000"
@@ -136,6 +132,7 @@ class Tracker:
         self.provenance = provenance
         self.space = space
         self.run_id = ""  # of the parent run, once known
+        self.outage: str | None = None  # why MLflow cannot be written at present; None if it can
         self._children: dict[int, _ChildRun] = {}  # by trial number
         self._pending: set[int] = set()  # numbers of trials that changed
         self._ends_logged = 0  # trials that the parent run's own metrics count
@@ -146,16 +143,10 @@ class Tracker:
         self._publish_failures: list[str] = []
         self._interrupted = False  # after an outage: the server may have carried out a call that seemed to fail
         self._known = False  # whether the fields above agree with MLflow; false at first and after each failed call
-        self._outage: str | None = None
         self._last_success = time.monotonic()  # of a call
         self._closing = threading.Event()
         self._idle = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="tracking", daemon=True)
-
-    @property
-    def outage(self) -> str | None:
-        """Why MLflow cannot be written at present; None if it can."""
-        return self._outage
 
     def start(self) -> None:
         """Start the thread."""
@@ -194,7 +185,7 @@ class Tracker:
             trials += missing > 0 or child is None or (trial.state != "running" and not child.ended)
             epochs += missing
         what = f"{epochs} epochs of {trials} trials" if trials else "the end of the study"
-        return f"{what} ({self._outage or 'no answer'})"
+        return f"{what} ({self.outage or 'no answer'})"
 
     # The thread.
 
@@ -202,7 +193,7 @@ class Tracker:
         try:
             self._follow_until_closed()
         except Exception as error:  # tracking may fail, the study may not
-            self._outage = f"{type(error).__name__}: {first_line(error)}"
+            self.outage = f"{type(error).__name__}: {first_line(error)}"
             logger.exception("tracking has failed; the study goes on without it")
 
     def _follow_until_closed(self) -> None:
@@ -221,9 +212,9 @@ class Tracker:
                     self._conclude(client)
                 fault_point("tracking.after")
             except _SERVER_ERRORS as error:
-                if self._outage is None:
+                if self.outage is None:
                     logger.warning("tracking is interrupted (%s); training goes on", first_line(error))
-                self._outage = first_line(error)
+                self.outage = first_line(error)
                 self._known, self._interrupted = False, True
                 # Only the study's end ends the wait early.
                 self._closing.wait(_BACKOFF[min(failures, len(_BACKOFF) - 1)])
@@ -231,9 +222,9 @@ class Tracker:
                     time.sleep(min(1.0, _BACKOFF[0]))
                 failures += 1
                 continue
-            if self._outage is not None:
+            if self.outage is not None:
                 logger.warning("tracking is back")
-            self._outage, failures = None, 0
+            self.outage, failures = None, 0
             if closing:
                 self._idle.set()
                 return
@@ -258,38 +249,32 @@ class Tracker:
         for count, trial in enumerate(ended, start=1):
             best = max(best, trial.value if trial.value is not None else -math.inf)
             if count > self._ends_logged:
-                metrics.append(Metric(schema.TRIALS_FINISHED, count, trial.ended or 0, count))
-                if best > -math.inf:
-                    metrics.append(Metric(schema.BEST_OBJECTIVE, best, trial.ended or 0, count))
+                metrics += _metrics({schema.TRIALS_FINISHED: count, schema.BEST_OBJECTIVE: best}, trial.ended, count)
         for i in range(0, len(metrics), 1000):
             client.log_batch(self.run_id, metrics=metrics[i : i + 1000])
         self._ends_logged = max(self._ends_logged, len(ended))
         self._last_success = time.monotonic()
 
     def _conclude(self, client: mlflow.MlflowClient) -> None:
-        """End the parent run."""
+        """Log the artifacts of a finished study, and end the parent run."""
         if self._interrupted:  # find runs that were created twice
             self._interrupted = self._known = False
             self._sync(client)
         publish = self._publish
         if publish is not None and publish.key != self._published and len(self._publish_failures) < _PUBLISH_TRIES:
-            self._publish_now(client, publish)
+            mlflow.set_tracking_uri(self.uri)  # MLflow logs models to its global URI only
+            self._publishing = True  # imports and drawing have no time limit
+            try:
+                publish.call(client, self.run_id)
+            except _SERVER_ERRORS as error:
+                self._publish_failures.append(first_line(error))
+                raise
+            finally:
+                self._publishing = False
+                self._last_success = time.monotonic()
+            client.set_tag(self.run_id, schema.PUBLISHED, publish.key)
         client.set_tag(self.run_id, schema.STATUS, self._status)
         client.set_terminated(self.run_id, _RUN_STATUS[self._status])
-
-    def _publish_now(self, client: mlflow.MlflowClient, publish: Publish) -> None:
-        """Log the artifacts of a finished study."""
-        mlflow.set_tracking_uri(self.uri)  # MLflow logs models to its global URI only
-        self._publishing = True  # imports and drawing have no time limit
-        try:
-            publish.call(client, self.run_id)
-        except _SERVER_ERRORS as error:
-            self._publish_failures.append(first_line(error))
-            raise
-        finally:
-            self._publishing = False
-            self._last_success = time.monotonic()
-        client.set_tag(self.run_id, schema.PUBLISHED, publish.key)
 
     def _find_runs(self, client: mlflow.MlflowClient) -> None:
         """Read what MLflow holds of this study, create the parent run if there is none, and mark trials that lag."""
@@ -327,21 +312,16 @@ class Tracker:
         settings, provenance = self.record.settings, self.provenance
         if parent.info.status != "RUNNING":
             client.update_run(self.run_id, status="RUNNING")
-        client.log_batch(
-            self.run_id,
-            params=[Param(k, v) for k, v in provenance.params.items() if k not in parent.data.params],
-            tags=[
-                RunTag(schema.STATUS, "running"),
-                RunTag(schema.TRIALS, str(self.record.totals[-1])),
-                *(RunTag(k, v) for k, v in _commit_tags(provenance.commit, provenance.dirty).items()),
-                RunTag("mlflow.source.git.commit", provenance.commit),
-                RunTag(
-                    "mlflow.note.content",
-                    f"RAM study: design {settings.design}, task {settings.task}, data {settings.data}. "
-                    "Trials are nested below.",
-                ),
-            ],
-        )
+        tags = {
+            schema.STATUS: "running",
+            schema.TRIALS: str(self.record.totals[-1]),
+            **_commit_tags(provenance.commit, provenance.dirty),
+            "mlflow.source.git.commit": provenance.commit,
+            "mlflow.note.content": f"RAM study: design {settings.design}, task {settings.task}, data {settings.data}. "
+            "Trials are nested below.",
+        }
+        params = [Param(k, v) for k, v in provenance.params.items() if k not in parent.data.params]
+        client.log_batch(self.run_id, params=params, tags=[RunTag(k, v) for k, v in tags.items()])
         if not parent.inputs or not parent.inputs.dataset_inputs:
             source = json.dumps({"name": settings.data, "sha256": settings.digest})
             dataset = Dataset(settings.data, settings.digest[:36], "ram-study", source, profile=source)
@@ -360,29 +340,29 @@ class Tracker:
         params: list[Param] = []
         metrics: list[Metric] = []
         if child.epochs < 0:
+            size = cost(trial.spec.config)
             params = [Param(name, _text(value)) for name, value in asdict(trial.spec.config).items()]
-            metrics += _size_metrics(trial)
-        start = max(child.epochs, 0)
+            metrics = _metrics({schema.PARAMETERS: size.parameters, schema.MACS: size.macs}, trial.started, 0)
+        start, last = max(child.epochs, 0), False
         epochs_a_call = max(1, _METRICS_A_CALL // (len(_MEANS) + 2 + len(trial.spec.seeds)))
-        while True:
+        while not last:
             # An older copy of the record may have fewer epochs than MLflow for a while.
             stop = max(start, min(start + epochs_a_call, len(epochs)))
-            for number in range(start, stop):
-                metrics += _epoch_metrics(number + 1, epochs[number].time, epochs[number].metrics)
             last = stop >= len(epochs)
-            tags = [RunTag(schema.TRACKED_EPOCHS, str(stop))]
+            for number, epoch in enumerate(epochs[start:stop], start + 1):
+                metrics += _metrics(_epoch_values(epoch.metrics), epoch.time, number)
+            tags = {schema.TRACKED_EPOCHS: str(stop)}
             if last:
-                tags += [RunTag(schema.STATE, state)]
-                tags += [RunTag(schema.STOP_REASON, reason[:500])] if reason else []
-                tags += [RunTag(schema.DIVERGED, "true")] if trial.diverged else []
+                tags |= {schema.STATE: state}
+                tags |= {schema.STOP_REASON: reason[:500]} if reason else {}
+                tags |= {schema.DIVERGED: "true"} if trial.diverged else {}
                 metrics += _test_metrics(test, trial) if test is not None else []
             fault_point("tracking.call.before")
-            client.log_batch(child.run_id, metrics=metrics, params=params, tags=tags)
+            run_tags = [RunTag(k, v) for k, v in tags.items()]
+            client.log_batch(child.run_id, metrics=metrics, params=params, tags=run_tags)
             fault_point("tracking.call.after")
             child.epochs, metrics, params, start = stop, [], [], stop
             self._last_success = time.monotonic()
-            if last:
-                break
         child.tested = test is not None
         if state != "running" and not child.ended:
             client.set_terminated(child.run_id, "FAILED" if state == "failed" else "FINISHED", trial.ended)
@@ -407,9 +387,8 @@ class Tracker:
             **_commit_tags(commit, dirty),
         }
         fault_point("tracking.run.before")
-        run = client.create_run(
-            self._experiment_id, start_time=trial.started, run_name=f"trial {trial.number:04d}", tags=tags
-        )
+        name = f"trial {trial.number:04d}"
+        run = client.create_run(self._experiment_id, start_time=trial.started, run_name=name, tags=tags)
         fault_point("tracking.run.after")
         return _ChildRun(run_id=run.info.run_id)
 
@@ -435,14 +414,12 @@ def _connect(uri: str) -> mlflow.MlflowClient:
 
 
 def _search(client: mlflow.MlflowClient, experiment_id: str, query: str) -> list[Run]:
-    runs: list[Run] = []
-    token = None
-    while True:
-        page = client.search_runs([experiment_id], query, max_results=1000, page_token=token)
+    page = client.search_runs([experiment_id], query, max_results=1000)
+    runs = list(page)
+    while page.token:
+        page = client.search_runs([experiment_id], query, max_results=1000, page_token=page.token)
         runs += page
-        token = page.token
-        if not token:
-            return runs
+    return runs
 
 
 def _oldest(client: mlflow.MlflowClient, runs: list[Run]) -> Run:
@@ -464,30 +441,22 @@ def _text(value: Any) -> str:
     return repr(value) if isinstance(value, float) else str(value)
 
 
-def _size_metrics(trial: TrialRecord) -> list[Metric]:
-    size = cost(trial.spec.config)
-    return [
-        Metric(schema.PARAMETERS, size.parameters, trial.started, 0),
-        Metric(schema.MACS, size.macs, trial.started, 0),
-    ]
+def _metrics(values: Mapping[str, float], timestamp: int | None, step: int) -> list[Metric]:
+    """Metrics of one time. MLflow has no infinity, and NaN breaks its charts: a trial's tags say that it diverged."""
+    return [Metric(name, value, timestamp or 0, step) for name, value in values.items() if math.isfinite(value)]
 
 
-def _epoch_metrics(epoch: int, timestamp: int, metrics: dict[str, Any]) -> list[Metric]:
+def _epoch_values(metrics: dict[str, Any]) -> dict[str, float]:
     values: dict[str, float] = {name: statistics.fmean(metrics[name]) for name in _MEANS}
     values[schema.EPOCH_SECONDS] = metrics["seconds"]
     accuracies = metrics[schema.OBJECTIVE]
-    if len(accuracies) > 1:
-        values[schema.OBJECTIVE_SD] = statistics.stdev(accuracies) if all(map(math.isfinite, accuracies)) else math.nan
-    for seed, accuracy in zip(metrics["seeds"], accuracies, strict=True):
-        values[f"{schema.SEED_ACCURACY}{seed}"] = accuracy
-    # MLflow has no infinity, and NaN breaks its charts. The tags of a trial say that it diverged.
-    return [Metric(name, value, timestamp, epoch) for name, value in values.items() if math.isfinite(value)]
+    if len(accuracies) > 1 and all(map(math.isfinite, accuracies)):
+        values[schema.OBJECTIVE_SD] = statistics.stdev(accuracies)
+    return values | {f"{schema.SEED_ACCURACY}{seed}": a for seed, a in zip(metrics["seeds"], accuracies, strict=True)}
 
 
 def _test_metrics(test: dict[str, Any], trial: TrialRecord) -> list[Metric]:
-    timestamp = trial.ended or trial.started
-    step = round(statistics.fmean(test["epoch"]))
-    found = [Metric(schema.TEST_ACCURACY, statistics.fmean(test["accuracy"]), timestamp, step)]
-    for seed, accuracy, epoch in zip(trial.spec.seeds, test["accuracy"], test["epoch"], strict=True):
-        found.append(Metric(f"{schema.SEED_TEST_ACCURACY}{seed}", accuracy, timestamp, epoch))
-    return found
+    ended, epochs = trial.ended or trial.started, test["epoch"]
+    mean = _metrics({schema.TEST_ACCURACY: statistics.fmean(test["accuracy"])}, ended, round(statistics.fmean(epochs)))
+    of_seeds = zip(trial.spec.seeds, test["accuracy"], epochs, strict=True)
+    return mean + [Metric(f"{schema.SEED_TEST_ACCURACY}{seed}", a, ended, epoch) for seed, a, epoch in of_seeds]
