@@ -5,20 +5,25 @@ This module brings torch, Ray and MLflow. `study.run` imports it once the flags 
 
 from __future__ import annotations
 
+import platform
 import signal
 import time
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 from ramcore.errors import UserError, say
-from study import cluster, pool, provenance, results, schema, tracking
+from study import cluster, pool, results, schema, tracking
 from study.display import Display
 from study.dry_run import dry_run_lines
-from study.flags import BROKEN, DONE, SOME_FAILED, STOPPED, Flags, command, signals_caught, stopped
+from study.flags import BROKEN, DONE, SOME_FAILED, STOPPED, Flags, command, signals_caught, stopped, working_tree
 from study.prepare import Prepared
+from study.probe import versions
 from study.record import Record, RecordLost, open_record
 from study.scheduler import StudyScheduler
 from study.trainable import SharedData
 
+_PACKAGES = ("torch", "ray", "optuna", "mlflow", "numpy", "scipy", "ram-study")  # the record holds their versions
 _FAILURES_SHOWN = 10
 _BREAKDOWNS = 3  # of Ray, without an epoch between them, after which a run gives up
 
@@ -133,7 +138,7 @@ class _Run:
         with pool.ray_running(self.flags.address):
             self.display.slots, self.devices = self.ray_pool.slots, self.ray_pool.devices
             if self.tracker is None:
-                self.record.begin_run(provenance.of_this_run(self.flags, self.devices))
+                self.record.begin_run(self._provenance())
                 self.tracker = self._start_tracker()
             if self.scheduler.should_stop():  # a signal may have come while Ray started
                 return
@@ -207,10 +212,22 @@ class _Run:
         except (RecordLost, OSError) as error:
             say(f"warning: {error}; the test accuracy is read by the next run of the same command")
 
+    def _provenance(self) -> dict[str, Any]:
+        """Everything that is needed to do this run again, as plain data."""
+        commit, dirty = working_tree()
+        return {
+            "flags": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.flags).items()},
+            "command": command(),
+            "commit": commit,
+            "commit_dirty": dirty,
+            "versions": versions(_PACKAGES) | {"platform": platform.platform()},
+            "devices": self.devices,
+        }
+
     def _start_tracker(self) -> tracking.Tracker:
         settings, record = self.record.settings, self.record
         # The last run that trained made the study; a run that only looks at it again did not.
-        made_by = record.runs[-1] if record.runs else provenance.of_this_run(self.flags, self.devices)
+        made_by = record.runs[-1] if record.runs else self._provenance()
         plain = asdict(settings)
         space = plain.pop("space") | {name: plain[name] for name in ("study", "epochs", "seeds_per_trial", "design")}
         params = {name: str(plain[name]) for name in ("task", "data", "design", "epochs", "seeds_per_trial")}

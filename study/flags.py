@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -163,6 +164,25 @@ def command() -> str:
     if SUBMITTED in os.environ:
         return json.loads(os.environ[SUBMITTED])["command"]
     return shlex.join(["python", "-m", "study.run", *sys.argv[1:]])
+
+
+def working_tree() -> tuple[str, bool]:
+    """The commit of this code, or of the code that was submitted, and whether the code was changed since.
+
+    ("unknown", True) outside a repository.
+    """
+    if SUBMITTED in os.environ:
+        submitted = json.loads(os.environ[SUBMITTED])
+        return submitted["commit"], submitted["dirty"]
+
+    def git(*arguments: str) -> str:
+        line = ["git", "-C", str(Path(__file__).resolve().parent.parent), *arguments]
+        return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown", True
 
 
 def refuse(error: Exception) -> int:

@@ -60,7 +60,7 @@ class Prepared:
     @property
     def record_path(self) -> Path:
         """The SQLite file of the record."""
-        return _record_path(self.storage, self.settings.study)
+        return self.storage.record_folder(self.settings.study) / RECORD
 
     @property
     def trials_left(self) -> int:
@@ -179,7 +179,7 @@ def _find_source(flags: Flags, storage: Storage, identity: _Identity, warnings: 
             f"this design starts from a search's best configuration; {flags.storage} holds no search of {task} {data} "
             f"with a finished trial: run `python -m study.run --task {task} --data {data}` first"
         )
-    name = max(searches, key=lambda name: _record_path(storage, name).stat().st_mtime)
+    name = max(searches, key=lambda name: (storage.record_folder(name) / RECORD).stat().st_mtime)
     source = searches[name]
     if source.ended < source.totals[-1]:
         warnings.append(
@@ -192,8 +192,8 @@ def _find_source(flags: Flags, storage: Storage, identity: _Identity, warnings: 
 def _read_search(storage: Storage, name: str, task: str, data: str) -> StoredStudy | None:
     """The study of a name; None unless it is a search of that task and data with a complete trial."""
     try:
-        known = _fetched(storage, name)
-    except (OSError, UserError, RecordLost) as error:
+        known = _read(storage, name)
+    except (UserError, RecordLost) as error:
         logger.warning("the study %s is left out: %s", name, error)
         return None
     if known is None or best_trial(known.trials) is None:
@@ -215,19 +215,10 @@ def _around_best(inputs: DesignInputs, source: StoredStudy) -> DesignInputs:
     )
 
 
-def _read(storage: Storage, study: str) -> StoredStudy | None:
-    """What the storage knows of a study. Raises UserError if it cannot be reached."""
+def _read(storage: Storage, name: str) -> StoredStudy | None:
+    """What the storage knows of the study of a name. Raises UserError if it cannot be reached."""
     try:
-        return _fetched(storage, study)
+        fetch(storage, name)
+        return read_study(storage.record_folder(name) / RECORD)
     except OSError as error:
         raise storage.unreachable(error) from error
-
-
-def _fetched(storage: Storage, study: str) -> StoredStudy | None:
-    """What the storage knows of a study. Raises OSError if it cannot be reached."""
-    fetch(storage, study)
-    return read_study(_record_path(storage, study))
-
-
-def _record_path(storage: Storage, study: str) -> Path:
-    return storage.record_folder(study) / RECORD

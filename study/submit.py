@@ -24,8 +24,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from ramcore.errors import UserError, first_line, say
 from study.cluster import code_folder, no_job_server, wrong_token
-from study.flags import DONE, STOPPED, SUBMITTED, Flags, command, signals_caught
-from study.provenance import working_tree
+from study.flags import DONE, STOPPED, SUBMITTED, Flags, command, signals_caught, working_tree
 
 _TAG = "ram-study"  # the job's metadata: which study it runs
 _AGAIN_SECONDS = 5.0  # between two tries of a lost connection
@@ -54,7 +53,8 @@ def _submit_or_follow(flags: Flags, address: str) -> int:
             f"a study has one driver at a time; job {running.submission_id} runs {study} as `{running.entrypoint}`: "
             f"repeat that, or stop it with `{_ray_job('stop', address, running.submission_id)}`"
         )
-    job = (running and running.submission_id) or _new_id(study)
+    new_job = f"{re.sub(r'[^A-Za-z0-9-]+', '-', study)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    job = (running and running.submission_id) or new_job
     with signals_caught(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, raising=_Left) as left:
         try:
             if running is not None:
@@ -109,13 +109,10 @@ def _running(client: JobSubmissionClient, study: str) -> JobDetails | None:
     return max(jobs, key=lambda j: j.start_time or 0, default=None)
 
 
-def _new_id(study: str) -> str:
-    return f"{re.sub(r'[^A-Za-z0-9-]+', '-', study)}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
 def _submit(client: JobSubmissionClient, job: str, entrypoint: str, metadata: dict[str, str]) -> None:
     """Send the command and its code. Raises UserError if the cluster refuses them."""
-    submitted = json.dumps({"command": command(), **working_tree()._asdict()})
+    commit, dirty = working_tree()
+    submitted = json.dumps({"command": command(), "commit": commit, "dirty": dirty})
     variables = {SUBMITTED: submitted, "RAY_JOB_STOP_WAIT_TIME_S": _STOP_SECONDS}
     with code_folder() as folder:
         runtime = {"working_dir": str(folder), "env_vars": variables}

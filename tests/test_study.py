@@ -20,11 +20,10 @@ from rich.console import Console
 
 from ramcore.config import Config
 from ramcore.sources import load_task
-from study import designs, pool, provenance, results
+from study import designs, driver, pool, results
 from study.checkpoints import Checkpoints
 from study.display import Display, duration, percent, time_left
 from study.flags import DONE, SOME_FAILED, STOPPED, USAGE, Flags, signals_caught
-from study.provenance import WorkingTree
 from study.record import Epoch, Record, TrialRecord, read_study
 from study.results import pareto_trials
 from study.run import main
@@ -353,8 +352,8 @@ def test_provenance_is_of_the_last_run_that_trained(fragile, monkeypatch):
         return told
 
     for commit, trials in (("a" * 40, 1), ("b" * 40, 2), ("c" * 40, 2)):
-        monkeypatch.setattr(provenance, "working_tree", lambda commit=commit: WorkingTree(commit, False))
-        monkeypatch.setattr(provenance, "command", lambda trials=trials: f"python -m study.run --trials {trials}")
+        monkeypatch.setattr(driver, "working_tree", lambda commit=commit: (commit, False))
+        monkeypatch.setattr(driver, "command", lambda trials=trials: f"python -m study.run --trials {trials}")
         assert main(dataclasses.replace(SMALL, trials=trials)) == DONE
     told = settings()  # the third run trained nothing
     assert (told["commit"], told["command"]) == ("b" * 40, "python -m study.run --trials 2")
