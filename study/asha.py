@@ -7,6 +7,7 @@ Source: Li et al., "A System for Massively Parallel Hyperparameter Tuning", MLSy
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import count, takewhile
 
 
 class ASHA:
@@ -24,13 +25,9 @@ class ASHA:
         the final one. `eta` is the reduction factor.
         """
         self.eta = eta
-        rung = max(1, round(epochs / 10)) if min_epochs is None else min_epochs
-        rungs: list[int] = []
-        while rung < epochs:
-            rungs.append(rung)
-            rung *= eta
-        self.rungs = tuple(rungs)
-        self._values: dict[int, list[float]] = {rung: [] for rung in rungs}  # of the trials that compete there
+        first = max(1, round(epochs / 10)) if min_epochs is None else min_epochs
+        self.rungs = tuple(takewhile(lambda rung: rung < epochs, (first * eta**k for k in count())))
+        self._values: dict[int, list[float]] = {rung: [] for rung in self.rungs}  # of the trials that compete there
         self._goes_on: dict[tuple[int, int], bool] = {}  # by (rung, trial number)
 
     def reach(self, number: int, rung: int, value: float) -> bool:

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from ramcore.config import TASKS, Config
-from ramcore.errors import UserError
 from ramcore.published import CASE_STUDY, MNIH, Published, first_points, published_rows
 from ramcore.recipes import PAPER, TUNED
 from ramcore.space import Space, Values, shown
@@ -45,11 +44,6 @@ class TrialSpec:
     baseline: str = ""  # of one factor at a time: the name of the baseline
     parameter: str = ""  # of one factor at a time: the one field that differs from the baseline; empty: none does
     seeds: tuple[int, ...]
-
-    @property
-    def stoppable(self) -> bool:
-        """Whether early stopping may end it."""
-        return self.origin in STOPPABLE
 
     @property
     def tested(self) -> bool:
@@ -217,13 +211,6 @@ DESIGNS: dict[str, Design] = {
         epochs=30, seeds_per_trial=5, tested=True, from_search=True, report="comparison", rows=replicate,
     ),
 }  # fmt: skip
-
-
-def get_design(name: str) -> Design:
-    """The design of a name. Raises UserError."""
-    if name not in DESIGNS:
-        raise UserError(f"--design must be one of {', '.join(DESIGNS)}; got {name!r}")
-    return DESIGNS[name]
 
 
 def published(space: Space) -> list[tuple[str, Values]]:

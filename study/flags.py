@@ -1,4 +1,4 @@
-"""The command line of `python -m study.run`: its flags, exit codes, messages and signals.
+"""The command line of `python -m study.run`: its flags, exit codes, signals and code.
 
 This module is a leaf. It imports no torch, Ray, Optuna or MLflow, so that --help and a refusal answer at once.
 """
@@ -24,7 +24,7 @@ import tyro
 
 from ramcore.config import TASKS, Data
 from ramcore.errors import UserError, say
-from study.designs import DESIGNS, get_design
+from study.designs import DESIGNS
 
 # Exit codes. SIGINT and SIGTERM give 130 and 143; the same command continues then too.
 DONE = 0
@@ -115,11 +115,6 @@ class Flags:
     """Print the plan, with an estimate of its time and cost, and exit. On a cluster, no machine is started."""
 
 
-def parse() -> Flags:
-    """The flags of this process's command line. Exits where they cannot be parsed."""
-    return tyro.cli(Flags, config=(tyro.conf.FlagCreatePairsOff,))
-
-
 def check(flags: Flags) -> None:
     """Refuse flags that can be judged without the data, the storage or the cluster. Raises UserError."""
     for name, choices in (("task", TASKS), ("data", DATA), ("design", DESIGNS)):
@@ -149,7 +144,9 @@ def _require(flags: Flags, name: str, rule: str, fulfils: Callable[[Any], bool],
 
 def check_design(flags: Flags, name: str) -> None:
     """Refuse flags that do not go with the study's design. Raises UserError."""
-    design = get_design(name)
+    if name not in DESIGNS:
+        raise UserError(f"--design must be one of {', '.join(DESIGNS)}; got {name!r}")
+    design = DESIGNS[name]
     if flags.task is not None and flags.task not in design.possible_tasks:
         raise UserError(
             f"--design {name} is for the tasks {', '.join(design.possible_tasks)}; got --task {flags.task}: "
@@ -183,12 +180,6 @@ def working_tree() -> tuple[str, bool]:
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
     except (OSError, subprocess.CalledProcessError):
         return "unknown", True
-
-
-def refuse(error: Exception) -> int:
-    """Print why the command cannot be run; returns the exit code."""
-    say(f"error: {error}")
-    return USAGE
 
 
 def stopped(reason: object) -> int:

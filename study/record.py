@@ -157,14 +157,12 @@ class Record:
         if "uid" not in attrs:
             study.set_user_attr("created", _now())
             study.set_user_attr("uid", uuid.uuid4().hex)
-        self.study = study
-        self.settings = settings
+        self.study, self.settings = study, settings
         self.trials: dict[int, TrialRecord] = {}
         self.changed = threading.Condition()  # notified after each change
         self.created: int = study.user_attrs["created"]  # ms since 1970
         self.uid: str = study.user_attrs["uid"]  # tells two studies of one name apart in MLflow
-        # Of the command, those that trained; see `begin_run`.
-        self.runs: list[dict[str, Any]] = [attrs[name] for name in sorted(attrs) if name.startswith("run ")]
+        self.runs = [attrs[name] for name in sorted(attrs) if name.startswith("run ")]  # see `begin_run`
         self.totals: list[int] = []  # trials asked for, as it grew
         self.rows: list[TrialSpec] | None = None  # of a fixed design
         self.snapshots: Snapshots | None = None  # of a record in a remote storage
@@ -286,8 +284,7 @@ class Record:
             self.snapshots.save()
         fault_point("record.start.after")
         trial = TrialRecord(number=number, spec=spec, started=now, run=run)
-        self._trial_ids[number] = trial_id
-        self.trials[number] = trial
+        self._trial_ids[number], self.trials[number] = trial_id, trial
         self._touch(number)
         return trial
 
@@ -339,10 +336,7 @@ class Record:
 
     @_write_errors()
     def set_test(self, number: int, test: dict[str, Any]) -> None:
-        """Enter the accuracy on the test images of an ended trial.
-
-        It becomes an attribute of the study, because Optuna allows no change of an ended trial.
-        """
+        """Enter an ended trial's test results. The study gets them: Optuna allows no change of an ended trial."""
         self.study.set_user_attr(f"test {number:04d}", test)
         if self.snapshots is not None:
             self.snapshots.soon()

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from ramcore.space import Space
 from study.asha import ASHA
 from study.checkpoints import Checkpoints
-from study.designs import TrialSpec, published, search_origins
+from study.designs import STOPPABLE, TrialSpec, published, search_origins
 from study.faults import fault_point
 from study.record import Record, RecordLost, State, TrialRecord
 from study.search_space import configuration
@@ -45,12 +45,7 @@ class StudyScheduler:
     ) -> None:
         """Continue from what the record holds.
 
-        Args:
-            record: open.
-            space: the search space; None for a fixed design whose trials do not lie in one.
-            storage: of the checkpoints.
-            callback: is told what happens.
-            asha: early stopping without any trial yet; its own defaults by default.
+        `space` is None for a fixed design whose trials do not lie in one. `asha` must not have seen a trial.
         """
         self.record, self.space, self.storage = record, space, storage
         self.folder = storage.folder(record.settings.study)
@@ -69,6 +64,7 @@ class StudyScheduler:
             self.origins = search_origins(record.totals, len(self._published), record.settings.sobol_share)
         else:
             self.origins = [spec.origin for spec in record.rows[: record.totals[-1]]]
+        self.total = len(self.origins)  # trials that the study was asked for
         self._interrupted: list[int] = []  # running trials without a worker; the last one is continued first
         self.requeue_running()
         self._replay_rungs()
@@ -83,11 +79,6 @@ class StudyScheduler:
         reached = [(t.epochs[r - 1].time, n, r) for n, t in trials.items() for r in rungs if r <= len(t.epochs)]
         for _, number, rung in sorted(reached):
             self._goes_on(trials[number], rung)
-
-    @property
-    def total(self) -> int:
-        """Trials that the study was asked for."""
-        return len(self.origins)
 
     @property
     def finished(self) -> bool:
@@ -112,8 +103,7 @@ class StudyScheduler:
 
     def requeue_running(self) -> None:
         """Have every running trial continued before a new one starts. No worker may be training one of them."""
-        running = (t.number for t in self.record.trials.values() if t.state == "running")
-        self._interrupted = sorted(running, reverse=True)
+        self._interrupted = sorted((n for n, t in self.record.trials.items() if t.state == "running"), reverse=True)
 
     def requeue(self, number: int) -> None:
         """Have a trial that lost its worker continued by another one."""
@@ -197,7 +187,7 @@ class StudyScheduler:
             self._end(trial, "failed", f"diverged: {which} at epoch {epoch}", diverged=True)
         elif epoch >= trial.spec.config.epochs:
             self._end(trial, "complete", "finished", test=result.get("test"))
-        elif trial.spec.stoppable and not goes_on:
+        elif trial.spec.origin in STOPPABLE and not goes_on:
             self._end(trial, "pruned", f"stopped by successive halving at epoch {epoch}")
 
     def _goes_on(self, trial: TrialRecord, epoch: int) -> bool:

@@ -20,7 +20,7 @@ COMMIT_DIRTY = "ram.commit_dirty"  # true or false
 PARENT = "mlflow.parentRunId"  # MLflow's own
 
 # Tags of the parent run.
-STATUS = "ram.status"  # one of STATUSES
+STATUS = "ram.status"  # running, finished, stopped or failed
 TRIALS = "ram.trials"  # number of trials asked for
 PUBLISHED = "ram.published"  # "trial 7": the trial whose model the study has logged
 
@@ -31,13 +31,10 @@ ROW = "ram.row"  # a row of a fixed design, as text for people
 BASELINE = "ram.baseline"  # design ofat: the name of the baseline
 PARAMETER = "ram.parameter"  # design ofat: the field that differs from the baseline; empty for the baseline itself
 SEEDS = "ram.seeds"  # "0,1"
-STATE = "ram.state"  # one of STATES
+STATE = "ram.state"  # running, complete, pruned or failed
 STOP_REASON = "ram.stop_reason"
 DIVERGED = "ram.diverged"  # true if a loss or a gradient was not finite; else absent
 TRACKED_EPOCHS = "ram.tracked_epochs"  # epochs that MLflow holds
-
-STATUSES = ("running", "finished", "stopped", "failed")
-STATES = ("running", "complete", "pruned", "failed")
 
 # Metrics.
 OBJECTIVE = "val_accuracy"  # mean over seeds, a fraction

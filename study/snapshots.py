@@ -111,8 +111,7 @@ class Lease:
             end = time.monotonic() + left
             while time.monotonic() < end:
                 time.sleep(min(5.0, _EXPIRES / 20))
-                now = self._read()
-                if now is None:
+                if (now := self._read()) is None:
                     break
                 if now != first:
                     running = f"{now['host']} is running {self._study}"
@@ -126,13 +125,8 @@ class Lease:
 
     def check(self) -> None:
         """Raises LeaseHeld if another driver has taken over; OSError."""
-        now = self._read()
-        if now is not None and now["holder"] != self._holder:
+        if (now := self._read()) is not None and now["holder"] != self._holder:
             raise LeaseHeld(f"the driver on {now['host']} has taken {self._study} over: this one stops")
-
-    def give_back(self) -> None:
-        """Let the next driver start at once. Raises OSError."""
-        self._folder.delete(LEASE)
 
     def _read(self) -> dict[str, Any] | None:
         for _ in range(_READS):
@@ -183,12 +177,12 @@ class Snapshots:
             raise OSError(self._lost)
 
     def close(self) -> None:
-        """Write the last state back, and give the lease back. Raises OSError, LeaseHeld."""
+        """Write the last state back, and let the next driver start at once. Raises OSError, LeaseHeld."""
         self._closing.set()
         self._wake.set()
         self._thread.join()
         self.save()
-        self._lease.give_back()
+        self._folder.delete(LEASE)
 
     def _follow(self) -> None:
         while not self._closing.is_set():

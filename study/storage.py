@@ -42,9 +42,7 @@ class Storage:
 
     def folder(self, study: str) -> Folder:
         """The folder of a study. Raises OSError or ValueError for a URI that pyarrow cannot open."""
-        if self.is_remote:
-            return RemoteFolder(f"{self.place}/{study}")
-        return LocalFolder(Path(self.place) / study)
+        return RemoteFolder(f"{self.place}/{study}") if self.is_remote else LocalFolder(Path(self.place) / study)
 
     def record_folder(self, study: str) -> Path:
         """Where the driver works on a study's record: in the storage itself, or in this user's cache."""
@@ -57,8 +55,7 @@ class Storage:
         """The names of the studies. Raises OSError if the storage cannot be reached."""
         if not self.is_remote:
             return sorted(path.parent.name for path in Path(self.place).glob(f"*/{RECORD}"))
-        system, root = pyarrow.fs.FileSystem.from_uri(self.place)
-        found = system.get_file_info(pyarrow.fs.FileSelector(root, allow_not_found=True))
+        found = RemoteFolder(self.place).entries("")
         folders = (info.base_name for info in found if info.type == pyarrow.fs.FileType.Directory)
         return sorted(name for name in folders if not name.startswith("."))
 
@@ -85,10 +82,8 @@ class Storage:
 
     def unreachable(self, error: Exception) -> UserError:
         """The error to raise when the storage did not answer."""
-        return UserError(
-            f"--storage must be within reach; {self} did not answer ({first_line(error)}): check its name and its "
-            "credentials"
-        )
+        answer = f"{self} did not answer ({first_line(error)})"
+        return UserError(f"--storage must be within reach; {answer}: check its name and its credentials")
 
 
 class LocalFolder:
@@ -128,10 +123,9 @@ class LocalFolder:
 
     def names(self, folder: str) -> list[str]:
         """The base names of the files right inside a folder; none if there is no such folder."""
-        try:
+        with contextlib.suppress(FileNotFoundError):
             return sorted(entry.name for entry in os.scandir(self.root / folder) if entry.is_file())
-        except FileNotFoundError:
-            return []
+        return []
 
     def delete(self, name: str) -> None:
         """Delete a file; none there is fine."""
@@ -152,7 +146,7 @@ class RemoteFolder:
     def _path(self, name: str) -> str:
         return str(PurePosixPath(self._root) / name)
 
-    def _inside(self, folder: str) -> list[pyarrow.fs.FileInfo]:
+    def entries(self, folder: str) -> list[pyarrow.fs.FileInfo]:
         return self._fs.get_file_info(pyarrow.fs.FileSelector(self._path(folder), allow_not_found=True))
 
     def write(self, name: str, content: bytes) -> None:
@@ -169,7 +163,7 @@ class RemoteFolder:
             return stream.read()
 
     def names(self, folder: str) -> list[str]:
-        return sorted(info.base_name for info in self._inside(folder) if info.is_file)
+        return sorted(info.base_name for info in self.entries(folder) if info.is_file)
 
     def delete(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -178,7 +172,7 @@ class RemoteFolder:
     def delete_folder(self, folder: str) -> None:
         # An object store has no folders, but pyarrow leaves an empty object in the place of one.
         with contextlib.suppress(OSError):
-            if not self._inside(folder):
+            if not self.entries(folder):
                 self._fs.delete_dir(self._path(folder))
 
 

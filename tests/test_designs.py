@@ -76,7 +76,7 @@ def test_paper_design_is_table_1():
         "cluttered RAM 6 gl 20x20 3 s",
     ]
     for spec in specs:
-        assert spec.origin == "paper" and not spec.stoppable and spec.seeds == (0, 1, 2)
+        assert spec.origin == "paper" and spec.origin not in designs.STOPPABLE and spec.seeds == (0, 1, 2)
         assert (spec.config.learning_rate, spec.config.batch_size, spec.config.epochs) == (3e-4, 100, 100)
         assert spec.config.location_std == 0.17 and spec.config.hidden_size == 256
     assert specs[0].config.model == "cnn" and specs[6].config.task == "cluttered"
