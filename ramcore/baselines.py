@@ -46,7 +46,6 @@ class ConvNet(nn.Module):
     def __init__(self, config: Config, seeds: Tensor) -> None:
         super().__init__()
         weights = Weights(seeds)
-        self.config = config
         self.conv = Conv(weights, 1, 8, 10, stride=5)
         side = (config.canvas_size - 10) // 5 + 1
         self.hidden = Linear(weights, 8 * side**2, config.hidden_size)
@@ -64,15 +63,13 @@ class FullyConnected(nn.Module):
     def __init__(self, config: Config, seeds: Tensor) -> None:
         super().__init__()
         weights = Weights(seeds)
-        self.config = config
         self.hidden1 = Linear(weights, config.canvas_size**2, config.hidden_size)
         self.hidden2 = Linear(weights, config.hidden_size, config.hidden_size)
         self.out = Linear(weights, config.hidden_size, NUM_CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (R, B, S, S) float; returns (R, B, C)."""
-        h = self.hidden1(images.flatten(2)).relu()
-        return self.out(torch.relu(self.hidden2(h)))
+        return self.out(self.hidden2(self.hidden1(images.flatten(2)).relu()).relu())
 
 
 def _one_channel(canvases: Tensor) -> Tensor:

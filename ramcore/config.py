@@ -88,9 +88,7 @@ class Config:
     glimpse_size: Count = 128  # units of each of the glimpse network's what and where paths
     hidden_size: Count = 256  # units of the core and of the glimpse code; of each hidden layer when model is fc
     core: Core = "rnn"  # rnn is the papers' rectified core
-    location_input: LocationInput = (
-        "state"  # input of the location network: the core's state, or also the glimpse's paths
-    )
+    location_input: LocationInput = "state"  # of the location network: the core's state, or also the glimpse's paths
     location_hidden: Annotated[int, Between(0)] = 0  # units of the location network's hidden layer; 0: no such layer
     layer_norm: bool = False  # normalise the pre-activations of the glimpse code and of the core
     first_glimpse: Literal["random", "center"] = "random"  # the first location
@@ -121,19 +119,13 @@ class Config:
         for name, annotation in _annotations().items():
             _check(name, getattr(self, name), annotation)
         if self.patch_size > self.canvas_size:
-            raise UserError(
-                f"patch_size must be at most {self.canvas_size}, the canvas of task {self.task}; got {self.patch_size}"
-            )
+            canvas = f"{self.canvas_size}, the canvas of task {self.task}"
+            raise UserError(f"patch_size must be at most {canvas}; got {self.patch_size}")
 
     @property
     def canvas_size(self) -> int:
         """Pixels along a side of the square canvas."""
         return TASKS[self.task].canvas_size
-
-    @property
-    def num_clutter(self) -> int:
-        """Clutter patches on every image."""
-        return TASKS[self.task].num_clutter
 
     @property
     def is_recurrent(self) -> bool:
@@ -157,20 +149,17 @@ def _annotations() -> dict[str, Any]:
 
 def _check(name: str, value: Any, annotation: Any) -> None:
     """Raises UserError unless a field's value is one that its annotation allows."""
+    allowed, got = get_args(annotation), repr(value)
     if get_origin(annotation) is Literal:
-        if value not in get_args(annotation):
-            raise UserError(f"{name} must be one of {', '.join(get_args(annotation))}; got {value!r}")
-        return
-    if annotation is bool:
-        if not isinstance(value, bool):
-            raise UserError(f"{name} must be true or false; got {value!r}")
-        return
-    kind, between = get_args(annotation)
-    if kind is int:
-        if isinstance(value, bool) or not isinstance(value, int) or value not in between or value > _LARGEST:
-            raise UserError(f"{name} must be a whole number of {between}; got {value!r}")
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{name} must be a finite number; got {value!r}")
-    if value not in between:
-        raise UserError(f"{name} must be {between}; got {value:g}")
+        fits, rule = value in allowed, f"one of {', '.join(allowed)}"
+    elif annotation is bool:
+        fits, rule = isinstance(value, bool), "true or false"
+    elif allowed[0] is int:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        fits, rule = whole and value in allowed[1] and value <= _LARGEST, f"a whole number of {allowed[1]}"
+    elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        fits, rule = False, "a finite number"
+    else:
+        fits, rule, got = value in allowed[1], str(allowed[1]), f"{value:g}"
+    if not fits:
+        raise UserError(f"{name} must be {rule}; got {got}")

@@ -22,51 +22,37 @@ class Cost(NamedTuple):
 
 def cost(config: Config) -> Cost:
     """Parameters and MACs of a configuration."""
-    if config.model == "cnn":
-        first = config.canvas_size - 4
-        second = first // 2 - 4
-        features = 20 * (second // 2) ** 2
-        dense = [(features, 50), (50, NUM_CLASSES)]
-        convolutions = [(25, 10, first**2), (250, 20, second**2)]
-    elif config.model == "conv":
-        side = (config.canvas_size - 10) // 5 + 1
-        dense = [(8 * side**2, config.hidden_size), (config.hidden_size, NUM_CLASSES)]
-        convolutions = [(100, 8, side**2)]
-    elif config.model == "fc":
-        hidden = config.hidden_size
-        dense = [(config.canvas_size**2, hidden), (hidden, hidden), (hidden, NUM_CLASSES)]
-        convolutions = []
-    else:
+    if config.is_recurrent:
         return _ram_cost(config)
-    return Cost(
-        parameters=sum((i + 1) * o for i, o in dense) + sum((i + 1) * o for i, o, _ in convolutions),
-        macs=sum(i * o for i, o in dense) + sum(i * o * places for i, o, places in convolutions),
-    )
+    canvas, hidden = config.canvas_size, config.hidden_size
+    if config.model == "cnn":  # layers: (inputs, outputs, places where a convolution is computed)
+        first = canvas - 4
+        second = first // 2 - 4
+        layers = [(25, 10, first**2), (250, 20, second**2), (20 * (second // 2) ** 2, 50, 1), (50, NUM_CLASSES, 1)]
+    elif config.model == "conv":
+        places = ((canvas - 10) // 5 + 1) ** 2
+        layers = [(100, 8, places), (8 * places, hidden, 1), (hidden, NUM_CLASSES, 1)]
+    else:
+        layers = [(canvas**2, hidden, 1), (hidden, hidden, 1), (hidden, NUM_CLASSES, 1)]
+    return Cost(sum((i + 1) * o for i, o, _ in layers), sum(i * o * places for i, o, places in layers))
 
 
 def _ram_cost(config: Config) -> Cost:
     hidden, path = config.hidden_size, config.glimpse_size
     gates = {"rnn": 1, "gru": 3, "lstm": 4}[config.core]
-    glimpse = [
-        (config.glimpse_pixels, path),
-        (2, path),
-        (2 * path, hidden),
-        (hidden, gates * hidden),
-    ]
+    glimpse = [(config.glimpse_pixels, path), (2, path), (2 * path, hidden), (hidden, gates * hidden)]
     recurrent = (hidden, gates * hidden)  # not at the first glimpse: the state before it is zero
     read, width = hidden + (2 * path if config.location_input == "state+paths" else 0), config.location_hidden
     location = [(read, width), (width, 2)] if width else [(read, 2)]
-    action, baseline = (hidden, NUM_CLASSES), (hidden, 1)
-    norms = 0
-    if config.layer_norm:
-        norms = 1 + (2 * gates if config.core == "gru" else gates)
+    outputs = [(hidden, NUM_CLASSES), (hidden, 1)]  # action and baseline
+    norms = config.layer_norm * (1 + (2 * gates if config.core == "gru" else gates))
     decisions = config.num_glimpses - 1 if config.model == "ram" else 0
     return Cost(
-        parameters=sum((i + 1) * o for i, o in [*glimpse, recurrent, *location, action, baseline]) + norms * 2 * hidden,
+        parameters=sum((i + 1) * o for i, o in [*glimpse, recurrent, *location, *outputs]) + norms * 2 * hidden,
         macs=config.num_glimpses * sum(i * o for i, o in glimpse)
         + (config.num_glimpses - 1) * recurrent[0] * recurrent[1]
         + decisions * sum(i * o for i, o in location)
-        + action[0] * action[1],
+        + hidden * NUM_CLASSES,
     )
 
 

@@ -61,15 +61,9 @@ class TaskData:
         return TaskData(data=self.data, task=self.task, digest=self.digest, **splits)
 
     def placement_keys(self, split: SplitName, seeds: Tensor, epoch: int | Tensor) -> Tensor:
-        """Keys of the places of digits and clutter.
+        """Keys of the places of digits and clutter: (R,) int64 for train; else (1,), the same in every run.
 
-        Args:
-            split: validation and test have one key, the same in every run.
-            seeds: (R,) int64.
-            epoch: of the training split; with a constant here, the places stay.
-
-        Returns:
-            (R,) int64 for train, else (1,).
+        seeds: (R,) int64. epoch: of the training split; with a constant here, the places stay.
         """
         if split == "train":
             return key(seeds, Stream.PLACEMENT, epoch)
@@ -77,15 +71,9 @@ class TaskData:
         return key(fixed, Stream.PLACEMENT, 1 if split == "validation" else 2)
 
     def render(self, split: SplitName, index: Tensor, keys: Tensor) -> Tensor:
-        """Draw canvases.
+        """Draw canvases (R, B, S, S) uint8; the split gives the digits and the images that clutter is cut from.
 
-        Args:
-            split: it gives the digits and the images that clutter is cut from.
-            index: (R, B) int64, of the split's images.
-            keys: (R,) int64, from `placement_keys`.
-
-        Returns:
-            (R, B, S, S) uint8.
+        index: (R, B) int64, of the split's images. keys: (R,) int64, from `placement_keys`.
         """
         images = self.split(split).images
         canvas, clutter = TASKS[self.task]

@@ -35,13 +35,7 @@ class Evaluation:
 
 def build_model(config: Config, seeds: Tensor) -> nn.Module:
     """R untrained networks of a configuration; seeds: (R,) int64, on the device of the weights."""
-    if config.model == "cnn":
-        return CNN(config, seeds)
-    if config.model == "conv":
-        return ConvNet(config, seeds)
-    if config.model == "fc":
-        return FullyConnected(config, seeds)
-    return RAM(config, seeds)
+    return {"cnn": CNN, "conv": ConvNet, "fc": FullyConnected}.get(config.model, RAM)(config, seeds)
 
 
 def whole_image_input(config: Config, images: Tensor) -> Tensor:
@@ -53,17 +47,13 @@ def whole_image_input(config: Config, images: Tensor) -> Tensor:
 def class_log_probs(
     model: nn.Module, config: Config, seeds: Tensor, images: Tensor, index: Tensor, *, every_step: bool = False
 ) -> Tensor:
-    """Class probabilities that R networks give to canvases.
+    """Log probabilities of the classes (R, t, B, C) that R networks give to canvases.
 
     Args:
-        model: of `build_model`.
         seeds: (R,) int64, of the sampled rollouts.
         images: (1, B, S, S) uint8, seen by all replicates.
         index: (B,) int64 numbers of the images, which determine the first locations.
         every_step: give them after every glimpse, not only after the last.
-
-    Returns:
-        (R, t, B, C) log probabilities.
     """
     if not isinstance(model, RAM):
         logits = model(whole_image_input(config, images.expand(len(seeds), -1, -1, -1)))
@@ -77,14 +67,10 @@ def class_log_probs(
 
     if config.eval_samples == 0 and config.model == "ram":
         return functional.log_softmax(scores(None), -1)
-    total = None
-    samples = max(config.eval_samples, 1)
+    total, samples = torch.zeros(()), max(config.eval_samples, 1)
     for sample in range(samples):
         keys = key(seeds, Stream.LOCATION_NOISE, -1 - sample, index[0])
-        noise = policy_noise(config, keys, len(index))
-        probs = functional.softmax(scores(noise), -1)
-        total = probs if total is None else total + probs
-    assert total is not None
+        total = total + functional.softmax(scores(policy_noise(config, keys, len(index))), -1)
     return (total / samples).clamp_min(1e-12).log()
 
 

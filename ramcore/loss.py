@@ -80,14 +80,9 @@ def hybrid_loss(config: Config, rollout: Rollout, labels: Tensor, class_uniform:
 def location_returns(config: Config, reward: Tensor, decisions: int) -> Tensor:
     """Discounted return of each location decision: the rewards of the glimpse that it places and of those after it.
 
-    Args:
-        config: its reward_steps and discount. With reward_steps last, only the last glimpse has a reward.
-        reward: (R, t, B) after each of the last t glimpses.
-        decisions: T - 1.
-
-    Returns:
-        (R, T - 1, B). Decision i places glimpse i + 1; its return is the sum over s > i of
-        discount**(s - i - 1) * reward_s.
+    reward: (R, t, B) after each of the last t glimpses; with reward_steps last, only the last one's counts.
+    decisions: T - 1. Returns (R, T - 1, B): decision i places glimpse i + 1, and its return is the sum over s > i of
+    discount**(s - i - 1) * reward_s.
     """
     returns = [reward[:, -1]]
     for i in range(1, decisions):

@@ -41,14 +41,9 @@ class GlimpsePath(NamedTuple):
 def glimpse_paths(
     config: Config, weights: dict[str, Tensor], data: TaskData, split: SplitName = "test", count: int = 4
 ) -> list[GlimpsePath]:
-    """The glimpses of one trained RAM at the first images of a split.
+    """The glimpses of one trained RAM at the first images of a split. Raises UserError for another model.
 
-    Args:
-        config: of the network; its model must be ram.
-        weights: of one replicate, leading dimension 1 (Trainer.best_weights(replicate)).
-
-    Raises:
-        UserError: the model is not ram.
+    weights: of one replicate, leading dimension 1 (Trainer.best_weights(replicate)).
     """
     if config.model != "ram":
         raise UserError(f"only model ram chooses where to look; got {config.model}")

@@ -96,25 +96,19 @@ class Trainer:
     def __init__(
         self, config: Config, data: TaskData, seeds: Sequence[int] = (0,), device: torch.device | str = "cpu"
     ) -> None:
-        """Build untrained replicates.
-
-        Args:
-            config: of all replicates.
-            data: the task's images; copied to the device if they are elsewhere.
-            seeds: at least one, all different, none negative.
-            device: where to train.
+        """Build untrained replicates, one for each seed. Data that is on another device is copied.
 
         Raises:
-            UserError: the seeds are unusable, the data is another task's, or a batch exceeds the training split.
+            UserError: seeds are missing, repeated or negative; the data is another task's; a batch exceeds the training
+                split.
         """
         if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
             raise UserError(f"seeds must be different whole numbers of at least 0; got {list(seeds)}")
         if (data.data, data.task) != (config.data, config.task):
             raise UserError(f"data must be {config.data} {config.task}; got {data.data} {data.task}: load_task(config)")
         if config.batch_size > data.sizes["train"]:
-            raise UserError(
-                f"batch_size must be at most {data.sizes['train']}, the training images; got {config.batch_size}"
-            )
+            largest = f"{data.sizes['train']}, the training images"
+            raise UserError(f"batch_size must be at most {largest}; got {config.batch_size}")
         self.config = config
         self.device = torch.device(device)
         self.data = data if data.device == self.device else data.to(self.device)
@@ -199,16 +193,10 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`.
-
-        Raises:
-            UserError: the state is of another configuration or other seeds.
-        """
-        for name, found, own in (
-            # A field that is newer than the checkpoint had its default value.
-            ("configuration", asdict(Config()) | state["config"], asdict(self.config)),
-            ("seeds", state["seeds"], list(self.seeds)),
-        ):
+        """Continue from `state_dict`. Raises UserError if it is of another configuration or other seeds."""
+        config = asdict(Config()) | state["config"]  # a field that is newer than the checkpoint had its default value
+        pairs = (("configuration", config, asdict(self.config)), ("seeds", state["seeds"], list(self.seeds)))
+        for name, found, own in pairs:
             if found != own:
                 raise UserError(f"a checkpoint continues the {name} it was made with, {found}; got {own}")
         self.model.load_state_dict(state["weights"])
