@@ -248,8 +248,7 @@ def wait_for_workers(
         others: also wait for a node other than the driver's; some checks need one.
         say: is called with a line every 15 seconds.
 
-    Raises:
-        UserError: no node came in time, or no worker can be large enough.
+    Raises UserError if no node came in time, or no worker can be large enough.
     """
     import ray  # here, to put it off
 

@@ -29,11 +29,10 @@ _BREAKDOWNS = 3  # of Ray, without an epoch between them, after which a run give
 
 
 def run_study(flags: Flags, prepared: Prepared) -> int:
-    """Run or continue a prepared study, or print its plan; returns the exit code.
+    """Run or continue a prepared study, or print what it would do; returns the exit code.
 
-    Raises:
-        UserError: the machines, the tracking server or the record cannot be used; nothing was started.
-        RecordLost: the record cannot be opened.
+    Raises UserError if the machines, the tracking server or the record cannot be used: nothing was started then.
+    Raises RecordLost if the record cannot be opened.
     """
     uri = tracking.tracking_uri(flags.tracking_uri)
     ray_pool = pool.Pool(

@@ -95,14 +95,10 @@ def count_slots(resources: Mapping[str, float], pool: Pool) -> int:
 
 @contextmanager
 def ray_running(address: str | None) -> Iterator[None]:
-    """Start Ray on this machine or join a cluster; leave it at the end, and stop it if it was started here.
+    """Start Ray on this machine or join the cluster at an address; leave it at the end.
 
-    Args:
-        address: of a cluster; None for this machine alone. (A bare `ray.init` would join any Ray that runs here.)
-
-    Raises:
-        UserError: no cluster is there, or it refuses us.
-        PoolLost: Ray did not start in time on this machine.
+    A Ray that was started here is stopped. (A bare `ray.init` would join any Ray that runs here.) Raises UserError if
+    no cluster is there or it refuses us, PoolLost if Ray did not start in time on this machine.
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -150,19 +146,11 @@ def run_trials(
     work: Callable[..., None] = tune_trial,
     look: Callable[[], int] | None = None,
 ) -> None:
-    """Train the scheduler's trials; returns when it has no more or wants to stop.
+    """Train the scheduler's trials with `work`; returns when it has no more or wants to stop.
 
-    Args:
-        scheduler: chooses the trials and ends them.
-        data: for the trials; Ray copies it to each node once.
-        pool: how much a trial takes.
-        work: runs one trial.
-        look: is called every few seconds and returns the current number of slots, so that workers that join get
-            trials.
-
-    Raises:
-        PoolLost: Ray or Tune broke down.
-        Exception: the error that stopped the scheduler, if one did.
+    Ray copies the data to each node once. `look` is called every few seconds and returns the current number of slots,
+    so that workers that join get trials. Raises PoolLost if Ray or Tune broke down, or the error that stopped the
+    scheduler.
     """
     slots = pool.slots
     limiter = ConcurrencyLimiter(TuneSearcher(scheduler), max_concurrent=slots)

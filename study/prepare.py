@@ -84,9 +84,7 @@ class _Identity(NamedTuple):
 def prepare(flags: Flags) -> Prepared:
     """Resolve the flags. A flag that is left out is taken from the study if it exists, else from the defaults.
 
-    Raises:
-        UserError: the flags, the data or the storage cannot be used.
-        RecordLost: the record cannot be opened.
+    Raises UserError if the flags, the data or the storage cannot be used, RecordLost if the record cannot be opened.
     """
     storage = Storage.parse(flags.storage)
     warnings: list[str] = []

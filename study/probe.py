@@ -22,11 +22,8 @@ _FIX = "install the project there with constraints.txt, as CLUSTER.md says, or t
 def probe(node: str, place: str, marker: str, ours: dict[str, str]) -> str | None:
     """The first problem of the node where this runs, as rule, fact and fix; None if there is none.
 
-    Args:
-        node: its name, for the message.
-        place: of the storage, as in `Storage.parse`.
-        marker: name of a file that the driver has put there if the storage is a folder.
-        ours: the driver's `versions(COMPARED)`.
+    `node` is its name for the message, `place` the storage's, as in `Storage.parse`, `ours` the driver's
+    `versions(COMPARED)`. The driver has put a file of the name `marker` into the storage if that is a folder.
     """
     theirs = versions(COMPARED)
     differing = [

@@ -133,8 +133,7 @@ def _log_model(run_id: str, trial: TrialRecord, weights: dict[str, Tensor], scra
 
     config = trial.spec.config
     torch.save({"weights": weights}, scratch / "weights.pt")
-    described = {"config": asdict(config), "seeds": list(trial.spec.seeds)}
-    (scratch / "config.json").write_text(json.dumps(described, indent=1))
+    (scratch / "config.json").write_text(json.dumps({"config": asdict(config), "seeds": trial.spec.seeds}, indent=1))
     canvas = TensorSpec(np.dtype(np.float32), (-1, config.canvas_size, config.canvas_size))
     classes = TensorSpec(np.dtype(np.float32), (-1, len(trial.spec.seeds), NUM_CLASSES))
     with mlflow.start_run(run_id=run_id), warnings.catch_warnings():

@@ -13,9 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
+import tyro
+
 from ramcore.errors import UserError, first_line, say
 from study import cluster
-from study.flags import Flags, check, parse, refuse, stopped
+from study.flags import USAGE, Flags, check, stopped
 from study.storage import Storage
 
 _CONNECT_SECONDS = 5.0  # for a job server to answer
@@ -34,7 +36,8 @@ def main(flags: Flags) -> int:
         Storage.parse(flags.storage).check_writable()
         return _run(flags)
     except UserError as error:
-        return refuse(error)
+        say(f"error: {error}")
+        return USAGE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
@@ -125,7 +128,7 @@ def _quieten() -> None:
 
 def cli() -> None:
     """The console entry point."""
-    sys.exit(main(parse()))
+    sys.exit(main(tyro.cli(Flags, config=(tyro.conf.FlagCreatePairsOff,))))
 
 
 if __name__ == "__main__":

@@ -153,15 +153,10 @@ class Tracker:
         self._thread.start()
 
     def finish(self, status: str, *, patience: float = 30.0, publish: Publish | None = None) -> str | None:
-        """Log the rest and end the parent run.
+        """Log the rest and end the parent run, as finished, stopped or failed.
 
-        Args:
-            status: finished, stopped or failed.
-            patience: give up after this many seconds without a successful call.
-            publish: of a finished study (best model, pictures).
-
-        Returns:
-            A phrase that names what MLflow lacks; None if it holds everything.
+        Gives up after `patience` seconds without a successful call. `publish` is of a finished study (best model,
+        pictures). Returns a phrase that names what MLflow lacks; None if it holds everything.
         """
         self._status = status
         self._publish = publish
@@ -341,7 +336,7 @@ class Tracker:
         metrics: list[Metric] = []
         if child.epochs < 0:
             size = cost(trial.spec.config)
-            params = [Param(name, _text(value)) for name, value in asdict(trial.spec.config).items()]
+            params = [Param(name, str(value)) for name, value in asdict(trial.spec.config).items()]
             metrics = _metrics({schema.PARAMETERS: size.parameters, schema.MACS: size.macs}, trial.started, 0)
         start, last = max(child.epochs, 0), False
         epochs_a_call = max(1, _METRICS_A_CALL // (len(_MEANS) + 2 + len(trial.spec.seeds)))
@@ -435,10 +430,6 @@ def _oldest(client: mlflow.MlflowClient, runs: list[Run]) -> Run:
 
 def _commit_tags(commit: str, dirty: bool) -> dict[str, str]:
     return {schema.COMMIT: commit, schema.COMMIT_DIRTY: str(dirty).lower()}
-
-
-def _text(value: Any) -> str:
-    return repr(value) if isinstance(value, float) else str(value)
 
 
 def _metrics(values: Mapping[str, float], timestamp: int | None, step: int) -> list[Metric]:
