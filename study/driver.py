@@ -206,8 +206,9 @@ class _Run:
     def _read_best_test(self, outcome: results.Outcome) -> None:
         try:
             if not results.read_best_test(self.record, self.scheduler.folder, self.prepared.data):
-                number = outcome.best.number
-                say(f"warning: the best weights, of trial {number:04d}, are gone: no test accuracy, no model")
+                say(
+                    f"warning: the best weights, of trial {outcome.best.number:04d}, are gone: no test accuracy, no model"
+                )
         except (RecordLost, OSError) as error:
             say(f"warning: {error}; the test accuracy is read by the next run of the same command")
 
@@ -238,12 +239,9 @@ class _Run:
             "data_sizes": self.prepared.data.sizes,
             "record": f"{self.flags.storage.rstrip('/')}/{settings.study}/study.db",
         }
-        made = tracking.Provenance(
-            settings=described,
-            commit=made_by["commit"],
-            dirty=made_by["commit_dirty"],
-            params=params | {"trials": str(record.totals[0])},
-        )
+        params["trials"] = str(record.totals[0])
+        commit, dirty = made_by["commit"], made_by["commit_dirty"]
+        made = tracking.Provenance(settings=described, commit=commit, dirty=dirty, params=params)
         tracker = tracking.Tracker(record, self.uri, made, space | {"objective": schema.OBJECTIVE})
         tracker.start()
         self.display.outage = lambda: tracker.outage

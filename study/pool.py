@@ -117,7 +117,7 @@ def ray_running(address: str | None) -> Iterator[None]:
 def _start_ray() -> None:
     cpus = int(local_resources()["CPU"])
     try:
-        ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=_OBJECT_STORE, **_QUIET)
+        ray.init(address="local", num_cpus=cpus, object_store_memory=_OBJECT_STORE, include_dashboard=False, **_QUIET)
     except Exception as error:
         if type(error) is not Exception:
             raise
@@ -130,7 +130,7 @@ def _join_ray(address: str) -> None:
     with nullcontext() if cluster.in_shipped_code() else cluster.code_folder() as folder:
         code = None if folder is None else {"working_dir": str(folder)}
         try:
-            ray.init(found, runtime_env=code, **_QUIET)
+            ray.init(address=found, runtime_env=code, **_QUIET)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"--address must be that of a Ray cluster that takes this driver; {address} does not "

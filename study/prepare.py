@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ramcore.config import Config
 from ramcore.data import TaskData
@@ -71,16 +71,6 @@ class Prepared:
         return (total if rows is None else min(total, len(rows))) - self.known.ended
 
 
-class _Identity(NamedTuple):
-    """Which study the flags mean."""
-
-    name: str
-    design: str
-    tasks: tuple[str, ...]
-    data: TaskData
-    known: StoredStudy | None  # from its record; None for a new study
-
-
 def prepare(flags: Flags) -> Prepared:
     """Resolve the flags. A flag that is left out is taken from the study if it exists, else from the defaults.
 
@@ -88,9 +78,10 @@ def prepare(flags: Flags) -> Prepared:
     """
     storage = Storage.parse(flags.storage)
     warnings: list[str] = []
-    identity = _find_study(flags, storage, warnings)
-    data, tasks, known, design = identity.data, identity.tasks, identity.known, DESIGNS[identity.design]
-    source = _find_source(flags, storage, identity, warnings) if design.from_search and known is None else None
+    name, design_name, tasks, data, known = _find_study(flags, storage, warnings)
+    design, source = DESIGNS[design_name], None
+    if design.from_search and known is None:
+        source = _find_source(flags, storage, tasks[0], data.data, warnings)
 
     followed = known or source
     epochs = flags.epochs or (followed.settings.epochs if followed else design.epochs)
@@ -106,11 +97,11 @@ def prepare(flags: Flags) -> Prepared:
     if source:
         inputs = _around_best(inputs, source)
     settings = StudySettings(
-        study=identity.name,
+        study=name,
         task="+".join(tasks),
         data=data.data,
         digest=data.digest,
-        design=identity.design,
+        design=design_name,
         epochs=epochs,
         seeds_per_trial=seeds,
         seed=SEED,
@@ -131,8 +122,13 @@ def prepare(flags: Flags) -> Prepared:
     )
 
 
-def _find_study(flags: Flags, storage: Storage, warnings: list[str]) -> _Identity:
-    """Find the study that the flags mean, and its data. Raises UserError."""
+def _find_study(
+    flags: Flags, storage: Storage, warnings: list[str]
+) -> tuple[str, str, tuple[str, ...], TaskData, StoredStudy | None]:
+    """The name, design, tasks and images of the study that the flags mean; and the study, if it exists.
+
+    Raises UserError.
+    """
     known = _read(storage, flags.study) if flags.study else None
     design = flags.design or (known.settings.design if known else "search")
     check_design(flags, design)
@@ -150,7 +146,7 @@ def _find_study(flags: Flags, storage: Storage, warnings: list[str]) -> _Identit
             warnings.append(f"{name} is continued, on the bundled digits: pass --data mnist for a study of MNIST")
     data = _load(source, tasks[0], flags.data_dir, warnings)
     name = flags.study or _default_name(tasks, data.data, design)
-    return _Identity(name, design, tasks, data, known or _read(storage, name))
+    return name, design, tasks, data, known or _read(storage, name)
 
 
 def _default_name(tasks: tuple[str, ...], data: str, design: str) -> str:
@@ -168,9 +164,8 @@ def _load(source: str, task: str, data_dir: Path | None, warnings: list[str]) ->
         return load_task(Config(data="digits", task=task))
 
 
-def _find_source(flags: Flags, storage: Storage, identity: _Identity, warnings: list[str]) -> StoredStudy:
-    """The newest search of the same task and data that has a complete trial. Raises UserError if there is none."""
-    task, data = identity.tasks[0], identity.data.data
+def _find_source(flags: Flags, storage: Storage, task: str, data: str, warnings: list[str]) -> StoredStudy:
+    """The newest search of this task and data that has a complete trial. Raises UserError if there is none."""
     searches = {name: search for name in storage.studies() if (search := _read_search(storage, name, task, data))}
     if not searches:
         raise UserError(

@@ -133,6 +133,7 @@ class Tracker:
         self.space = space
         self.run_id = ""  # of the parent run, once known
         self.outage: str | None = None  # why MLflow cannot be written at present; None if it can
+        self._tags = {schema.STUDY: record.settings.study, schema.SCHEMA: str(schema.VERSION), schema.UID: record.uid}
         self._children: dict[int, _ChildRun] = {}  # by trial number
         self._pending: set[int] = set()  # numbers of trials that changed
         self._ends_logged = 0  # trials that the parent run's own metrics count
@@ -281,7 +282,7 @@ class Tracker:
         if parents:
             parent = _oldest(client, parents)
         else:
-            tags = {schema.KIND: "study", **self._study_tags()}
+            tags = {schema.KIND: "study", **self._tags}
             parent = client.create_run(experiment_id, start_time=self.record.created, run_name=name, tags=tags)
         self.run_id = parent.info.run_id
         self._published = parent.data.tags.get(schema.PUBLISHED, "")
@@ -296,11 +297,6 @@ class Tracker:
                 self._pending.add(trial.number)
         self._experiment_id = experiment_id
         self._log_study(client, parent)
-
-    def _study_tags(self) -> dict[str, str]:
-        """Tags that the parent run and its children share."""
-        record = self.record
-        return {schema.STUDY: record.settings.study, schema.SCHEMA: str(schema.VERSION), schema.UID: record.uid}
 
     def _log_study(self, client: mlflow.MlflowClient, parent: Run) -> None:
         """Log params, tags, data set, settings and space of the study itself."""
@@ -372,7 +368,7 @@ class Tracker:
         tags = {
             schema.PARENT: self.run_id,
             schema.KIND: "trial",
-            **self._study_tags(),
+            **self._tags,
             schema.TRIAL: str(trial.number),
             schema.ORIGIN: spec.origin,
             schema.ROW: spec.row,
