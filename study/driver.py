@@ -206,9 +206,8 @@ class _Run:
     def _read_best_test(self, outcome: results.Outcome) -> None:
         try:
             if not results.read_best_test(self.record, self.scheduler.folder, self.prepared.data):
-                say(
-                    f"warning: the best weights, of trial {outcome.best.number:04d}, are gone: no test accuracy, no model"
-                )
+                lost = f"the best weights, of trial {outcome.best.number:04d}, are gone"
+                say(f"warning: {lost}: no test accuracy, no model")
         except (RecordLost, OSError) as error:
             say(f"warning: {error}; the test accuracy is read by the next run of the same command")
 

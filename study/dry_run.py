@@ -3,7 +3,7 @@
 The time is an estimate. An epoch's time is read from the study's own trials if it has any. Else three of its
 configurations, a quarter, half and three quarters up in multiply-adds, are timed for a few seconds where the trials
 would run: on this machine, or on a node that can run a trial. While a cluster has no such node, its head is timed, and
-the plan says so. Each is timed alone, on 1/25 or less of the images. The number of epochs is uncertain too, because
+the output says so. Each is timed alone, on 1/25 or less of the images. The number of epochs is uncertain too, because
 early stopping decides it: see `study.display.time_left`.
 """
 
