@@ -28,15 +28,18 @@ def fault_point(name: str) -> None:
         _passed[name] += 1
         count = _passed[name]
     for place, _, action in (part.partition(":") for part in plan.split(",")):
-        if place != f"{name}@{count}":
-            continue
-        if action == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif action == "full":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
-        elif action == "error":
-            raise RuntimeError(f"injected at {name}")
-        elif action.startswith("hang="):
-            time.sleep(float(action.removeprefix("hang=")))
-        else:
-            raise ValueError(f"{VARIABLE}: unknown action {action!r}")
+        if place == f"{name}@{count}":
+            _act(action, name)
+
+
+def _act(action: str, name: str) -> None:
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif action == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+    elif action == "error":
+        raise RuntimeError(f"injected at {name}")
+    elif action.startswith("hang="):
+        time.sleep(float(action.removeprefix("hang=")))
+    else:
+        raise ValueError(f"{VARIABLE}: unknown action {action!r}")
