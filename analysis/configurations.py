@@ -21,6 +21,7 @@ def compare_configurations(selection: Selection, predictor: Predictor) -> Config
 
     row = _best_row(selection, predictor)
     best_x = selection.observations.x[row, :-1]
+    gains = [_gain(data, predictor, i, default_x) for i in range(len(varied))]
     return Configurations(
         default=default,
         default_inside=inside,
@@ -28,7 +29,7 @@ def compare_configurations(selection: Selection, predictor: Predictor) -> Config
         best={d.name: d.from_unit(best_x[i : i + 1])[0] for i, d in enumerate(varied)},
         best_trial=int(selection.observations.trials[row]),
         best_accuracy=interval(_accuracy(predictor, best_x[None, :])[0]),
-        tunability=tuple(sorted((_gain(data, predictor, i, default_x) for i in range(len(varied))), key=_loss)),
+        tunability=tuple(sorted(gains, key=lambda gain: -gain.gain.mid)),
         path=_path(data, predictor, default_x, best_x),
     )
 
@@ -63,10 +64,6 @@ def _gain(data: Data, predictor: Predictor, i: int, default: Array) -> Gain:
     return Gain(dimension.name, before, best, interval(draws[chosen] - draws[-1]))
 
 
-def _loss(gain: Gain) -> float:
-    return -gain.gain.mid
-
-
 def _path(data: Data, predictor: Predictor, default: Array, best: Array) -> tuple[Step, ...]:
     """Greedy path from default to best (Fawcett and Hoos 2016): at each step the change that gains most.
 
@@ -78,8 +75,7 @@ def _path(data: Data, predictor: Predictor, default: Array, best: Array) -> tupl
     steps: list[Step] = []
     while left:
         candidates = np.repeat(here[None, :], len(left), axis=0)
-        for row, i in enumerate(left):
-            candidates[row, i] = best[i]
+        candidates[range(len(left)), left] = best[left]
         draws = _accuracy(predictor, candidates)
         legal, expected = allowed(data.space, varied, candidates), draws.mean(axis=1)
         pick = int(np.argmax(np.where(legal, expected, -1.0) if legal.any() else expected))

@@ -52,19 +52,16 @@ def crosscheck(records: StudyData, analysis: Analysis) -> pd.DataFrame:
     x = unit_table(records, dimensions).reindex(last.index).dropna()
     last = last.loc[x.index]
     full = records.trials.loc[x.index, "state"].eq("complete").to_numpy()
-    names = [d.name for d in dimensions]
-    every = fanova(names, x.to_numpy(), last.to_numpy()) if len(x) >= MIN_TRIALS else {}
-    complete = fanova(names, x.to_numpy()[full], last.to_numpy()[full]) if full.sum() >= MIN_TRIALS else {}
-    ped = ped_anova(names, x.to_numpy()[full], last.to_numpy()[full]) if full.sum() >= MIN_TRIALS else {}
-    ours = {e.name: e.total.mid for e in analysis.ranking.effects}
-    columns = dict(zip(ESTIMATES, (ours, complete, every, ped), strict=True))
-    order = [e.name for e in analysis.ranking.effects if e.name != DUMMY]
-    return pd.DataFrame(
-        {
-            "parameter": order,
-            **{label: [values.get(name, np.nan) for name in order] for label, values in columns.items()},
-        }
-    )
+    names, points, values = [d.name for d in dimensions], x.to_numpy(), last.to_numpy()
+    ours = {e.name: e.total.mid for e in analysis.ranking.effects if e.name != DUMMY}
+    every = fanova(names, points, values) if len(x) >= MIN_TRIALS else {}
+    complete, ped = {}, {}
+    if full.sum() >= MIN_TRIALS:
+        complete, ped = fanova(names, points[full], values[full]), ped_anova(names, points[full], values[full])
+    columns = zip(ESTIMATES, (ours, complete, every, ped), strict=True)
+    table = pd.DataFrame({label: [column.get(name, np.nan) for name in ours] for label, column in columns})
+    table.insert(0, "parameter", list(ours))
+    return table
 
 
 def last_accuracy(epochs: pd.DataFrame) -> pd.Series:
@@ -86,7 +83,6 @@ def _importances(
 ) -> dict[str, float]:
     ordered = sorted(names)
     distributions: dict[str, BaseDistribution] = {name: FloatDistribution(0.0, 1.0) for name in ordered}
-    column = {name: list(names).index(name) for name in ordered}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         verbosity = optuna.logging.get_verbosity()
@@ -94,7 +90,7 @@ def _importances(
         try:
             study = optuna.create_study(direction="maximize")
             for point, value in zip(np.clip(x, 0.0, 1.0), y, strict=True):
-                params = {name: float(point[column[name]]) for name in ordered}
+                params = dict(zip(names, point.tolist(), strict=True))
                 study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=float(value)))
             values = optuna.importance.get_param_importances(study, evaluator=evaluator, params=ordered)
         finally:

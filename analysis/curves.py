@@ -20,9 +20,8 @@ QUANTILES = ((1 - INTERVAL) / 2, 0.5, (1 + INTERVAL) / 2)
 def marginal_curve(data: Data, observations: Observations, i: int, found: Marginal) -> Curve:
     """Dimension i's mean accuracy, with where it extrapolates."""
     low, mid, high = np.quantile(found.rows, QUANTILES, axis=1)
-    dimension = data.dimensions[i]
-    extrapolated = _extrapolated(data, observations, i, found.grid)
-    return Curve(dimension.name, dimension.from_unit(found.grid), found.grid, low, mid, high, extrapolated)
+    values = data.dimensions[i].from_unit(found.grid)
+    return Curve(values, low, mid, high, _extrapolated(data, observations, i, found.grid))
 
 
 def _extrapolated(data: Data, observations: Observations, i: int, grid: Array) -> NDArray[np.bool_]:
@@ -57,14 +56,12 @@ def pair_surface(
         sizes = [float(np.median(marginals[k].effect)) for k in range(len(varied))]
         i, j = (int(k) for k in np.argsort(sizes)[::-1][:2])
     grid_x, grid_y = varied[i].grid(PAIR_GRID), varied[j].grid(PAIR_GRID)
-    mean, sd = np.zeros((len(grid_y), len(grid_x))), np.zeros((len(grid_y), len(grid_x)))
+    mean = np.zeros((len(grid_y), len(grid_x)))
     x = points.copy()
-    for a, value_y in enumerate(grid_y):
-        for b, value_x in enumerate(grid_x):
-            x[:, i], x[:, j] = value_x, value_y
-            cell = predictor.accuracy(x).mean(axis=0)
-            mean[a, b], sd[a, b] = cell.mean(), cell.std()
-    return PairSurface(varied[i], varied[j], grid_x, grid_y, mean, sd)
+    for a, b in np.ndindex(mean.shape):
+        x[:, i], x[:, j] = grid_x[b], grid_y[a]
+        mean[a, b] = predictor.accuracy(x).mean()
+    return PairSurface(varied[i], varied[j], grid_x, grid_y, mean)
 
 
 def index_by_epoch(surface: Surface, posterior: Posterior) -> dict[str, Array]:

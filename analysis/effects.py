@@ -76,9 +76,9 @@ def space_points(dimensions: Sequence[Dimension], count: int, seed: int) -> Arra
 
 def allowed(space: Space, dimensions: Sequence[Dimension], x: Array) -> NDArray[np.bool_]:
     """Which coordinates (N, D) the space's rule allows, other fields at their default -> (N,) bool."""
-    columns = [d.from_unit(x[:, i]) for i, d in enumerate(dimensions)]
-    names = [d.name for d in dimensions]
-    return np.array([space.feasible(dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)], bool)
+    columns = {d.name: d.from_unit(x[:, i]) for i, d in enumerate(dimensions)}
+    rows = zip(*columns.values(), strict=True)
+    return np.array([space.feasible(dict(zip(columns, row, strict=True))) for row in rows], bool)
 
 
 class Marginal(NamedTuple):
@@ -142,11 +142,9 @@ def rank_parameters(
     """
     order = sorted(range(len(dimensions)), key=lambda i: -float(np.median(indices.total[i])))
     names = tuple(dimensions[i].name for i in order)
-    more = np.full((len(order), len(order)), np.nan)
-    for row, i in enumerate(order):
-        for column, j in enumerate(order):
-            if i != j:
-                more[row, column] = float(np.mean(indices.total[i] > indices.total[j]))
+    total = indices.total[order]
+    more = (total[:, None] > total[None, :]).mean(axis=2)
+    np.fill_diagonal(more, np.nan)
     more_than = Matrix(names, more)
     ranks = ranks_of(more_than)
     effects = tuple(

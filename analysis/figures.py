@@ -15,7 +15,6 @@ import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from analysis.fixed_designs import OfatRange, Replicate
 from analysis.results import DUMMY, Curve, Effect, Interval, Matrix, PairSurface, Step
@@ -55,32 +54,22 @@ STYLE: dict[str, Any] = {
 styled = mpl.rc_context(STYLE)  # decorates what draws and saves  # pyright: ignore[reportArgumentType]
 
 
-class TrialPoint(NamedTuple):
-    """A trial's last accuracy, and what the trial costs."""
+class Trial(NamedTuple):
+    """A trial's accuracy by epoch, mean over seeds, and what the trial costs."""
 
-    trial: int
-    origin: str
-    accuracy: float  # mean over seeds
-    sd: float  # between seeds; NaN with one
-    macs: float  # multiply-accumulates an image; NaN if unknown
-    complete: bool  # reached the full budget
-
-
-class TrialCurve(NamedTuple):
-    """A trial's accuracy by epoch."""
-
+    number: int
     origin: str
     outcome: str  # complete, or one of END_STYLE
+    complete: bool  # reached the full budget
     epochs: Array
-    accuracy: Array  # mean over seeds
-
-
-class Tried(NamedTuple):
-    """One parameter's value in every trial, with the trial's last accuracy."""
-
-    values: Sequence[Any]
     accuracy: Array
-    complete: NDArray[np.bool_]  # reached the full budget
+    sd: float  # between seeds at the last epoch; NaN with one
+    macs: float  # multiply-accumulates an image; NaN if unknown
+
+    @property
+    def last(self) -> float:
+        """Accuracy at the last epoch."""
+        return float(self.accuracy[-1])
 
 
 # ---- helpers -------------------------------------------------------------------------------------------------
@@ -195,18 +184,20 @@ def sobol(effects: Sequence[Effect], ax: Axes | None = None) -> Axes:
     return ax
 
 
-def marginal(curve: Curve, dimension: Dimension, tried: Tried, ax: Axes | None = None) -> Axes:
-    """Mean accuracy over one parameter with its band, and the trials; hatched where the surface extrapolates."""
+def marginal(
+    curve: Curve, dimension: Dimension, values: Sequence[Any], trials: Sequence[Trial], ax: Axes | None = None
+) -> Axes:
+    """Mean accuracy over one parameter with its band, and the trials with their `values` of it; hatched where the
+    surface extrapolates.
+    """
     ax = ax or new_axes(3.6, 2.8)
     names = dimension.type == "categorical"
     xs = np.arange(len(curve.values)) if names else np.asarray(curve.values, dtype=float)
-    at = np.array([curve.values.index(v) for v in tried.values] if names else tried.values, dtype=float)
-    for part, marker, colour, label in (
-        (~tried.complete, "x", GREY, "not to the end"), (tried.complete, "o", SKY, "full budget"),
-    ):  # fmt: skip
-        if part.any():
+    points = list(zip([curve.values.index(v) for v in values] if names else values, trials, strict=True))
+    for complete, marker, colour, label in ((False, "x", GREY, "not to the end"), (True, "o", SKY, "full budget")):
+        if part := [(x, trial.last) for x, trial in points if trial.complete == complete]:
             style = {"s": 14, "marker": marker, "color": colour, "alpha": 0.75, "lw": 0.9, "zorder": 2}
-            ax.scatter(at[part], tried.accuracy[part], label=label, **style)
+            ax.scatter(*zip(*part, strict=True), label=label, **style)
     ax.fill_between(xs, curve.low, curve.high, color=BLUE, alpha=0.22, lw=0, zorder=3)
     ax.plot(xs, curve.mid, color=BLUE, lw=2, zorder=4, marker="." if dimension.levels else None)
     hatch = {"facecolor": "none", "hatch": "///", "edgecolor": PALE, "linewidth": 0, "zorder": 1}
@@ -217,8 +208,7 @@ def marginal(curve: Curve, dimension: Dimension, tried: Tried, ax: Axes | None =
         _log_axis(ax, _log_marks(dimension.low, dimension.high))
     else:
         ax.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=dimension.type == "int"))
-    ax.set_xlabel(dimension.label)
-    ax.set_ylabel("accuracy (points)")
+    ax.set(xlabel=dimension.label, ylabel="accuracy (points)")
     return ax
 
 
@@ -232,8 +222,7 @@ def pair_surface(surface: PairSurface, ax: Axes | None = None) -> Axes:
     _heat_map(ax, surface.mean, rows, columns, "mean accuracy (points)", annot=write, fmt=".0f")
     ax.invert_yaxis()
     ax.tick_params(labelsize=9)
-    ax.set_xlabel(surface.x.label)
-    ax.set_ylabel(surface.y.label)
+    ax.set(xlabel=surface.x.label, ylabel=surface.y.label)
     return ax
 
 
@@ -267,8 +256,7 @@ def over_epochs(epochs: Sequence[int], totals: Mapping[str, Array], ax: Axes | N
         ax.plot(epochs, total[:, 1], label=words(name), **style)
     _log_axis(ax, epochs)
     ax.set_ylim(0, None)
-    ax.set_xlabel("epoch")
-    ax.set_ylabel("total Sobol index")
+    ax.set(xlabel="epoch", ylabel="total Sobol index")
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
     return ax
 
@@ -295,15 +283,14 @@ def calibration(observed: Array, predicted: Array, sd: Array, ax: Axes | None = 
     ax.plot([edge, 100], [edge, 100], color=BLACK, lw=1, ls="--", label="perfect prediction")
     ax.set(xlim=(edge, 100), ylim=(edge, 100))
     _legend_above(ax)
-    ax.set_xlabel("accuracy reached (points)")
-    ax.set_ylabel("predicted without having seen the trial (points)")
+    ax.set(xlabel="accuracy reached (points)", ylabel="predicted without having seen the trial (points)")
     return ax
 
 
 # ---- trials --------------------------------------------------------------------------------------------------
 
 
-def learning_curves(curves: Sequence[TrialCurve], ax: Axes | None = None) -> Axes:
+def learning_curves(curves: Sequence[Trial], ax: Axes | None = None) -> Axes:
     """Every trial's accuracy against epoch, coloured by origin, with a marker where it ended early."""
     ax = ax or new_axes()
     for curve in curves:
@@ -317,48 +304,48 @@ def learning_curves(curves: Sequence[TrialCurve], ax: Axes | None = None) -> Axe
     last = max((curve.epochs[-1] for curve in curves), default=0)
     if last > 4:
         _log_axis(ax, np.unique(np.round(np.geomspace(1, last, 6))))
-    ax.set_xlabel("epoch")
-    ax.set_ylabel("validation accuracy (points)")
+    ax.set(xlabel="epoch", ylabel="validation accuracy (points)")
     _legend_above(ax)
     return ax
 
 
-def compute(points: Sequence[TrialPoint], ax: Axes | None = None) -> Axes:
+def compute(trials: Sequence[Trial], ax: Axes | None = None) -> Axes:
     """Accuracy of complete trials against multiply-accumulates an image, with the Pareto front."""
     ax = ax or new_axes()
-    for origin in sorted({p.origin for p in points}):
-        colour, marker, label = ORIGIN_STYLE.get(origin, (GREY, "o", origin))
-        part = [p for p in points if p.origin == origin]
+    for origin, (colour, marker, label) in _styles(trials):
+        part = [t for t in trials if t.origin == origin]
         style = {"fmt": marker, "color": colour, "ms": 5, "lw": 0.8, "alpha": 0.8, "mec": "white", "mew": 0.5}
-        bars = np.nan_to_num([p.sd for p in part])
-        ax.errorbar([p.macs / 1e6 for p in part], [p.accuracy for p in part], yerr=bars, label=label, **style)
-    macs = [p.macs / 1e6 for p in points]
-    front = pareto_front(macs, [p.accuracy for p in points])
+        bars = np.nan_to_num([t.sd for t in part])
+        ax.errorbar([t.macs / 1e6 for t in part], [t.last for t in part], yerr=bars, label=label, **style)
+    macs = [t.macs / 1e6 for t in trials]
+    front = pareto_front(macs, [t.last for t in trials])
     style = {"where": "post", "color": BLACK, "lw": 1.4, "label": "Pareto front"}
-    ax.step([macs[i] for i in front], [points[i].accuracy for i in front], **style)
+    ax.step([macs[i] for i in front], [trials[i].last for i in front], **style)
     _log_axis(ax, _log_marks(min(macs), max(macs)))
-    ax.set_xlabel("compute an image (million multiply-accumulates)")
-    ax.set_ylabel("validation accuracy (points)")
+    ax.set(xlabel="compute an image (million multiply-accumulates)", ylabel="validation accuracy (points)")
     _legend_above(ax)
     return ax
 
 
-def history(points: Sequence[TrialPoint], ax: Axes | None = None) -> Axes:
+def history(trials: Sequence[Trial], ax: Axes | None = None) -> Axes:
     """Last accuracy of every trial by number (open: not complete), and the best complete trial so far."""
     ax = ax or new_axes(6.6, 3.4)
-    for origin in sorted({p.origin for p in points}):
-        colour, marker, label = ORIGIN_STYLE.get(origin, (GREY, "o", origin))
-        full, cut = ([p for p in points if p.origin == origin and p.complete == complete] for complete in (True, False))
-        ax.scatter([p.trial for p in full], [p.accuracy for p in full], color=colour, marker=marker, s=22, label=label)
+    for origin, (colour, marker, label) in _styles(trials):
+        full, cut = ([t for t in trials if t.origin == origin and t.complete == complete] for complete in (True, False))
+        ax.scatter([t.number for t in full], [t.last for t in full], color=colour, marker=marker, s=22, label=label)
         style = {"edgecolors": colour, "facecolors": "none", "marker": marker, "s": 20, "lw": 0.8}
-        ax.scatter([p.trial for p in cut], [p.accuracy for p in cut], **style)
-    best = np.fmax.accumulate([p.accuracy if p.complete else np.nan for p in points])
-    ax.step([p.trial for p in points], best, where="post", color=BLACK, lw=1.4, label="best full-budget trial so far")
+        ax.scatter([t.number for t in cut], [t.last for t in cut], **style)
+    best = np.fmax.accumulate([t.last if t.complete else np.nan for t in trials])
+    ax.step([t.number for t in trials], best, where="post", color=BLACK, lw=1.4, label="best full-budget trial so far")
     ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-    ax.set_xlabel("trial number (open: did not reach the full budget)")
-    ax.set_ylabel("last accuracy (points)")
+    ax.set(xlabel="trial number (open: did not reach the full budget)", ylabel="last accuracy (points)")
     _legend_above(ax, columns=2)
     return ax
+
+
+def _styles(trials: Sequence[Trial]) -> list[tuple[str, tuple[str, str, str]]]:
+    """Each origin with its colour, marker and words."""
+    return [(origin, ORIGIN_STYLE.get(origin, (GREY, "o", origin))) for origin in sorted({t.origin for t in trials})]
 
 
 # ---- fixed designs -------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ is on fresh seeds that no choice was made by.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from scipy.stats import studentized_range
 from analysis.load import NoTrials, Source, StudyData, StudyRun, load_study
 from analysis.results import INTERVAL, Interval, mean_interval
 from analysis.selection import count_trials
-from ramcore.space import Array
+from ramcore.space import Array, shown
 from study.designs import DESIGNS
 
 
@@ -40,34 +39,30 @@ class OfatRange(NamedTuple):
     low: float
     high: float
     baseline_accuracy: float
-    range: float
     noise: float  # range that seed noise alone exceeds in one of ten cases; NaN if unknown
+
+    @property
+    def range(self) -> float:
+        """The largest accuracy less the smallest."""
+        return self.high - self.low
 
 
 class Replicate(NamedTuple):
-    """One configuration run again on fresh seeds; accuracy in points, low and high of its mean's 90% t interval."""
+    """One configuration run again on fresh seeds; accuracy in points."""
 
     row: str
-    accuracy: float
-    low: float
-    high: float
+    mean: Interval  # over seeds, with the mean's 90% t interval
     sd: float  # between seeds; NaN with one
     seeds: int
     test: float  # mean test accuracy; NaN if not tested
-
-    @property
-    def mean(self) -> Interval:
-        """Mean accuracy with its interval."""
-        return Interval(self.low, self.accuracy, self.high)
 
 
 class FixedDesigns(NamedTuple):
     """Other designs run on the same task, data and epochs."""
 
-    ofat: tuple[OfatRow, ...]
-    ranges: tuple[OfatRange, ...]
-    replicates: tuple[Replicate, ...]
-    studies: tuple[str, ...]  # names of those that the rows come from
+    ofat: Sequence[OfatRow] = ()
+    ranges: Sequence[OfatRange] = ()
+    replicates: Sequence[Replicate] = ()
 
 
 def read_fixed_designs(source: Source, studies: Sequence[StudyRun], study: StudyRun) -> FixedDesigns:
@@ -93,52 +88,41 @@ def summarise(records: Sequence[StudyData]) -> FixedDesigns:
         trials = one.trials.to_dict(orient="index")
         for number, accuracies in final_accuracies(one).items():
             trial = trials[number]
-            mean, sd, seeds = mean_interval(accuracies), _seed_sd(accuracies), len(accuracies)
+            mean, seeds = mean_interval(accuracies), len(accuracies)
+            sd = float(accuracies.std(ddof=1)) if seeds > 1 else math.nan
             if trial["origin"] == "ofat":
-                value = trial[trial["parameter"]] if trial["parameter"] else ""
-                shown = f"{value:.3g}" if isinstance(value, float) else str(value)
-                ofat.append(OfatRow(trial["baseline"], trial["parameter"], shown, mean.mid, sd, seeds))
+                value = shown(trial[trial["parameter"]]) if trial["parameter"] else ""
+                ofat.append(OfatRow(trial["baseline"], trial["parameter"], value, mean.mid, sd, seeds))
             elif trial["origin"] == "replicate":
                 test = 100 * float(np.mean(trial["test_accuracies"])) if trial["test_accuracies"] else math.nan
-                replicates.append(Replicate(trial["row"], mean.mid, mean.low, mean.high, sd, seeds, test))
-    return FixedDesigns(tuple(ofat), ranges(ofat), tuple(replicates), tuple(r.study.name for r in records))
+                replicates.append(Replicate(trial["row"], mean, sd, seeds, test))
+    return FixedDesigns(ofat, ranges(ofat), replicates)
 
 
 def final_accuracies(records: StudyData) -> dict[int, Array]:
     """Accuracy points of every seed at the last epoch of each complete trial."""
     last = records.epochs[(records.epochs["epoch"] == records.budget) & records.epochs["val_accuracy"].notna()]
-    accuracies: dict[int, Array] = {}
-    for trial, part in last.groupby("trial")["val_accuracy"]:
-        accuracies[int(str(trial))] = 100 * part.to_numpy(dtype=float)
-    return accuracies
+    trials = last.groupby("trial")["val_accuracy"]
+    return {int(str(trial)): 100 * accuracy.to_numpy(dtype=float) for trial, accuracy in trials}
 
 
-def ranges(rows: Sequence[OfatRow]) -> tuple[OfatRange, ...]:
+def ranges(rows: Sequence[OfatRow]) -> list[OfatRange]:
     """The range over every baseline's parameters, in the order of their names. A baseline that has not run has none."""
     baselines = {row.baseline: row for row in reversed(rows) if not row.parameter}
-    ordered = sorted((row for row in rows if row.parameter), key=lambda row: (row.baseline, row.parameter))
     found: list[OfatRange] = []
-    for (name, parameter), others in itertools.groupby(ordered, key=lambda row: (row.baseline, row.parameter)):
-        if name not in baselines:
-            continue
-        baseline = baselines[name]
-        levels = [baseline, *others]
-        low, high = min(row.accuracy for row in levels), max(row.accuracy for row in levels)
-        found.append(OfatRange(name, parameter, low, high, baseline.accuracy, high - low, _noise_range(levels)))
-    return tuple(found)
+    for name, parameter in sorted({row[:2] for row in rows if row.parameter and row.baseline in baselines}):
+        levels = [baselines[name], *(row for row in rows if row[:2] == (name, parameter))]
+        accuracies = [row.accuracy for row in levels]
+        bounds = min(accuracies), max(accuracies)
+        found.append(OfatRange(name, parameter, *bounds, baselines[name].accuracy, _noise_range(levels)))
+    return found
 
 
 def completion_line(records: StudyData) -> str:
     """One line on how many rows of a fixed design are complete."""
     counts = count_trials(records.trials)
-    return (
-        f"{counts.complete} of {counts.total} rows are complete, {counts.running} running, "
-        f"{counts.failed + counts.diverged} failed"
-    )
-
-
-def _seed_sd(accuracies: Array) -> float:
-    return float(accuracies.std(ddof=1)) if len(accuracies) > 1 else math.nan
+    failed = counts.failed + counts.diverged
+    return f"{counts.complete} of {counts.total} rows are complete, {counts.running} running, {failed} failed"
 
 
 def _noise_range(levels: Sequence[OfatRow]) -> float:

@@ -62,6 +62,7 @@ def analyse(
     measured = measured_seed_noise(late, draws, np.random.default_rng(seed + 3))
     seed_sd = estimated_seed_noise(late, surface, posterior, observations) if measured is None else measured
     searched = data.space.dimensions
+    outside = 1.0 - float(np.mean(allowed(data.space, searched, space_points(searched, 2048, seed))))
     return Analysis(
         data=data,
         ranked=fit.r2 >= MIN_R2 and min(len(observations.trials), fit.finished) >= MIN_RANKED,
@@ -79,9 +80,8 @@ def analyse(
             ess=posterior.ess,
             seed_sd=interval(seed_sd),
             seed_sd_measured=measured is not None,
-            infeasible_share=1.0 - float(np.mean(allowed(data.space, searched, space_points(searched, 2048, seed)))),
+            infeasible_share=outside,
             extrapolation_share=extrapolation_share(trained, points),
-            failures=failures,
         ),
         draws={
             dimensions[i].name: ParameterDraws(

@@ -35,6 +35,7 @@ EPOCH_METRICS = (*schema.EPOCH_MEANS, schema.EPOCH_SECONDS)
 RUNS_PER_REQUEST = 100  # MLflow's limit for one bulk request
 ROWS_PER_REQUEST = 25_000  # MLflow's limit for one bulk answer
 READERS = 8  # threads; reading waits for the server, not for this machine
+NO_SPACE = "the study's space.json is missing or unreadable, so bounds and scales are unknown"
 OFAT_ROW_1 = re.compile(r"^baseline (?P<baseline>[^:]+?)(?:: (?P<parameter>\w+)=.+)?$")  # schema 1
 
 SERVER_ERRORS = (MlflowException, SQLAlchemyError, requests.RequestException, OSError)
@@ -130,18 +131,13 @@ def list_studies(source: Source) -> list[StudyRun]:
         raise UserError(
             f"a study must have been run; experiment {schema.EXPERIMENT!r} holds none. Run python -m study.run"
         )
-    studies = [
-        StudyRun(
-            run_id=run.info.run_id,
-            name=run.data.tags.get(schema.STUDY) or str(run.info.run_name),
-            status=run.data.tags.get(schema.STATUS, "running"),
-            started=(run.info.start_time or 0) / 1000,
-            tags=dict(run.data.tags),
-            params=dict(run.data.params),
-        )
-        for run in runs
-    ]
-    return sorted(studies, key=lambda study: study.started, reverse=True)
+    return sorted(map(_study_run, runs), key=lambda study: study.started, reverse=True)
+
+
+def _study_run(run: Run) -> StudyRun:
+    tags = dict(run.data.tags)
+    name, status = tags.get(schema.STUDY) or str(run.info.run_name), tags.get(schema.STATUS, "running")
+    return StudyRun(run.info.run_id, name, status, (run.info.start_time or 0) / 1000, tags, dict(run.data.params))
 
 
 def find_study(studies: Sequence[StudyRun], name: str | None) -> StudyRun:
@@ -285,68 +281,51 @@ def plain_trials(trials: pd.DataFrame) -> pd.DataFrame:
 
 def progress_line(label: str) -> OnProgress:
     """A callback that counts on stderr: one line that is rewritten on a terminal, a few lines otherwise."""
-    shown = -1.0
 
     def show(done: int, total: int) -> None:
-        nonlocal shown
-        share = done / max(total, 1)
         if sys.stderr.isatty():
-            sys.stderr.write(f"\r{label} {done}/{total}" + ("\n" if done == total else ""))
-            sys.stderr.flush()
-        elif share >= 1 or share - shown >= 0.25:
+            print(f"\r{label} {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        elif done == 1 or 4 * done // total > 4 * (done - 1) // total:
             print(f"{label} {done}/{total}", file=sys.stderr)
-            shown = share
 
     return show
 
 
 def _search(client: MlflowClient, experiment_id: str, query: str) -> list[Run]:
-    runs: list[Run] = []
-    token: str | None = None
-    while True:
-        page = client.search_runs([experiment_id], filter_string=query, max_results=1000, page_token=token)
-        runs.extend(page)
-        token = page.token
-        if not token:
-            return runs
+    page = client.search_runs([experiment_id], query, max_results=1000)
+    runs = list(page)
+    while page.token:
+        page = client.search_runs([experiment_id], query, max_results=1000, page_token=page.token)
+        runs += page
+    return runs
 
 
 def _read_json(client: MlflowClient, study: StudyRun, name: str) -> dict[str, Any] | None:
     if name not in {entry.path for entry in client.list_artifacts(study.run_id)}:
         return None
     with tempfile.TemporaryDirectory() as folder:
-        path = client.download_artifacts(study.run_id, name, folder)
         try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError):
+            raw = json.loads(Path(client.download_artifacts(study.run_id, name, folder)).read_text(encoding="utf-8"))
+        except ValueError:  # no JSON, or no text
             return None
     return raw if isinstance(raw, dict) else None
 
 
 def _space_of(raw: dict[str, Any] | None) -> tuple[Space | None, str | None]:
-    if raw is None:
-        return None, "the study's space.json is missing or unreadable, so bounds and scales are unknown"
     try:
-        return Space.from_dict(raw), None
+        return (None, NO_SPACE) if raw is None else (Space.from_dict(raw), None)
     except UserError as error:
         return None, str(error)
-
-
-def _number(text: str | None, default: float = math.nan) -> float:
-    try:
-        return float(text) if text is not None else default
-    except ValueError:
-        return default
 
 
 def _value(text: str) -> Any:
     # Parameters are stored as text. Numbers and truth values come back as such, everything else stays text.
     if text in ("True", "False"):
         return text == "True"
-    number = _number(text)
-    if math.isnan(number) and text.lower() != "nan":
+    try:
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError:
         return text
-    return int(text) if text.lstrip("+-").isdigit() else number
 
 
 def _trial_table(runs: Iterable[Run]) -> pd.DataFrame:
@@ -354,8 +333,9 @@ def _trial_table(runs: Iterable[Run]) -> pd.DataFrame:
     for run in runs:
         tags, metrics = run.data.tags, run.data.metrics
         seeds = tuple(int(s) for s in tags.get(schema.SEEDS, "").split(",") if s.strip().lstrip("-").isdigit())
+        tests = [metrics.get(f"{schema.SEED_TEST_ACCURACY}{seed}") for seed in seeds]
         row: dict[str, Any] = {
-            "trial": int(_number(tags.get(schema.TRIAL), -1)),
+            "trial": int(tags.get(schema.TRIAL, -1)),
             "run_id": run.info.run_id,
             "origin": tags.get(schema.ORIGIN, tags.get("ram.arm", "unknown")),  # ram.arm: schema 1
             "row": tags.get(schema.ROW, ""),
@@ -368,20 +348,12 @@ def _trial_table(runs: Iterable[Run]) -> pd.DataFrame:
             "macs": metrics.get(schema.MACS, math.nan),
             "parameters": metrics.get(schema.PARAMETERS, math.nan),
             "test_accuracy": metrics.get(schema.TEST_ACCURACY, math.nan),
-            "test_accuracies": tuple(
-                metrics[f"{schema.SEED_TEST_ACCURACY}{s}"]
-                for s in seeds
-                if f"{schema.SEED_TEST_ACCURACY}{s}" in metrics
-            ),
+            "test_accuracies": tuple(accuracy for accuracy in tests if accuracy is not None),
             "started": (run.info.start_time or 0) / 1000,
         }
-        row.update({key: _value(text) for key, text in run.data.params.items() if key not in row})
-        rows.append(row)
-    table = pd.DataFrame(rows)
-    if table.empty:
-        return table
+        rows.append(row | {key: _value(text) for key, text in run.data.params.items() if key not in row})
     # A trial that was re-run after a fault keeps its number: the newest record counts.
-    table = table.sort_values(["trial", "started", "run_id"]).drop_duplicates("trial", keep="last")
+    table = pd.DataFrame(rows).sort_values(["trial", "started", "run_id"]).drop_duplicates("trial", keep="last")
     return _upgrade(table.set_index("trial"))
 
 
@@ -421,7 +393,7 @@ def _epoch_table(trials: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
 def _with_context(epochs: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
     """Add the trial's columns to each row."""
     context = trials.drop(columns=["run_id", "seeds", "test_accuracies", "started", "epochs_seen"], errors="ignore")
-    context = context.drop(columns=[c for c in context.columns if c in epochs.columns])
+    context = context.drop(columns=list(epochs.columns), errors="ignore")
     keys = ["trial", "seed", "epoch", "val_accuracy"]
     table = epochs[[*keys, *(c for c in epochs.columns if c not in keys)]].join(context, on="trial")
     return table.sort_values(keys[:3]).reset_index(drop=True)
@@ -429,12 +401,9 @@ def _with_context(epochs: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
 
 def _read_history(client: MlflowClient, runs: Sequence[Run], on_progress: OnProgress) -> pd.DataFrame:
     """All metric histories as run_id, key, step, value; in bulk where the server can, else one request a curve."""
-    keys = sorted(
-        {key for run in runs for key in run.data.metrics if key in EPOCH_METRICS or key.startswith("val_accuracy")}
-    )
+    known = {key for run in runs for key in run.data.metrics}
+    keys = sorted(key for key in known if key in EPOCH_METRICS or key.startswith("val_accuracy"))
     ids = [run.info.run_id for run in runs]
-    if not ids or not keys:
-        return pd.DataFrame({"run_id": [], "key": [], "step": [], "value": []})
     jobs = [(ids[i : i + RUNS_PER_REQUEST], key) for i in range(0, len(ids), RUNS_PER_REQUEST) for key in keys]
     rows: list[tuple[str, str, int, float]] = []
     with ThreadPoolExecutor(READERS) as pool:
@@ -448,10 +417,7 @@ def _history(client: MlflowClient, run_ids: list[str], key: str) -> list[tuple[s
     bulk = _bulk_history(client, run_ids, key)
     if bulk is not None and len(bulk) < ROWS_PER_REQUEST:
         return bulk
-    rows: list[tuple[str, str, int, float]] = []
-    for run_id in run_ids:
-        rows.extend((run_id, key, m.step, m.value) for m in client.get_metric_history(run_id, key))
-    return rows
+    return [(run_id, key, m.step, m.value) for run_id in run_ids for m in client.get_metric_history(run_id, key)]
 
 
 def _bulk_history(client: MlflowClient, run_ids: list[str], key: str) -> list[tuple[str, str, int, float]] | None:

@@ -36,15 +36,9 @@ class Observations(NamedTuple):
     def subset(self, trials: np.ndarray) -> Observations:
         """The rows of some trials (positions, sorted). All contrasts stay: they only tell of seed noise."""
         keep = np.isin(self.trial_of, trials)
-        return self._replace(
-            trials=self.trials[trials],
-            x=self.x[trials],
-            trial_of=np.searchsorted(trials, self.trial_of[keep]),
-            u=self.u[keep],
-            y=self.y[keep],
-            seeds=self.seeds[keep],
-            epochs=self.epochs[keep],
-        )
+        rows = {name: getattr(self, name)[keep] for name in ("u", "y", "seeds", "epochs")}
+        trial_of = np.searchsorted(trials, self.trial_of[keep])
+        return self._replace(trials=self.trials[trials], x=self.x[trials], trial_of=trial_of, **rows)
 
 
 class Contrasts(NamedTuple):
@@ -85,15 +79,10 @@ def observe(epochs: pd.DataFrame, x: pd.DataFrame, budget: int, evaluation_size:
         table = table[table["epoch"] > 0.9 * last].assign(bin=0)
     else:
         table["bin"] = _bins(table["epoch"].to_numpy(dtype=float), edges, budget)
-    per_seed = (
-        table.groupby(["trial", "seed", "bin"])
-        .agg(y=("y", "mean"), u=("u", "mean"), epochs=("y", "size"))
-        .reset_index()
-    )
-    rows = per_seed.groupby(["trial", "bin"]).agg(
-        y=("y", "mean"), u=("u", "mean"), seeds=("seed", "nunique"), epochs=("epochs", "mean")
-    )
-    rows = rows.reset_index().sort_values(["trial", "bin"])
+    means = {"y": ("y", "mean"), "u": ("u", "mean")}
+    per_seed = table.groupby(["trial", "seed", "bin"]).agg(**means, epochs=("y", "size")).reset_index()
+    by_bin = per_seed.groupby(["trial", "bin"])
+    rows = by_bin.agg(**means, seeds=("seed", "nunique"), epochs=("epochs", "mean")).reset_index()
     trials = np.unique(rows["trial"].to_numpy())
     columns = {name: rows[name].to_numpy(dtype=float) for name in ("u", "y", "seeds", "epochs")}
     return Observations(
@@ -125,14 +114,12 @@ def _contrasts(per_seed: pd.DataFrame, bins: int) -> Contrasts:
         here = wide.columns.to_numpy(dtype=int)
         means = curve.groupby("bin").agg(u=("u", "mean"), epochs=("epochs", "mean")).loc[here]
         departures = (wide - wide.mean()).to_numpy()
-        full, row_u, row_count = np.zeros((bins, bins)), np.zeros(bins), np.zeros(bins)
-        full[np.ix_(here, here)] = departures.T @ departures
-        row_u[here], row_count[here] = means["u"], means["epochs"]
-        u.append(row_u)
-        count.append(row_count)
-        outer.append(full)
+        for rows in (u, count):
+            rows.append(np.zeros(bins))
+        u[-1][here], count[-1][here] = means["u"], means["epochs"]
+        outer.append(np.zeros((bins, bins)))
+        outer[-1][np.ix_(here, here)] = departures.T @ departures
         df.append(len(wide) - 1.0)
-    shape = (len(u), bins)
-    return Contrasts(
-        np.array(u).reshape(shape), np.array(count).reshape(shape), np.array(outer).reshape(*shape, bins), np.array(df)
-    )
+    size = len(df)
+    u, count = (np.reshape(rows, (size, bins)) for rows in (u, count))
+    return Contrasts(u, count, np.reshape(outer, (size, bins, bins)), np.array(df))

@@ -9,9 +9,8 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.axes import Axes
@@ -20,7 +19,7 @@ from matplotlib.figure import Figure
 from analysis import figures
 from analysis.answer import answer, cautions, rank_label
 from analysis.crosschecks import ESTIMATES
-from analysis.figures import TrialCurve, TrialPoint, Tried
+from analysis.figures import Trial
 from analysis.fixed_designs import FixedDesigns, completion_line
 from analysis.importance import DRAWS_EACH, HYPERDRAWS
 from analysis.load import StudyData, plain_trials
@@ -30,7 +29,7 @@ from analysis.text import join, number, percent, span
 from analysis.verdicts import THRESHOLDS, Verdict
 from ramcore.space import RULE_REASON, shown, words
 
-NO_FIXED_DESIGNS = FixedDesigns((), (), (), ())
+NO_FIXED_DESIGNS = FixedDesigns()
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
     autoescape=True,  # names, reasons and values of a study are text, never markup
@@ -106,33 +105,18 @@ def diagnostics(analysis: Analysis, crosschecks: pd.DataFrame | None) -> dict[st
     }
 
 
-class Tracked(NamedTuple):
-    """What the figures draw of the trials that have results, by number."""
-
-    numbers: tuple[int, ...]
-    points: tuple[TrialPoint, ...]
-    curves: tuple[TrialCurve, ...]
-
-    @property
-    def complete(self) -> list[TrialPoint]:
-        """The trials that reached the full budget and whose cost is known."""
-        return [p for p in self.points if p.complete and math.isfinite(p.macs)]
-
-
-def tracked_trials(records: StudyData, budget: int) -> Tracked:
-    """Every trial's accuracy by epoch, mean over seeds, and its last one."""
+def tracked_trials(records: StudyData, budget: int) -> list[Trial]:
+    """The trials that have results, as the figures draw them."""
     table = records.epochs[records.epochs["val_accuracy"].notna()]
     by_epoch = 100 * table.groupby(["trial", "epoch"])["val_accuracy"].agg(["mean", "std"])
     ended, trials = outcomes(records.trials), records.trials.to_dict(orient="index")
-    points: list[TrialPoint] = []
-    curves: list[TrialCurve] = []
+    found: list[Trial] = []
     for label, part in by_epoch.reset_index().groupby("trial"):
-        number_ = int(str(label))
-        trial, mean, sd = trials[number_], part["mean"].to_numpy(float), part["std"].to_numpy(float)
+        at = int(str(label))
+        trial, (epochs, mean, sd) = trials[at], part[["epoch", "mean", "std"]].to_numpy(float).T
         complete = trial["state"] == "complete" and trial["epochs_seen"] >= 0.9 * budget
-        points.append(TrialPoint(number_, trial["origin"], float(mean[-1]), float(sd[-1]), trial["macs"], complete))
-        curves.append(TrialCurve(trial["origin"], ended[number_], part["epoch"].to_numpy(float), mean))
-    return Tracked(tuple(p.trial for p in points), tuple(points), tuple(curves))
+        found.append(Trial(at, trial["origin"], ended[at], complete, epochs, mean, float(sd[-1]), trial["macs"]))
+    return found
 
 
 # ---- figures -------------------------------------------------------------------------------------------------
@@ -147,8 +131,8 @@ def draw_search(records: StudyData, analysis: Analysis) -> dict[str, Axes | Figu
         "sobol": figures.sobol(effects),
         "marginals": _marginals(records, analysis, tracked),
         "more_than": figures.more_than(analysis.ranking.more_than),
-        "learning_curves": figures.learning_curves(tracked.curves),
-        "history": figures.history(tracked.points),
+        "learning_curves": figures.learning_curves(tracked),
+        "history": figures.history(tracked),
         "calibration": figures.calibration(fit.observed, fit.predicted, fit.predicted_sd),
     }
     if curves.surface is not None:
@@ -160,8 +144,8 @@ def draw_search(records: StudyData, analysis: Analysis) -> dict[str, Axes | Figu
         drawn["over_epochs"] = figures.over_epochs(curves.epochs, totals)
     if analysis.configurations.path:
         drawn["ablation"] = figures.ablation(analysis.configurations.default_accuracy, analysis.configurations.path)
-    if tracked.complete:
-        drawn["compute"] = figures.compute(tracked.complete)
+    if costed := [t for t in tracked if t.complete and math.isfinite(t.macs)]:
+        drawn["compute"] = figures.compute(costed)
     return drawn
 
 
@@ -175,18 +159,15 @@ def draw_fixed_designs(fixed_designs: FixedDesigns) -> dict[str, Axes | Figure]:
     return drawn
 
 
-def _marginals(records: StudyData, analysis: Analysis, tracked: Tracked) -> Figure:
+def _marginals(records: StudyData, analysis: Analysis, tracked: Sequence[Trial]) -> Figure:
     """One panel a parameter, two in a row."""
     dimensions = {d.name: d for d in analysis.data.dimensions}
     names = [e.name for e in analysis.ranking.effects if e.name != DUMMY]
     figure = Figure(figsize=(6.6, 2.5 * math.ceil(len(names) / 2)), layout="constrained")
     panels = figure.subplots(math.ceil(len(names) / 2), 2, sharey=True, squeeze=False).ravel()
-    trials = records.trials.loc[list(tracked.numbers)]
-    accuracy, complete = np.array([p.accuracy for p in tracked.points]), np.array([p.complete for p in tracked.points])
+    trials = records.trials.loc[[t.number for t in tracked]]
     for k, (name, ax) in enumerate(zip(names, panels, strict=False)):
-        figures.marginal(
-            analysis.curves.marginals[name], dimensions[name], Tried(trials[name].tolist(), accuracy, complete), ax
-        )
+        figures.marginal(analysis.curves.marginals[name], dimensions[name], trials[name].tolist(), tracked, ax)
         if k % 2:
             ax.set_ylabel("")
     for ax in panels[len(names) :]:
@@ -251,10 +232,10 @@ def write_design_report(out: Path, records: StudyData, fixed_designs: FixedDesig
             f"{words(widest.parameter)} around the baseline {widest.baseline!r}."
         )
     elif fixed_designs.replicates:
-        best = max(fixed_designs.replicates, key=lambda r: r.accuracy)
-        sentences.append(f"The best row is {best.row!r} with {best.accuracy:.1f} points on {best.seeds} seeds.")
-    curves = tracked_trials(records, records.budget).curves
-    drawn = draw_fixed_designs(fixed_designs) | {"learning_curves": figures.learning_curves(curves)}
+        best = max(fixed_designs.replicates, key=lambda r: r.mean.mid)
+        sentences.append(f"The best row is {best.row!r} with {best.mean.mid:.1f} points on {best.seeds} seeds.")
+    curves = figures.learning_curves(tracked_trials(records, records.budget))
+    drawn = draw_fixed_designs(fixed_designs) | {"learning_curves": curves}
     values = {"sentences": sentences, "fixed_designs": fixed_designs, "effect_of": {}}
     return _write_page(out, "design.html.j2", records, drawn, values)
 

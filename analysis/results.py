@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t
 
-from analysis.failures import Failures
 from ramcore.space import Array, Dimension, Space
 
 DUMMY = "dummy (no effect)"
@@ -107,15 +106,11 @@ class Ranking(NamedTuple):
 class Curve(NamedTuple):
     """A parameter's marginal accuracy: G grid values and bands."""
 
-    name: str
     values: list[Value]
-    unit: Array
     low: Array
     mid: Array
     high: Array
-    extrapolated: NDArray[
-        np.bool_
-    ]  # fewer than two full-budget trials at or beyond it, or mostly forbidden combinations
+    extrapolated: NDArray[np.bool_]  # under two full-budget trials at or beyond it, or mostly forbidden combinations
 
 
 class PairSurface(NamedTuple):
@@ -126,7 +121,6 @@ class PairSurface(NamedTuple):
     grid_x: Array  # unit coordinates
     grid_y: Array
     mean: Array  # (len(grid_y), len(grid_x))
-    sd: Array
 
 
 class Curves(NamedTuple):
@@ -195,7 +189,6 @@ class Trust(NamedTuple):
     seed_sd_measured: bool  # False: the surface's own estimate
     infeasible_share: float  # of the space
     extrapolation_share: float  # of the space
-    failures: Failures | None
 
 
 class ParameterDraws(NamedTuple):

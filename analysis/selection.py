@@ -22,11 +22,9 @@ DEFAULT_EVALUATION_SIZE = 10_000  # images behind an accuracy, if the study does
 
 def outcomes(trials: pd.DataFrame) -> dict[int, str]:
     """Each trial's outcome: complete, stopped, diverged, failed or running."""
-    plain = {"complete": "complete", "pruned": "stopped", "failed": "failed"}
-    return {
-        int(trial): "diverged" if diverged else plain.get(str(state), "running")
-        for trial, diverged, state in zip(trials.index, trials["diverged"], trials["state"], strict=True)
-    }
+    names = {"complete": "complete", "pruned": "stopped", "failed": "failed"}
+    plain = trials["state"].map(names.get).fillna("running")
+    return plain.mask(trials["diverged"].astype(bool), "diverged").to_dict()
 
 
 def count_trials(trials: pd.DataFrame) -> Counts:

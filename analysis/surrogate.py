@@ -98,32 +98,24 @@ class Surface:
     def features(self, x: Array) -> Array:
         """All P basis products at coordinates (N, D) -> (N, P): mains, then pairs, then triples."""
         per = [base(x[:, i]) for i, base in enumerate(self.bases)]
-        parts = list(per)
-        for i, j in self.pairs:
-            parts.append(_outer(per[i][:, :PAIR], per[j][:, :PAIR]))
-        for i, j, k in self.triples:
-            parts.append(_outer(_outer(per[i][:, :TRIPLE], per[j][:, :TRIPLE]), per[k][:, :TRIPLE]))
-        return np.concatenate(parts, axis=1)
+        pairs, triples = ([functions[:, :most] for functions in per] for most in (PAIR, TRIPLE))
+        parts = [_outer(pairs[i], pairs[j]) for i, j in self.pairs]
+        parts += [_outer(_outer(triples[i], triples[j]), triples[k]) for i, j, k in self.triples]
+        return np.concatenate(per + parts, axis=1)
 
     def groups(self) -> list[tuple[int, ...]]:
         """For each of the P features, the dimensions it belongs to."""
         sizes = [len(base.variances) for base in self.bases]
         found: list[tuple[int, ...]] = []
-        for i in range(self.size):
-            found += [(i,)] * sizes[i]
-        for i, j in self.pairs:
-            found += [(i, j)] * (min(sizes[i], PAIR) * min(sizes[j], PAIR))
-        for triple in self.triples:
-            found += [triple] * math.prod(min(sizes[i], TRIPLE) for i in triple)
+        for most, sets in ((MAIN, [(i,) for i in range(self.size)]), (PAIR, self.pairs), (TRIPLE, self.triples)):
+            for one in sets:
+                found += [one] * math.prod(min(sizes[i], most) for i in one)
         return found
 
     def _spectra(self, theta: Tensor) -> list[Tensor]:
         rough = torch.exp(theta[self.size : 2 * self.size])
-        spectra: list[Tensor] = []
-        for i, base in enumerate(self.bases):
-            tilted = torch.as_tensor(base.variances) ** (1 / rough[i])
-            spectra.append(tilted / tilted.sum())
-        return spectra
+        tilted = [torch.as_tensor(base.variances) ** (1 / rough[i]) for i, base in enumerate(self.bases)]
+        return [spectrum / spectrum.sum() for spectrum in tilted]
 
     def variances(self, theta: Tensor) -> Tensor:
         """Prior variance of every weight at the full budget -> (P,)."""
@@ -314,11 +306,9 @@ class Surface:
         Without `trial_effect` it is that of seed and epoch noise alone.
         """
         one = torch.ones(1, dtype=torch.float64)
-        shares = (1 / seeds, 1 / seeds, 1.0 if trial_effect else 0.0)
-        total = [
-            sum(share * float(sd) ** 2 for sd, share in zip(self._noise(row, one), shares, strict=True))
-            for row in torch.as_tensor(theta)
-        ]
+        share, own = 1 / seeds, float(trial_effect)
+        parts = [[float(sd) ** 2 for sd in self._noise(row, one)] for row in torch.as_tensor(theta)]
+        total = [share * seed + share * epoch + own * trial for seed, epoch, trial in parts]
         return scale * np.sqrt(np.array(total))
 
 

@@ -29,8 +29,7 @@ def cross_validate(
     trials = len(final)
     targets = np.flatnonzero(final) if final.sum() >= MIN_RANKED else np.arange(trials)
     whole = _hold_out(surface, observations, start, targets, rng, keep=1.0)
-    r2, ceiling = whole.r2, whole.ceiling
-    half = math.nan
+    r2, ceiling, half = whole.r2, whole.ceiling, math.nan
     if r2 < MIN_R2 + 0.2:
         half = _hold_out(surface, observations, start, targets, rng, keep=0.5).r2
     return CrossValidation(
@@ -85,8 +84,6 @@ def _hold_out(
     for fold in range(FOLDS):
         mine = folds == fold
         held = targets[mine]
-        if not len(held):
-            continue
         rest = np.setdiff1d(np.arange(len(observations.trials)), held)
         if keep < 1:
             rest = np.sort(rng.choice(rest, max(int(keep * len(rest)), 3), replace=False))

@@ -23,7 +23,7 @@ from matplotlib.collections import PolyCollection, QuadMesh
 from analysis import figures
 from analysis.answer import answer, cautions, rank_label
 from analysis.crosschecks import ESTIMATES, crosscheck
-from analysis.figures import TrialCurve, TrialPoint, Tried
+from analysis.figures import Trial
 from analysis.fixed_designs import FixedDesigns, OfatRow, ranges, summarise
 from analysis.importance import analyse
 from analysis.load import StudyData
@@ -209,6 +209,13 @@ def rows_of(ax: Axes) -> list[tuple[float, float, float, float]]:
     return found
 
 
+def trial(number: int, origin: str = "sobol", *, accuracy: float, complete: bool = True, sd: float = 1.0,
+          macs: float = 1e6) -> Trial:  # fmt: skip
+    """A trial with a curve of two epochs."""
+    outcome = "complete" if complete else "stopped"
+    return Trial(number, origin, outcome, complete, np.array([1.0, 2]), np.array([10.0, accuracy]), sd, macs)
+
+
 def xlabels(ax: Axes) -> list[str]:
     return [label.get_text() for label in ax.get_xticklabels()]
 
@@ -257,8 +264,8 @@ def test_marginal_draws_curve_band_trials_and_marks_extrapolation(study: tuple[S
     dimension = next(d for d in RAM_DIMENSIONS if d.name == "learning_rate")
     far = np.arange(len(curve.values)) >= len(curve.values) - 3
     curve = curve._replace(extrapolated=far)
-    tried = Tried([1e-4, 1e-3, 1e-2], np.array([50.0, 60.0, 70.0]), np.array([True, False, True]))
-    ax = figures.marginal(curve, dimension, tried)
+    trials = [trial(0, accuracy=50.0), trial(1, accuracy=60.0, complete=False), trial(2, accuracy=70.0)]
+    ax = figures.marginal(curve, dimension, [1e-4, 1e-3, 1e-2], trials)
     np.testing.assert_array_equal(ax.lines[0].get_data(), [curve.values, curve.mid])
     assert set(band(ax)) == {*curve.low, *curve.high}
     hatched = [c for c in ax.collections if isinstance(c, PolyCollection)][1].get_paths()[0].vertices[:, 0]
@@ -273,8 +280,8 @@ def test_marginal_of_choices_has_one_place_a_choice(study: tuple[StudyData, Anal
     curve = study[1].curves.marginals["patch_size"]
     three = {name: getattr(curve, name)[:3] for name in ("unit", "low", "mid", "high", "extrapolated")}
     core = Dimension(name="core", type="categorical", choices=("rnn", "gru", "lstm"))
-    tried = Tried(["lstm", "rnn"], np.array([50.0, 60.0]), np.array([True, True]))
-    ax = figures.marginal(curve._replace(values=["rnn", "gru", "lstm"], **three), core, tried)
+    trials = [trial(0, accuracy=50.0), trial(1, accuracy=60.0)]
+    ax = figures.marginal(curve._replace(values=["rnn", "gru", "lstm"], **three), core, ["lstm", "rnn"], trials)
     assert xlabels(ax) == ["rnn", "gru", "lstm"]
     assert ax.collections[0].get_offsets().tolist() == [[2, 50.0], [0, 60.0]]
 
@@ -348,9 +355,9 @@ def test_calibration_draws_predictions_with_intervals_against_results() -> None:
 def test_learning_curves_draw_every_trial_and_how_it_ended() -> None:
     epochs = np.arange(1.0, 7)
     curves = [
-        TrialCurve("sobol", "complete", epochs, epochs * 10),
-        TrialCurve("tpe", "stopped", epochs[:2], epochs[:2] * 12),
-        TrialCurve("tpe", "diverged", epochs[:3], epochs[:3] * 9),
+        Trial(0, "sobol", "complete", True, epochs, epochs * 10, 1.0, 1e6),
+        Trial(1, "tpe", "stopped", False, epochs[:2], epochs[:2] * 12, 1.0, 1e6),
+        Trial(2, "tpe", "diverged", False, epochs[:3], epochs[:3] * 9, 1.0, 1e6),
     ]
     ax = figures.learning_curves(curves)
     lines = [np.asarray(line.get_data()).tolist() for line in ax.lines]
@@ -364,16 +371,16 @@ def test_learning_curves_draw_every_trial_and_how_it_ended() -> None:
     assert ax.get_xscale() == "log"
 
 
-POINTS = [  # trial, origin, accuracy, sd, macs, complete
-    TrialPoint(0, "sobol", 80.0, 1.0, 2e6, True),
-    TrialPoint(1, "tpe", 90.0, np.nan, 3e6, True),
-    TrialPoint(2, "tpe", 95.0, 0.5, 1e6, False),
-    TrialPoint(3, "sobol", 85.0, 2.0, 4e6, True),
+TRIALS = [
+    trial(0, accuracy=80.0, sd=1.0, macs=2e6),
+    trial(1, "tpe", accuracy=90.0, sd=np.nan, macs=3e6),
+    trial(2, "tpe", accuracy=95.0, sd=0.5, macs=1e6, complete=False),
+    trial(3, accuracy=85.0, sd=2.0, macs=4e6),
 ]
 
 
 def test_compute_draws_accuracy_with_seed_sd_and_the_pareto_front() -> None:
-    ax = figures.compute([p for p in POINTS if p.complete])
+    ax = figures.compute([t for t in TRIALS if t.complete])
     np.testing.assert_array_equal(line_named(ax, "Pareto front"), [[2, 3], [80, 90]])
     sobol, tpe = (container.lines for container in ax.containers)
     np.testing.assert_array_equal(sobol[0].get_data(), [[2, 4], [80, 85]])
@@ -383,7 +390,7 @@ def test_compute_draws_accuracy_with_seed_sd_and_the_pareto_front() -> None:
 
 
 def test_history_draws_every_trial_and_the_best_complete_one_so_far() -> None:
-    ax = figures.history(POINTS)
+    ax = figures.history(TRIALS)
     best = line_named(ax, "best full-budget trial so far")
     assert best.tolist() == [[0, 1, 2, 3], [80, 90, 90, 90]], "an incomplete trial is never the best"
     offsets = [c.get_offsets().tolist() for c in ax.collections]
@@ -405,28 +412,28 @@ def test_tornado_draws_ranges_baselines_and_seed_noise(fixed_designs: FixedDesig
 
 def test_replicates_draw_mean_and_interval_of_each_configuration(fixed_designs: FixedDesigns) -> None:
     ax = figures.replicates(fixed_designs.replicates)
-    assert rows_of(ax) == [(y, r.low, r.accuracy, r.high) for y, r in enumerate(fixed_designs.replicates)]
+    assert rows_of(ax) == [(y, *r.mean) for y, r in enumerate(fixed_designs.replicates)]
     assert ylabels(ax) == [f"{r.row} (3 seeds)" for r in fixed_designs.replicates]
 
 
 def test_tracked_trials_are_the_records_last_accuracies(study: tuple[StudyData, Analysis]) -> None:
     records, analysis = study
     tracked = tracked_trials(records, analysis.data.budget)
-    assert len(tracked.points) == len(tracked.curves) == len(records.trials)
-    for point, curve in zip(tracked.points, tracked.curves, strict=True):
-        own = records.epochs[records.epochs["trial"] == point.trial]
+    assert [t.number for t in tracked] == list(records.trials.index)
+    for one in tracked:
+        own = records.epochs[records.epochs["trial"] == one.number]
         last = 100 * own[own["epoch"] == own["epoch"].max()]["val_accuracy"]
-        assert (point.accuracy, point.sd) == pytest.approx((last.mean(), last.std()), nan_ok=True)
-        assert curve.accuracy[-1] == point.accuracy and curve.epochs[-1] == own["epoch"].max()
-        assert point.complete == (records.trials.at[point.trial, "state"] == "complete")
+        assert (one.last, one.sd) == pytest.approx((last.mean(), last.std()), nan_ok=True)
+        assert one.accuracy[-1] == one.last and one.epochs[-1] == own["epoch"].max()
+        assert one.complete == (records.trials.at[one.number, "state"] == "complete")
 
 
 def test_pareto_front_leaves_out_what_a_cheaper_trial_beats(study: tuple[StudyData, Analysis]) -> None:
-    complete = tracked_trials(study[0], study[1].data.budget).complete
+    complete = [t for t in tracked_trials(study[0], study[1].data.budget) if t.complete]
     macs, accuracy = line_named(figures.compute(complete), "Pareto front")
     assert len(macs)
     for cost, reached in zip(macs, accuracy, strict=True):
-        assert not any(p.macs / 1e6 <= cost and p.accuracy > reached for p in complete)
+        assert not any(t.macs / 1e6 <= cost and t.last > reached for t in complete)
 
 
 def test_figures_draw_on_the_axes_they_are_given_and_set_nothing_global(study: tuple[StudyData, Analysis]) -> None:
@@ -462,8 +469,8 @@ def test_fixed_designs_give_ranges_with_noise_and_replicates_with_intervals(fixe
     noise = {r.parameter: r.noise for r in ranges(levels)}
     assert noise["num_scales"] < 1, "another parameter's shaky levels do not count"
     assert noise["patch_size"] > 10
-    row = fixed_designs.replicates[0]
-    assert row.low < row.accuracy < row.high
+    mean = fixed_designs.replicates[0].mean
+    assert mean.low < mean.mid < mean.high
 
 
 def test_fixed_design_gets_tables_and_no_ranking(fixed_designs: FixedDesigns, tmp_path: Path) -> None:
