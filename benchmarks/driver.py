@@ -4,15 +4,13 @@
     python -m benchmarks.driver --trials 300      # a shorter one
     python -m benchmarks.driver --study FOLDER    # reads the record of a finished study, such as runs/mnist-24
 
-The trials of the first two wait instead of training, each by its own epoch's time, half to one and a half times
---seconds, as configurations differ in cost. Everything else is what `study.run` does (with tracking on). Early stopping
-is computed at each rung but not obeyed, so every trial sends all its reports. Printed: how long a report waited for its
-commit, what each trial cost beyond its waiting, how far tracking was behind at the end, and the driver's memory.
+The trials of the first two wait instead of training, each by its own epoch's time: half to one and a half times
+--seconds, since configurations differ in cost. The rest is as in `study.run`, with tracking. Early stopping is computed
+at each rung but not obeyed, so every trial sends all its reports.
 
-Of a study: a slot-second is one second of one slot, between the start of the first trial and the end of the last.
-Training is the time of the epochs with their validation, as the trainers measured it. The rest is starting workers,
-checkpoints, reports and decisions, and slots without a trial at the end of the study. The last is printed separately:
-its share falls with the number of trials.
+--study: a slot-second is one second of one slot, between the start of the first trial and the end of the last. Training
+is the time of the epochs with their validation, as the trainers measured it. The rest is starting workers, checkpoints,
+reports and decisions, and slots without a trial. Their share falls with the number of trials.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from ramcore.errors import UserError
@@ -143,8 +143,7 @@ _LARGEST = 2**31 - 1  # whole number: the largest size of a tensor
 
 @functools.cache
 def _annotations() -> dict[str, Any]:
-    hints = get_type_hints(Config, include_extras=True)
-    return {field.name: hints[field.name] for field in fields(Config)}
+    return get_type_hints(Config, include_extras=True)
 
 
 def _check(name: str, value: Any, annotation: Any) -> None:

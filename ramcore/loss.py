@@ -52,9 +52,8 @@ def hybrid_loss(config: Config, rollout: Rollout, labels: Tensor, class_uniform:
     per_step = -log_true
     if config.loss_mixing < 1:
         assert class_uniform is not None
-        per_step = config.loss_mixing * per_step + (1 - config.loss_mixing) * _class_reinforce(
-            log_class, log_true, target, class_uniform
-        )
+        reinforce = _class_reinforce(log_class, log_true, target, class_uniform)
+        per_step = config.loss_mixing * per_step + (1 - config.loss_mixing) * reinforce
     per_step = per_step.mean(-1)  # (R, t)
     spread = config.step_supervision
     classification = (1 - spread) * per_step[:, -1] + spread * per_step.mean(-1)

@@ -214,9 +214,7 @@ class RAM(nn.Module):
     def rollout(self, glimpses: Glimpses, *, every_step: bool = False) -> Rollout:
         """What the losses need of glimpses that `look` has just taken, with noise.
 
-        Args:
-            glimpses: of `look`, with its gradients.
-            every_step: score classes after every glimpse, not only after the last.
+        every_step: score classes after every glimpse, not only after the last.
         """
         logits = self.scores(glimpses.hiddens if every_step else glimpses.hiddens[-1:])
         if not glimpses.means:

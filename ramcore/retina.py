@@ -13,7 +13,7 @@ K: scales, P: patch side, S: canvas side.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -45,15 +45,10 @@ class Retina:
     canvas_size: int  # pixels
     gain: float = 1.0  # factor of the values that are read
 
-    @cached_property
-    def box_widths(self) -> tuple[int, ...]:
-        """For each scale, the side in pixels of the box that a value averages."""
-        return tuple(self.scale_factor**k for k in range(self.num_scales))
-
     @property
     def ring(self) -> int:
         """Empty pixels above a canvas and to its left: the width of the widest box."""
-        return self.box_widths[-1]
+        return self.scale_factor ** (self.num_scales - 1)
 
     def pyramid(self, images: Tensor) -> Pyramid:
         """Box sums of every scale at every pixel. images: (..., S, S) uint8, or float in [0, 1]."""
@@ -69,7 +64,7 @@ class Retina:
         values[0].zero_()[:length].view(count, side, side)[:, ring:, ring:] = images.reshape(count, *images.shape[-2:])
         for k in range(1, self.num_scales):
             # A box of this scale is scale_factor x scale_factor boxes of the scale before.
-            step = self.box_widths[k - 1]
+            step = self.scale_factor ** (k - 1)
             rows = _sum_shifted(values[k - 1], step * side, self.scale_factor)
             values[k, len(rows) - (self.scale_factor - 1) * step :] = 0
             _sum_shifted(rows, step, self.scale_factor, out=values[k])
@@ -117,7 +112,7 @@ def _sum_shifted(values: Tensor, shift: int, count: int, *, out: Tensor | None =
 @lru_cache(maxsize=64)
 def _tables(retina: Retina, unit: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """offset (K, P): of each box from the centre; weight (K * P * P,): gain / (w**2 * unit)."""
-    widths = torch.tensor(retina.box_widths, device=device)[:, None]
+    widths = torch.tensor([[retina.scale_factor**k] for k in range(retina.num_scales)], device=device)
     offset = widths * torch.arange(retina.patch_size, device=device) - (retina.patch_size * widths) // 2
     weight = (retina.gain / (unit * widths.float() ** 2)).expand(-1, retina.patch_size**2).reshape(-1)
     return offset, weight

@@ -29,14 +29,8 @@ class Stream(IntEnum):
     DROPOUT = 6
 
 
-def _signed(value: int) -> int:
-    """The signed integer with the bits of an unsigned 64-bit one; torch has signed ones only."""
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-_GAMMA = _signed(0x9E3779B97F4A7C15)
-_MIX_1 = _signed(0xBF58476D1CE4E5B9)
-_MIX_2 = _signed(0x94D049BB133111EB)
+# The signed integers with the bits of the unsigned 64-bit ones; torch has signed ones only.
+_GAMMA, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

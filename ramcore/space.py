@@ -8,11 +8,10 @@ A categorical value has the coordinate of its position among the choices.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -215,9 +214,7 @@ class Space:
         return {
             "schema": 1,
             "dimensions": [
-                dataclasses.asdict(d)
-                | {"choices": list(d.choices) or None}
-                | (no_bounds if d.type == "categorical" else {})
+                asdict(d) | {"choices": list(d.choices) or None} | (no_bounds if d.type == "categorical" else {})
                 for d in self.dimensions
             ],
             "constraints": [{"rule": self.rule, "reason": RULE_REASON}] if self.rule else [],
