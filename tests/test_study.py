@@ -106,6 +106,8 @@ def test_gpu_share_without_gpu_is_refused(here, capsys):
     ("line", "code", "said"),
     [
         ("--help", 0, "{search,paper,mnih,ablation,ofat,replicate}"),
+        ("--help", 0, f"Default: {designs.DEFAULT_TRIALS} for a search"),
+        ("--help", 0, f"Default: {designs.DEFAULT_SOBOL_SHARE}."),
         ("--trials 0", 2, "error: --trials must be at least 1"),
         ("--design paper --task original", 2, "error: --design paper is for the tasks translated, cluttered"),
         ("--design paper --sobol-share 0.5", 2, "error: --sobol-share is a search's"),
