@@ -36,7 +36,6 @@ else:
 
 Data = Literal["mnist", "fashion-mnist", "digits"]
 Model = Literal["ram", "ram-random", "cnn", "conv", "fc"]
-Core = Literal["rnn", "gru", "lstm"]
 LocationInput = Literal["state", "state+paths"]
 
 CLUTTER_SIZE = 8  # pixels along a side of a patch cut from another image (case study, section 3.1)
@@ -87,8 +86,10 @@ class Config:
     input_gain: AboveZero = 1.0  # factor of the pixels, which are in [0, 1]
     glimpse_size: Count = 128  # units of each of the glimpse network's what and where paths
     hidden_size: Count = 256  # units of the core and of the glimpse code; of each hidden layer when model is fc
-    core: Core = "rnn"  # rnn is the papers' rectified core
-    location_input: LocationInput = "state"  # of the location network: the core's state, or also the glimpse's paths
+    core: Literal["rnn", "gru", "lstm"] = "rnn"  # rnn is the papers' rectified core
+    location_input: LocationInput = (
+        "state"  # input of the location network: the core's state, or the glimpse's paths too
+    )
     location_hidden: Annotated[int, Between(0)] = 0  # units of the location network's hidden layer; 0: no such layer
     layer_norm: bool = False  # normalise the pre-activations of the glimpse code and of the core
     first_glimpse: Literal["random", "center"] = "random"  # the first location

@@ -117,9 +117,9 @@ class Trainer:
         self._seeds = torch.tensor(self.seeds, device=self.device)
         self.model = build_model(config, self._seeds)
         self._parameters = list(self.model.parameters())
-        captured = self.device.type == "cuda"
-        rate = torch.tensor(config.learning_rate, device=self.device) if captured else config.learning_rate
-        self._adam = torch.optim.Adam(self._parameters, lr=rate, fused=True, capturable=captured)
+        on_gpu = self.device.type == "cuda"  # where a CUDA graph is captured, and the rate must be a tensor
+        rate = torch.tensor(config.learning_rate, device=self.device) if on_gpu else config.learning_rate
+        self._adam = torch.optim.Adam(self._parameters, lr=rate, fused=True, capturable=on_gpu)
         self._alive = torch.ones(len(seeds), dtype=torch.bool, device=self.device)
         self._sums = torch.zeros(len(_SUMMED), len(seeds), device=self.device)
         self._best_accuracy = torch.full((len(seeds),), -1.0)
