@@ -65,7 +65,7 @@ class TrialSpec:
 class DesignInputs:
     """What the rows of a fixed design are made from."""
 
-    base: Config  # data, the first task, the number of epochs, the recipe
+    base: Config  # data, the first task, the number of epochs; else TUNED, on the bundled digits with its own changes
     tasks: tuple[str, ...]
     seeds_per_trial: int
     space: Space | None = None  # of a design that starts from a search
@@ -90,7 +90,7 @@ class Design:
     possible_tasks: tuple[str, ...] = tuple(TASKS)
     tested: bool = False  # whether every complete trial is read on the test images
     from_search: bool = False  # whether it starts from the best trial of a search
-    report: Literal["sensitivity", "comparison", "tables"]  # a ranking; runs side by side; analysis.paper
+    report: Literal["sensitivity", "comparison", "tables"]  # a ranking; rows side by side; the tables of the papers
     rows: Callable[[DesignInputs], list[TrialSpec]] | None = None  # None: trials are suggested while the study runs
 
     @property
@@ -214,15 +214,32 @@ DESIGNS: dict[str, Design] = {
 
 
 def published(space: Space) -> list[tuple[str, Values]]:
-    """(row, values) of a search's first trials: the space's default, then the published points inside the space.
+    """(row, values) of a search's first trials: the space's default, then the published points, if inside the space."""
+    return [(row, values) for row, values in _first_points(space) if space.contains(values)]
 
-    Published is what is searched (sizes, policy std, learning rate, loss weights); the other fields are the space's.
+
+def points_outside(space: Space) -> list[str]:
+    """The first trials that a search leaves out, with the values outside the space: "default: num_glimpses=6"."""
+    found = []
+    for row, values in _first_points(space):
+        bad = [f"{d.name}={values[d.name]}" for d in space.dimensions if not d.contains(values[d.name])]
+        if bad or not space.feasible(values):
+            found.append(f"{row}: {', '.join(bad) or space.rule}")
+    return found
+
+
+def _first_points(space: Space) -> list[tuple[str, Values]]:
+    """The default, and what was published for the searched fields; all other fields have the space's fixed values.
+
+    A published point that needs another size than a fixed one is none of the space's.
     """
     points = [("default", dict(space.default))]
     for row in first_points(space.fixed["task"]):
-        config = replace(PAPER, **_sizes(row))
-        points.append((row.short.removeprefix("RAM "), {name: getattr(config, name) for name in space.names}))
-    return [(row, values) for row, values in points if space.contains(values)]
+        sizes = _sizes(row)
+        if all(space.fixed.get(name, size) == size for name, size in sizes.items()):
+            config = replace(PAPER, **sizes)
+            points.append((row.short.removeprefix("RAM "), {name: getattr(config, name) for name in space.names}))
+    return points
 
 
 def search_origins(totals: Sequence[int], num_published: int, sobol_share: float = DEFAULT_SOBOL_SHARE) -> list[str]:

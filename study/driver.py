@@ -1,6 +1,9 @@
 """One run of a study: check the machines, open the record, train the trials with Ray, report the results.
 
-This module brings torch, Ray and MLflow. `study.run` imports it once the flags are checked.
+Importing this module imports torch, Ray and MLflow, so `study.run` does it once the flags are checked.
+
+How a study continues after kill -9: `prepare` reads its settings from the record, `StudyScheduler` queues the trials
+that the record calls running and replays the ASHA rungs, and a worker loads its trial's checkpoint by number.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any
 
 from ramcore.errors import UserError, say
 from study import cluster, pool, results, schema, tracking
+from study.designs import DESIGNS
 from study.display import Display
 from study.dry_run import dry_run_lines
 from study.flags import BROKEN, DONE, SOME_FAILED, STOPPED, Flags, command, signals_caught, stopped, working_tree
@@ -25,7 +29,7 @@ from study.trainable import SharedData
 
 _PACKAGES = ("torch", "ray", "optuna", "mlflow", "numpy", "scipy", "ram-study")  # the record holds their versions
 _FAILURES_SHOWN = 10
-_BREAKDOWNS = 3  # of Ray, without an epoch between them, after which a run gives up
+_BREAKDOWNS = 3  # a run gives up after this many breakdowns of Ray in a row, without an epoch between them
 
 
 def run_study(flags: Flags, prepared: Prepared) -> int:
@@ -88,7 +92,7 @@ class _Run:
         self.devices = pool.local_resources() if flags.address is None else {}
         self.machine_hours = cluster.MachineHours(machines=1)
         self.started = time.monotonic()
-        self.signals: list[int] = []  # that came, first one first
+        self.signals: list[int] = []  # received, in order
         self.breakdowns = 0  # of Ray, since the last epoch
         self.trained = False  # whether Ray got as far as training, this time
 
@@ -148,7 +152,7 @@ class _Run:
                 raise pool.PoolLost("Ray Tune ended with trials to go")
 
     def _after_breakdown(self, error: pool.PoolLost) -> None:
-        """Continue the lost trials, unless Ray has broken down too often: fail the only trial that ran, or stop."""
+        """Continue the lost trials. After too many breakdowns, fail the trial if it ran alone, else stop the study."""
         if self.breakdowns < _BREAKDOWNS:
             self.display.note(f"Ray broke down and is started again: {error}")
             self.scheduler.requeue_running()
@@ -273,6 +277,7 @@ class _Run:
         default = self.uri == schema.DEFAULT_TRACKING_URI
         if not self.uri.startswith("http"):
             print(f"  mlflow ui{'' if default else f' --backend-store-uri {self.uri}'}")
-        print(f"  python -m analysis.sensitivity --study {name}{'' if default else f' --tracking-uri {self.uri}'}")
+        report = "paper" if DESIGNS[self.record.settings.design].report == "tables" else "sensitivity"
+        print(f"  python -m analysis.{report} --study {name}{'' if default else f' --tracking-uri {self.uri}'}")
         if untracked:
             say(f"warning: MLflow lacks {untracked}; the same command brings it up to date: {command()}")

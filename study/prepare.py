@@ -110,6 +110,8 @@ def prepare(flags: Flags) -> Prepared:
     )
     if known:
         known.settings.check_same(settings)
+    elif design.rows is None and space and (outside := designs.points_outside(space)):
+        warnings.append(f"a search begins with points inside its ranges; these lie outside: {'; '.join(outside)}")
     return Prepared(
         settings=settings,
         space=space,

@@ -59,6 +59,26 @@ def inputs(epochs: int = 100, tasks: tuple[str, ...] = ("translated", "cluttered
     return DesignInputs(base=base, tasks=tasks, **{"seeds_per_trial": 3, **values})
 
 
+def test_first_points_outside_the_ranges_are_left_out_and_named():
+    space = search_space(Config(task="translated"))
+    assert designs.points_outside(space) == []
+    narrow = dataclasses.replace(space.dimensions[0], high=5)
+    narrow = dataclasses.replace(space, dimensions=(narrow, *space.dimensions[1:]))
+    assert designs.points_outside(narrow)[:2] == ["default: num_glimpses=6", "6 gl 12x12 3 s: num_glimpses=6"]
+    assert published(narrow) == []
+
+
+def test_published_points_of_another_fixed_size_are_no_first_points():
+    space = search_space(Config(task="translated"))
+    fixed = dataclasses.replace(
+        space,
+        dimensions=space.dimensions[1:],
+        default={name: value for name, value in space.default.items() if name != "num_glimpses"},
+        fixed={**space.fixed, "num_glimpses": 8},
+    )
+    assert [row for row, _ in published(fixed)] == ["default", "8 gl 12x12 3 s"]
+
+
 def test_paper_design_is_table_1():
     specs = designs.paper(inputs())
     assert [s.row for s in specs] == [
