@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mlflow.artifacts
 import numpy as np
 import pandas as pd
 import torch
@@ -21,6 +20,7 @@ import tyro
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import MlflowException
 from scipy.stats import ttest_ind
 
@@ -28,7 +28,7 @@ from analysis import figures, load
 from analysis.load import Exported, NoTrials, Source, StudyData, StudyRun
 from analysis.results import INTERVAL, Interval, mean_interval
 from analysis.text import number, span
-from ramcore.config import Config, Data, Task
+from ramcore.config import TASKS, Config, Data
 from ramcore.data import TaskData
 from ramcore.errors import UserError, say
 from ramcore.pictures import GlimpsePath, draw_canvas, draw_glimpses, glimpse_paths
@@ -112,9 +112,9 @@ def paper_table(records: Sequence[StudyData]) -> list[TableRow]:
     table: list[TableRow] = []
     for row in PUBLISHED:
         ours = _measured(row, records)
-        mean, seeds = mean_interval(_points(ours.accuracies)), len(ours.accuracies)
-        numbers = (row.accuracy, mean.mid, mean.low, mean.high, seeds)
-        table.append(TableRow(row.source, row.task, row.label, *numbers, ours.data, ours.epochs, ours.note))
+        low, mid, high = mean_interval(_points(ours.accuracies))
+        numbers = (row.accuracy, mid, low, high, len(ours.accuracies))
+        table.append(TableRow(row.source, row.task, row.label, *numbers, *ours[1:]))
     return table
 
 
@@ -203,12 +203,12 @@ def _tracked(trial: dict[Any, Any], name: str) -> float:
 
 def _same(row: Published, trial: dict[Any, Any]) -> bool:
     """Whether a trial trains the network of a published row."""
-    if trial.get("task") != row.task or trial.get("model") != row.model:
-        return False
+    expected: dict[str, Any] = {"task": row.task, "model": row.model}
     if row.model == "fc":
-        return _tracked(trial, "hidden_size") == row.hidden
-    sizes = tuple(_tracked(trial, name) for name in ("num_glimpses", "patch_size", "num_scales"))
-    return not row.glimpses or sizes == (row.glimpses, row.patch, row.scales)
+        expected["hidden_size"] = row.hidden
+    elif row.glimpses:
+        expected |= {"num_glimpses": row.glimpses, "patch_size": row.patch, "num_scales": row.scales}
+    return all(trial.get(name) == value for name, value in expected.items())
 
 
 # ---- Markdown ------------------------------------------------------------------------------------------------
@@ -270,13 +270,9 @@ def table_figure(rows: Sequence[TableRow], ax: Axes | None = None) -> Axes:
         ax.plot([row.published], [y], "D", color=figures.BLACK if row.source == CASE_STUDY else figures.GREY, ms=4.5)
         style = {"mec": "white"} if row.data == "mnist" else {"mec": figures.BLUE, "mfc": "none"}
         figures.draw_interval(ax, y, row.mean, width=2.5, ms=5.5, **style)
-    for label, colour, marker in zip(
-        ("case study", "Mnih et al.", "ours, 90% interval"),
-        (figures.BLACK, figures.GREY, figures.BLUE),
-        "DDo",
-        strict=True,
-    ):
-        ax.plot([], [], marker, color=colour, label=label)
+    ax.plot([], [], "D", color=figures.BLACK, label="case study")
+    ax.plot([], [], "D", color=figures.GREY, label="Mnih et al.")
+    ax.plot([], [], "o", color=figures.BLUE, label="ours, 90% interval")
     if any(math.isfinite(row.ours) and row.data != "mnist" for row in rows):
         ax.plot([], [], "o", color=figures.BLUE, mfc="none", label="ours, not on MNIST")
     ax.tick_params(axis="y", labelsize=8)
@@ -310,19 +306,16 @@ def load_model(uri: str, study: StudyRun) -> SavedModel | None:
     """The RAM that a study saved, its first seed; None if it saved none."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            path = mlflow.artifacts.download_artifacts(
-                artifact_uri=f"runs:/{study.run_id}/model", dst_path=folder, tracking_uri=uri
-            )
+            path = Path(download_artifacts(f"runs:/{study.run_id}/model", dst_path=folder, tracking_uri=uri))
         except (MlflowException, OSError):
             return None
-        weights, described = next(Path(path).rglob("weights.pt"), None), next(Path(path).rglob("config.json"), None)
+        weights, described = next(path.rglob("weights.pt"), None), next(path.rglob("config.json"), None)
         if weights is None or described is None:
             return None
         config = Config(**json.loads(described.read_text())["config"])
         saved = torch.load(weights, weights_only=True, map_location="cpu")["weights"]
-    if config.model != "ram":
-        return None
-    return SavedModel(study.name, config, {name: value[:1] for name, value in saved.items()})
+    found = SavedModel(study.name, config, {name: value[:1] for name, value in saved.items()})
+    return found if config.model == "ram" else None
 
 
 def glimpse_animation(config: Config, paths: Sequence[GlimpsePath]) -> FuncAnimation:
@@ -365,22 +358,18 @@ class Args:
 
 def main(args: Args) -> int:
     """Write the tables and figures. Gives 0, or 2 after a one-line message."""
-    try:
-        uri = load.tracking_uri(args.tracking_uri)
-        source = load.open_source(uri, args.records)
-        studies = load.list_studies(source)
-        records = _with_tables(source, studies, args.study)
-        text = write_tables(args.out, records)
-        model = None if isinstance(source, Exported) else _find_model(uri, studies, args.model_study)
-        say(draw_pictures(args.out, model, _images(studies, records, model), args.data_dir))
-    except UserError as error:
-        say(f"error: {error}")
-        return 2
-    except OSError as error:
-        say(f"error: the results must be writable; {error}. Choose another folder with --out")
-        return 2
+    return load.exit_code("results", lambda: _write_all(args))
+
+
+def _write_all(args: Args) -> None:
+    uri = load.tracking_uri(args.tracking_uri)
+    source = load.open_source(uri, args.records)
+    studies = load.list_studies(source)
+    records = _with_tables(source, studies, args.study)
+    text = write_tables(args.out, records)
+    model = None if isinstance(source, Exported) else _find_model(uri, studies, args.model_study)
+    say(draw_pictures(args.out, model, _images(studies, records, model), args.data_dir))
     print(f"{text}\ntables and figures: {args.out}")
-    return 0
 
 
 @figures.styled
@@ -401,7 +390,7 @@ def write_tables(out: Path, records: Sequence[StudyData]) -> str:
 
 def draw_pictures(out: Path, model: SavedModel | None, source: Data, data_dir: Path | None) -> str:
     """Save sample digits, glimpses and their animation to `out`. Gives one line on what was drawn."""
-    tasks: tuple[Task, ...] = ("original", "translated", "cluttered", "cluttered-100")
+    tasks = tuple(TASKS)
     try:
         samples = [load_task(Config(data=source, task=task), data_dir) for task in tasks]
         sample_digits(samples).savefig(out / "samples.png", dpi=170)
@@ -434,8 +423,7 @@ def _has_tables(study: StudyRun) -> bool:
 def _find_model(uri: str, studies: Sequence[StudyRun], name: str | None) -> SavedModel | None:
     """The saved model of the named study, or of the newest one; studies with tables come first."""
     chosen = [load.find_study(studies, name)] if name else sorted(studies, key=lambda s: not _has_tables(s))
-    models = (load_model(uri, study) for study in chosen[:10])
-    return next((model for model in models if model is not None), None)
+    return next(filter(None, (load_model(uri, study) for study in chosen[:10])), None)
 
 
 def _images(studies: Sequence[StudyRun], records: Sequence[StudyData], model: SavedModel | None) -> Data:
@@ -444,7 +432,7 @@ def _images(studies: Sequence[StudyRun], records: Sequence[StudyData], model: Sa
         return model.config.data
     named = [one.study.params.get("data") for one in records] + [study.params.get("data") for study in studies]
     known: dict[str | None, Data] = {"mnist": "mnist", "fashion-mnist": "fashion-mnist"}
-    return known.get(next(iter(named), None), "digits")
+    return known.get(named[0], "digits")
 
 
 def cli() -> int:

@@ -242,7 +242,7 @@ def retina_times(device: torch.device, rounds: int) -> dict[str, dict[str, float
         images = torch.randint(0, 256, (1, CONFIG.batch_size, size, size), dtype=torch.uint8, device=device)
         location = torch.rand(1, CONFIG.batch_size, 2, device=device) * 2 - 1
         cases[f"pyramid {size}"] = partial(retina.pyramid, images)
-        cases[f"glimpse {size}"] = partial(retina.glimpse, retina.pyramid(images), location)
+        cases[f"glimpse {size}"] = partial(retina.read, retina.pyramid(images), location)
     times = interleaved(cases, device, rounds, 0.02)
     medians = {name: 1e3 * statistics.median(values) for name, values in times.items()}
     return {str(size): {part: medians[f"{part} {size}"] for part in parts} for size in sizes}

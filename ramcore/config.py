@@ -1,7 +1,7 @@
 """The configuration of one training run, and the tasks.
 
 A field of `Config` has the same name everywhere: in the search space, in the tracked parameters and in the analysis'
-tables. A hyperparameter is added or changed here alone.
+tables. A hyperparameter is declared here and used where it acts; a Dimension in study/search_space.py has it searched.
 """
 
 from __future__ import annotations
@@ -87,9 +87,7 @@ class Config:
     glimpse_size: Count = 128  # units of each of the glimpse network's what and where paths
     hidden_size: Count = 256  # units of the core and of the glimpse code; of each hidden layer when model is fc
     core: Literal["rnn", "gru", "lstm"] = "rnn"  # rnn is the papers' rectified core
-    location_input: LocationInput = (
-        "state"  # input of the location network: the core's state, or the glimpse's paths too
-    )
+    location_input: LocationInput = "state"  # input of the location network: the core's state, or with the paths
     location_hidden: Annotated[int, Between(0)] = 0  # units of the location network's hidden layer; 0: no such layer
     layer_norm: bool = False  # normalise the pre-activations of the glimpse code and of the core
     first_glimpse: Literal["random", "center"] = "random"  # the first location

@@ -183,7 +183,7 @@ class RAM(nn.Module):
         glimpses = Glimpses([], [], [], [], [])
         state, location = None, first
         for t in range(config.num_glimpses):
-            seen = self.retina.glimpse(pyramid, location)
+            seen = self.retina.read(pyramid, location)
             paths, code = self.glimpse(seen, location)
             state = self.core.start(code) if state is None else self.core(code, state)
             glimpses.seen.append(seen)

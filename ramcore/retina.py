@@ -72,7 +72,7 @@ class Retina:
         level = torch.arange(self.num_scales, device=images.device) * level_length
         return Pyramid(values.view(-1), (canvas + level).view(*images.shape[:-2], -1), unit)
 
-    def glimpse(self, pyramid: Pyramid, location: Tensor) -> Tensor:
+    def read(self, pyramid: Pyramid, location: Tensor) -> Tensor:
         """Read the patches around a location on each canvas.
 
         Args:
@@ -96,7 +96,7 @@ class Retina:
 
     def see(self, images: Tensor, location: Tensor) -> Tensor:
         """images: (..., S, S), location: (..., 2); returns (..., K, P, P). For several glimpses, use one `pyramid`."""
-        seen = self.glimpse(self.pyramid(images), location)
+        seen = self.read(self.pyramid(images), location)
         return seen.unflatten(-1, (self.num_scales, self.patch_size, self.patch_size))
 
 

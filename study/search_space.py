@@ -1,4 +1,4 @@
-"""The ranges that `--design search` tries. A range is changed, and a dimension added, here and nowhere else."""
+"""The ranges that `--design search` tries. A range is changed here, and a field of `Config` is searched from here."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from ramcore.config import Config
+from ramcore.config import TASKS, Config
 from ramcore.errors import UserError
 from ramcore.recipes import PAPER
 
@@ -24,7 +24,7 @@ from ramcore.recipes import PAPER
         ({"epochs": -1}, "epochs must be a whole number of at least 1; got -1"),
         ({"learning_rate": -1e-3}, "learning_rate must be above 0; got -0.001"),
         ({"core": "transformer"}, "core must be one of rnn, gru, lstm; got 'transformer'"),
-        ({"task": "rotated"}, "task must be one of original, translated, cluttered, cluttered-100; got 'rotated'"),
+        ({"task": "rotated"}, f"task must be one of {', '.join(TASKS)}; got 'rotated'"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(settings, message):

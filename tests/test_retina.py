@@ -90,8 +90,8 @@ def test_replicates_that_share_a_pyramid_see_what_they_see_in_their_own():
     canvases = torch.randint(0, 256, (1, 5, 30, 30), dtype=torch.uint8)
     location = torch.rand(3, 5, 2) * 2 - 1
     retina = Retina(patch_size=4, num_scales=2, canvas_size=30)
-    shared = retina.glimpse(retina.pyramid(canvases), location)
-    own = retina.glimpse(retina.pyramid(canvases.expand(3, -1, -1, -1)), location)
+    shared = retina.read(retina.pyramid(canvases), location)
+    own = retina.read(retina.pyramid(canvases.expand(3, -1, -1, -1)), location)
     assert torch.equal(shared, own)
 
 
@@ -100,4 +100,4 @@ def test_pyramid_grows_with_the_canvas_and_a_glimpse_does_not(canvas_size):
     retina = Retina(patch_size=12, num_scales=3, canvas_size=canvas_size)
     pyramid = retina.pyramid(torch.zeros(1, canvas_size, canvas_size, dtype=torch.uint8))
     assert len(pyramid.values) <= 3 * (canvas_size + 2 * retina.ring + 1) ** 2
-    assert retina.glimpse(pyramid, torch.zeros(1, 2)).shape == (1, 3 * 12 * 12)
+    assert retina.read(pyramid, torch.zeros(1, 2)).shape == (1, 3 * 12 * 12)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from ramcore.config import Config
+from ramcore.config import TASKS, Config
 from ramcore.sources import load_task
 from study import designs, driver, pool, results
 from study.checkpoints import Checkpoints
@@ -64,7 +64,7 @@ def refused(capsys, **flags) -> str:
         ({"time_budget": 0.0}, "--time-budget must be above 0; got 0"),
         ({"money_budget": 5.0}, "a money budget needs a price"),
         ({"study": "../escape"}, "a study's name is a folder's name"),
-        ({"task": "nope"}, "--task must be one of original, translated, cluttered, cluttered-100; got 'nope'"),
+        ({"task": "nope"}, f"--task must be one of {', '.join(TASKS)}; got 'nope'"),
         ({"data": "nope"}, "--data must be one of auto, mnist, fashion-mnist, digits; got 'nope'"),
         ({"design": "nope"}, "--design must be one of search, paper, mnih, ablation, ofat, replicate; got 'nope'"),
         (
