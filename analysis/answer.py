@@ -25,14 +25,12 @@ def _no_ranking(analysis: Analysis, runs: str) -> list[str]:
     if fit.trials_needed:
         help_ += f" About {fit.trials_needed} trials in all would probably do."
     if fit.ceiling < MIN_R2:
-        help_ += (
-            " Seed noise alone hides most of the differences: more seeds per trial would help more than more trials."
-        )
+        help_ += " Seed noise alone hides most differences: more seeds per trial would help more than more trials."
+    best = span(analysis.configurations.best_accuracy)
     return [
         f"These {runs} do not support a ranking: {why_not_ranked(analysis)}.",
         help_,
-        f"The best configuration tried is expected to reach {span(analysis.configurations.best_accuracy)} points of "
-        "validation accuracy.",
+        f"The best configuration tried is expected to reach {best} points of validation accuracy.",
     ]
 
 
@@ -47,10 +45,10 @@ def _what_matters_most(analysis: Analysis) -> str:
     if not _apart(leader):
         return "On these data no parameter can be told apart from one without any effect."
     if len(first) == 1:
+        points, sds = span(leader.effect), leader.effect_in_sd.mid
         return (
             f"On these data {words(leader.name)} matters most: averaged over everything else it moves validation "
-            f"accuracy by {span(leader.effect)} points, {leader.effect_in_sd.mid:.1f} times the standard deviation "
-            "between seeds."
+            f"accuracy by {points} points, {sds:.1f} times the standard deviation between seeds."
         )
     return (
         f"On these data {join(words(e.name) for e in first)} matter most and cannot be told apart; their effects are "
@@ -93,31 +91,23 @@ def cautions(analysis: Analysis) -> list[str]:
     trust = analysis.trust
     found: list[str] = []
     if not analysis.ranked:
-        found.append(
-            f"No ranking: {why_not_ranked(analysis)}. What is drawn shows what can be said so far, not an order."
-        )
+        found.append(f"No ranking: {why_not_ranked(analysis)}. The figures show what can be said so far, not an order.")
     if analysis.data.biased:
         found.append(
-            "Biased sample: the optimiser chose most trials, so they crowd where accuracy was already high. Over the "
-            "rest of the ranges the effects rest on the model, and the ranking may be wrong. A study with "
-            "space-filling (Sobol) trials would settle it."
+            "Biased sample: the optimiser chose most trials, so they crowd where accuracy was already high. Elsewhere "
+            "the effects rest on the model and the ranking may be wrong. Space-filling (Sobol) trials would settle it."
         )
     if trust.fit.coverage < 0.75:
-        found.append(
-            f"Intervals may be too narrow: only {percent(trust.fit.coverage)} of the unseen results fell inside their "
-            "90% intervals."
-        )
+        inside = percent(trust.fit.coverage)
+        found.append(f"Intervals may be too narrow: only {inside} of unseen results fell inside their 90% intervals.")
     if trust.extrapolation_share > 0.25:
-        found.append(
-            f"Over {percent(trust.extrapolation_share)} of the space the surface says little more than the average "
-            "over the space does: too few trials lie near."
-        )
+        share = percent(trust.extrapolation_share)
+        found.append(f"Over {share} of the space the surface says little beyond the average: too few trials lie near.")
     if not trust.seed_sd_measured:
         found.append("One seed a trial: seed noise could not be measured and is the model's own estimate.")
     if trust.rhat > 1.2:
         found.append(
-            f"The sampler had not fully settled (R-hat {trust.rhat:.2f}); small differences between intervals mean "
-            "nothing."
+            f"The sampler had not settled (R-hat {trust.rhat:.2f}): small differences in intervals mean little."
         )
     return found + list(analysis.data.warnings)
 

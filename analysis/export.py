@@ -11,8 +11,7 @@ from pathlib import Path
 
 import tyro
 
-from analysis.load import Exported, connect, find_study, list_studies, load_study, progress_line, quieten, tracking_uri
-from ramcore.errors import UserError
+from analysis import load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,23 +28,19 @@ class Args:
 
 def main(args: Args) -> int:
     """Read and write. Gives 0, or 2 after a one-line message."""
-    try:
-        client = connect(tracking_uri(args.tracking_uri))
-        study = find_study(list_studies(client), args.study)
-        records = load_study(client, study, progress_line(f"reading {study.name}"))
-        print(Exported.write_to(args.out, records))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: the records must be writable; {error}. Choose another folder with --out", file=sys.stderr)
-        return 2
-    return 0
+    return load.exit_code("records", lambda: _export(args))
+
+
+def _export(args: Args) -> None:
+    client = load.connect(load.tracking_uri(args.tracking_uri))
+    study = load.find_study(load.list_studies(client), args.study)
+    records = load.load_study(client, study, load.progress_line(f"reading {study.name}"))
+    print(load.Exported.write_to(args.out, records))
 
 
 def cli() -> int:
     """Entry point."""
-    quieten()
+    load.quieten()
     return main(tyro.cli(Args, description=__doc__))
 
 

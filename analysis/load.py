@@ -27,7 +27,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.rest_utils import http_request
 from sqlalchemy.exc import SQLAlchemyError
 
-from ramcore.errors import UserError, first_line
+from ramcore.errors import UserError, first_line, say
 from ramcore.space import Space
 from study import schema
 
@@ -108,6 +108,19 @@ def connect(uri: str) -> MlflowClient:
 def open_source(uri: str, folder: Path | None) -> Source:
     """The exported records in a folder if one is given, else the tracking server. Raises UserError."""
     return connect(uri) if folder is None else Exported(folder)
+
+
+def exit_code(what: str, work: Callable[[], None]) -> int:
+    """Do a command's work, which writes `what`. Gives 0, or 2 after one line on an error that the user can act on."""
+    try:
+        work()
+    except UserError as error:
+        say(f"error: {error}")
+    except OSError as error:
+        say(f"error: the {what} must be writable; {error}. Choose another folder with --out")
+    else:
+        return 0
+    return 2
 
 
 def quieten() -> None:

@@ -44,29 +44,25 @@ class Args:
 
 def main(args: Args) -> int:
     """Read, analyse, write. Gives 0, or 2 after a one-line message if the records cannot answer."""
-    try:
-        uri = load.tracking_uri(args.tracking_uri)
-        source = load.open_source(uri, args.records)
-        studies = load.list_studies(source)
-        study = _choose(studies, args.study)
-        out = args.out or Path("reports") / load.folder_name(study.name)
-        say(f"study {study.name} ({study.status}) from {args.records or uri}")
-        records = load.load_study(source, study, load.progress_line("reading metrics"))
-        if _report_kind(study) == "comparison":
-            paths = write_design_report(out, records, summarise([records]))
-            print(f"\n{study.name}: {completion_line(records)}; a fixed design has no global ranking")
-        else:
-            paths = _report_search(out, source, studies, records)
-        print(f"\n  report: {out / 'report.html'}")
-    except UserError as error:
-        say(f"error: {error}")
-        return 2
-    except OSError as error:
-        say(f"error: the report must be writable; {error}. Choose another folder with --out")
-        return 2
+    return load.exit_code("report", lambda: _report(args))
+
+
+def _report(args: Args) -> None:
+    uri = load.tracking_uri(args.tracking_uri)
+    source = load.open_source(uri, args.records)
+    studies = load.list_studies(source)
+    study = _choose(studies, args.study)
+    out = args.out or Path("reports") / load.folder_name(study.name)
+    say(f"study {study.name} ({study.status}) from {args.records or uri}")
+    records = load.load_study(source, study, load.progress_line("reading metrics"))
+    if _report_kind(study) == "comparison":
+        paths = write_design_report(out, records, summarise([records]))
+        print(f"\n{study.name}: {completion_line(records)}; a fixed design has no global ranking")
+    else:
+        paths = _report_search(out, source, studies, records)
+    print(f"\n  report: {out / 'report.html'}")
     if args.attach and not isinstance(source, Exported):
         attach(source, records, out, paths)
-    return 0
 
 
 def _report_search(out: Path, source: Source, studies: Sequence[StudyRun], records: StudyData) -> list[Path]:
@@ -104,10 +100,8 @@ def attach(client: MlflowClient, records: StudyData, out: Path, paths: list[Path
     """Log the files under sensitivity/ of the study's run. If the server refuses them, say so and go on."""
     try:
         for path in paths:
-            folder = path.parent.relative_to(out).as_posix()
-            client.log_artifact(
-                records.study.run_id, str(path), "sensitivity" if folder == "." else f"sensitivity/{folder}"
-            )
+            folder = Path("sensitivity") / path.parent.relative_to(out)
+            client.log_artifact(records.study.run_id, str(path), folder.as_posix())
     except (MlflowException, OSError) as error:
         say(f"the report could not be attached to the study's MLflow run ({error}); it is in {out}")
 
@@ -115,8 +109,7 @@ def attach(client: MlflowClient, records: StudyData, out: Path, paths: list[Path
 def print_answer(analysis: Analysis, sentences: Sequence[str]) -> None:
     """Print the answer and the ranking to stdout."""
     print(f"\nSensitivity of {analysis.data.name}\n")
-    for sentence in sentences:
-        print(f"  {sentence}")
+    print(*(f"  {sentence}" for sentence in sentences), sep="\n")
     print(f"\n  {'rank':<10}{'parameter':<22}{'effect (accuracy points)':<28}total Sobol index")
     for e in analysis.ranking.effects:
         print(f"  {rank_label(e, analysis):<10}{e.name:<22}{span(e.effect):<28}{span(e.total, 2)}")
