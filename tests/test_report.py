@@ -278,7 +278,7 @@ def test_marginal_draws_curve_band_trials_and_marks_extrapolation(study: tuple[S
 
 def test_marginal_of_choices_has_one_place_a_choice(study: tuple[StudyData, Analysis]) -> None:
     curve = study[1].curves.marginals["patch_size"]
-    three = {name: getattr(curve, name)[:3] for name in ("unit", "low", "mid", "high", "extrapolated")}
+    three = {name: getattr(curve, name)[:3] for name in ("low", "mid", "high", "extrapolated")}
     core = Dimension(name="core", type="categorical", choices=("rnn", "gru", "lstm"))
     trials = [trial(0, accuracy=50.0), trial(1, accuracy=60.0)]
     ax = figures.marginal(curve._replace(values=["rnn", "gru", "lstm"], **three), core, ["lstm", "rnn"], trials)
