@@ -17,7 +17,7 @@ from analysis.load import NoTrials, Source, StudyData, StudyRun, load_study
 from analysis.results import INTERVAL, Interval, mean_interval
 from analysis.selection import count_trials
 from ramcore.space import Array, shown
-from study.designs import DESIGNS
+from study.designs import DESIGNS, SEARCH_ORIGINS
 
 
 class OfatRow(NamedTuple):
@@ -48,7 +48,7 @@ class OfatRange(NamedTuple):
 
 
 class Replicate(NamedTuple):
-    """One configuration run again on fresh seeds; accuracy in points."""
+    """One configuration of a design, such as one run again on fresh seeds; accuracy in points."""
 
     row: str
     mean: Interval  # over seeds, with the mean's 90% t interval
@@ -63,6 +63,7 @@ class FixedDesigns(NamedTuple):
     ofat: Sequence[OfatRow] = ()
     ranges: Sequence[OfatRange] = ()
     replicates: Sequence[Replicate] = ()
+    others: Sequence[Replicate] = ()  # rows of designs that have no table of their own
 
 
 def read_fixed_designs(source: Source, studies: Sequence[StudyRun], study: StudyRun) -> FixedDesigns:
@@ -81,9 +82,10 @@ def read_fixed_designs(source: Source, studies: Sequence[StudyRun], study: Study
 
 
 def summarise(records: Sequence[StudyData]) -> FixedDesigns:
-    """The OFAT and replicate trials among the records."""
+    """The OFAT and replicate trials among the records, and the rows of other designs that compare configurations."""
     ofat: list[OfatRow] = []
     replicates: list[Replicate] = []
+    others: list[Replicate] = []
     for one in records:
         trials = one.trials.to_dict(orient="index")
         for number, accuracies in final_accuracies(one).items():
@@ -93,10 +95,11 @@ def summarise(records: Sequence[StudyData]) -> FixedDesigns:
             if trial["origin"] == "ofat":
                 value = shown(trial[trial["parameter"]]) if trial["parameter"] else ""
                 ofat.append(OfatRow(trial["baseline"], trial["parameter"], value, mean.mid, sd, seeds))
-            elif trial["origin"] == "replicate":
+            elif trial["origin"] not in SEARCH_ORIGINS:
                 test = 100 * float(np.mean(trial["test_accuracies"])) if trial["test_accuracies"] else math.nan
-                replicates.append(Replicate(trial["row"], mean, sd, seeds, test))
-    return FixedDesigns(ofat, ranges(ofat), replicates)
+                rows = replicates if trial["origin"] == "replicate" else others
+                rows.append(Replicate(trial["row"], mean, sd, seeds, test))
+    return FixedDesigns(ofat, ranges(ofat), replicates, others)
 
 
 def final_accuracies(records: StudyData) -> dict[int, Array]:

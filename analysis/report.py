@@ -156,6 +156,8 @@ def draw_fixed_designs(fixed_designs: FixedDesigns) -> dict[str, Axes | Figure]:
         drawn["tornado"] = figures.tornado(fixed_designs.ranges)
     if fixed_designs.replicates:
         drawn["replicates"] = figures.replicates(fixed_designs.replicates)
+    if fixed_designs.others:
+        drawn["others"] = figures.replicates(fixed_designs.others)
     return drawn
 
 
@@ -219,7 +221,7 @@ def write_report(
 
 @figures.styled
 def write_design_report(out: Path, records: StudyData, fixed_designs: FixedDesigns) -> list[Path]:
-    """Write the report of a study without a search: its OFAT or replicate tables, and no global ranking."""
+    """Write the report of a study without a search: its rows side by side, and no global ranking."""
     origins = ", ".join(sorted(set(records.trials["origin"])))
     sentences = [
         f"This study follows a fixed design ({origins}); {completion_line(records)}.",
@@ -231,8 +233,8 @@ def write_design_report(out: Path, records: StudyData, fixed_designs: FixedDesig
             f"The largest change from one parameter alone is {widest.range:.1f} accuracy points, by "
             f"{words(widest.parameter)} around the baseline {widest.baseline!r}."
         )
-    elif fixed_designs.replicates:
-        best = max(fixed_designs.replicates, key=lambda r: r.mean.mid)
+    elif rows := [*fixed_designs.replicates, *fixed_designs.others]:
+        best = max(rows, key=lambda r: r.mean.mid)
         sentences.append(f"The best row is {best.row!r} with {best.mean.mid:.1f} points on {best.seeds} seeds.")
     curves = figures.learning_curves(tracked_trials(records, records.budget))
     drawn = draw_fixed_designs(fixed_designs) | {"learning_curves": curves}

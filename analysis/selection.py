@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -70,9 +71,10 @@ def select(records: StudyData) -> Selection:
     varied = sorted((d for d in recorded if x.loc[seen, d.name].nunique() > 1), key=lambda d: d.name)
     if len(seen) < MIN_TRIALS:
         states = ", ".join(f"{count} {state}" for state, count in trials["state"].value_counts().items())
+        command = records.settings.get("command") or f"python -m study.run --study {name}"
         raise UserError(
             f"a report needs at least {MIN_TRIALS} trials of the search with results; {name} has {len(seen)} of "
-            f"{len(trials)} (state: {states}). Run more: python -m study.run --study {name} "
+            f"{len(trials)} (state: {states}). Run more: {re.sub(r' --trials[ =][0-9]+', '', command)} "
             f"--trials {max(3 * len(space.dimensions), 2 * MIN_RANKED)}"
         )
     if not varied:

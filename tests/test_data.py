@@ -131,7 +131,8 @@ def test_digits_are_split_into_disjoint_parts(digits):
 
 def test_missing_file_of_scikit_learns_digits_is_named_in_one_line(monkeypatch):
     monkeypatch.setattr(sources, "_DIGITS_FILE", "sklearn/datasets/data/moved.csv.gz")
-    with pytest.raises(DataMissing, match=r"--data digits needs .*moved\.csv\.gz of scikit-learn; .* not found") as error:
+    said = r"--data digits needs .*moved\.csv\.gz of scikit-learn; .* not found"
+    with pytest.raises(DataMissing, match=said) as error:
         load_source("digits")
     assert "\n" not in str(error.value)
 

@@ -480,6 +480,16 @@ def test_fixed_design_gets_tables_and_no_ranking(fixed_designs: FixedDesigns, tm
     assert "One factor at a time" in page
 
 
+def test_rows_of_a_design_without_a_table_of_its_own_are_compared(tmp_path: Path) -> None:
+    own = fixed_design("mine", ["2 glimpses", "8 glimpses"])
+    summary = summarise([own])
+    assert [row.row for row in summary.others] == ["2 glimpses", "8 glimpses"] and not summary.replicates
+    write_design_report(tmp_path, own, summary)
+    page = (tmp_path / "report.html").read_text()
+    assert "The rows of the design" in page and span(summary.others[0].mean) in page
+    assert (tmp_path / "figures" / "others.png").is_file()
+
+
 def test_study_of_one_epoch_one_seed_and_one_dimension_is_reported(tmp_path: Path) -> None:
     made = Synthetic(truth=lambda x, u: x[:, 0] + 0 * u, dimensions=RAM_DIMENSIONS[1:2], trials=10, epochs=1, seeds=1)
     records = simulate(made)
