@@ -33,6 +33,9 @@ USAGE = 2  # the flags or the data cannot be used; nothing was started
 SOME_FAILED = 3  # done, with failed trials
 STOPPED = 75  # by a budget or a full disk; the same command continues
 
+MOST = 1_000_000  # trials, epochs, seeds or slots; more than that means nothing, and would fill the memory
+RAY_STEP = 0.0001  # CPUs: Ray counts in these
+
 SUBMITTED = "RAM_STUDY_SUBMITTED"  # environment variable of a submitted job: command, commit, dirty, as JSON
 DATA = ("auto", *get_args(Data))
 
@@ -121,10 +124,13 @@ def check(flags: Flags) -> None:
         _require(flags, name, f"one of {', '.join(choices)}", choices.__contains__, "pass one of these")
     for name in ("trials", "epochs", "seeds_per_trial", "max_concurrent"):
         _require(flags, name, "at least 1", lambda v: v >= 1, "pass a larger number or leave it out")
+        _require(flags, name, f"at most {MOST}", lambda v: v <= MOST, "pass a smaller number")
     for name in ("cpus_per_trial", "time_budget", "price_per_hour", "money_budget"):
         _require(flags, name, "above 0", lambda v: 0 < v < math.inf, "pass a positive number or leave it out")
     _require(flags, "sobol_share", "above 0 and at most 0.8", lambda v: 0 < v <= 0.8, "a fifth of the trials is TPE's")
+    _require(flags, "cpus_per_trial", f"at least {RAY_STEP}", lambda v: v >= RAY_STEP, "pass a larger number")
     _require(flags, "gpus_per_trial", "at least 0", lambda v: 0 <= v < math.inf, "pass 0, a fraction or a count")
+    _require(flags, "gpus_per_trial", "whole above 1", lambda v: v <= 1 or v == int(v), "pass a fraction or a count")
     if flags.study is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", flags.study):
         raise UserError(
             "a study's name is a folder's name: up to 100 letters, digits, and . _ + - after the first; "

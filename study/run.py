@@ -128,7 +128,7 @@ def _quieten() -> None:
 
 def cli() -> None:
     """The console entry point."""
-    sys.exit(main(tyro.cli(Flags, config=(tyro.conf.FlagCreatePairsOff,))))
+    sys.exit(main(tyro.cli(Flags, prog="python -m study.run", config=(tyro.conf.FlagCreatePairsOff,))))
 
 
 if __name__ == "__main__":

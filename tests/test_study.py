@@ -55,6 +55,10 @@ def refused(capsys, **flags) -> str:
     ("flags", "said"),
     [
         ({"trials": 0}, "--trials must be at least 1; got 0"),
+        ({"trials": 10**20}, "--trials must be at most 1000000; got 1e+20"),
+        ({"max_concurrent": 10**7}, "--max-concurrent must be at most 1000000; got 1e+07"),
+        ({"cpus_per_trial": 1e-5}, "--cpus-per-trial must be at least 0.0001; got 1e-05"),
+        ({"gpus_per_trial": 1.5}, "--gpus-per-trial must be whole above 1; got 1.5"),
         ({"epochs": -3}, "--epochs must be at least 1; got -3"),
         ({"seeds_per_trial": 0}, "--seeds-per-trial must be at least 1; got 0"),
         ({"max_concurrent": 0}, "--max-concurrent must be at least 1; got 0"),
