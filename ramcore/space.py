@@ -113,7 +113,7 @@ class Dimension:
             last = max(len(texts) - 1, 1)
             return np.array([texts.index(str(v)) / last if str(v) in texts else math.nan for v in values])
         numbers = np.array([_number(v) for v in values], dtype=np.float64)
-        if self.low == self.top:
+        if self.low == self.top or (self.log and math.log(self.low) == math.log(self.top)):
             return np.where(np.isfinite(numbers), 0.0, math.nan)
         if self.log:
             with np.errstate(divide="ignore", invalid="ignore"):

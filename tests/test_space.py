@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ramcore.config import TASKS, Config
@@ -38,6 +38,7 @@ def dimensions(draw: st.DrawFn) -> Dimension:
     return Dimension(name="x", type="float", low=low, high=high, log=kind == "log float")
 
 
+@settings(max_examples=300, derandomize=True)
 @given(dimensions(), st.lists(UNIFORM, min_size=1, max_size=20))
 def test_study_optuna_and_analysis_agree_on_every_value_of_a_dimension(dimension, uniform):
     sampled = [dimension.sample(u) for u in uniform]
@@ -57,6 +58,7 @@ def test_study_optuna_and_analysis_agree_on_every_value_of_a_dimension(dimension
     assert Space.from_dict(json.loads(json.dumps(space.to_dict()))) == space
 
 
+@settings(max_examples=300, derandomize=True)
 @given(dimensions(), st.lists(UNIFORM, min_size=1, max_size=20))
 def test_quantiles_are_the_coordinates_of_what_is_sampled(dimension, uniform):
     if dimension.levels:
