@@ -55,6 +55,7 @@ class Replicate(NamedTuple):
     sd: float  # between seeds; NaN with one
     seeds: int
     test: float  # mean test accuracy; NaN if not tested
+    baseline: str = ""  # of a replicate: best, the default, or "" for another point
 
 
 class FixedDesigns(NamedTuple):
@@ -98,7 +99,7 @@ def summarise(records: Sequence[StudyData]) -> FixedDesigns:
             elif trial["origin"] not in SEARCH_ORIGINS:
                 test = 100 * float(np.mean(trial["test_accuracies"])) if trial["test_accuracies"] else math.nan
                 rows = replicates if trial["origin"] == "replicate" else others
-                rows.append(Replicate(trial["row"], mean, sd, seeds, test))
+                rows.append(Replicate(trial["row"], mean, sd, seeds, test, trial["baseline"]))
     return FixedDesigns(ofat, ranges(ofat), replicates, others)
 
 

@@ -371,7 +371,7 @@ def _trial_table(runs: Iterable[Run]) -> pd.DataFrame:
 
 
 def _upgrade(trials: pd.DataFrame) -> pd.DataFrame:
-    """Records of schema 1 as of schema 2: they name the origin `arm`, and hold divergence and the OFAT rows as text."""
+    """Records of schema 1 as of schema 2. They name the origin `arm`; divergence and the rows' facts are text."""
     trials = trials.rename(columns={"arm": "origin"})
     added = {"baseline": "", "parameter": "", "diverged": False}
     trials = trials.assign(**{name: default for name, default in added.items() if name not in trials})
@@ -379,6 +379,8 @@ def _upgrade(trials: pd.DataFrame) -> pd.DataFrame:
     for number, row in trials.loc[(trials["origin"] == "ofat") & (trials["baseline"] == ""), "row"].items():
         if match := OFAT_ROW_1.match(row):
             trials.loc[number, ["baseline", "parameter"]] = match["baseline"], match["parameter"] or ""
+    for number, row in trials.loc[(trials["origin"] == "replicate") & (trials["baseline"] == ""), "row"].items():
+        trials.loc[number, "baseline"] = "best" if row.startswith("best of ") else "default" if row == "default" else ""
     return trials
 
 

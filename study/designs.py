@@ -41,7 +41,7 @@ class TrialSpec:
     config: Config
     origin: str
     row: str = ""  # which row of its design, for people; empty in a search
-    baseline: str = ""  # of one factor at a time: the name of the baseline
+    baseline: str = ""  # of ofat: the name of the baseline; of replicate: best, default or empty
     parameter: str = ""  # of one factor at a time: the one field that differs from the baseline; empty: none does
     seeds: tuple[int, ...]
 
@@ -174,12 +174,13 @@ def replicate(inputs: DesignInputs) -> list[TrialSpec]:
     """A search's best configuration, the default unless it is the best, and a few spread points, on held-out seeds."""
     space, best = inputs.space, inputs.best
     assert space is not None and best is not None
-    rows = [(f"best of {inputs.source}", best)]
+    rows = [(f"best of {inputs.source}", "best", best)]
     if best != space.default:
-        rows.append(("default", dict(space.default)))
-    rows += [(f"spread point {i}", values) for i, values in enumerate(inputs.spread, start=1)]
+        rows.append(("default", "default", dict(space.default)))
+    rows += [(f"spread point {i}", "", values) for i, values in enumerate(inputs.spread, start=1)]
     seeds = tuple(range(HELD_OUT_SEED, HELD_OUT_SEED + inputs.seeds_per_trial))
-    return _specs("replicate", seeds, ((row, configuration(space, values)) for row, values in rows))
+    specs = _specs("replicate", seeds, ((row, configuration(space, values)) for row, _, values in rows))
+    return [replace(spec, baseline=baseline) for spec, (_, baseline, _) in zip(specs, rows, strict=True)]
 
 
 DESIGNS: dict[str, Design] = {

@@ -162,6 +162,7 @@ def test_replicate_uses_seeds_outside_those_of_a_search():
         )
     )
     assert [s.row for s in specs][:2] == ["best of translated-mnist-search", "default"]
+    assert [s.baseline for s in specs] == ["best", "default", "", "", "", ""]
     assert all(min(s.seeds) >= 1000 and len(s.seeds) == 5 for s in specs)
     assert len({str(s.config) for s in specs}) == len(specs) == 2 + designs.SPREAD_POINTS
     again = designs.replicate(inputs(space=space, best=dict(space.default), source="a search", spread=spread))

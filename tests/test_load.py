@@ -223,18 +223,26 @@ def test_second_study_of_a_name_does_not_overwrite_the_exported_first(
 
 
 def test_records_of_schema_1_are_read_with_the_fields_of_schema_2() -> None:
-    rows = ["baseline best", "baseline best: patch_size=4", "baseline small patch: core=gru", "", ""]
+    rows = [
+        "baseline best",
+        "baseline best: patch_size=4",
+        "baseline small patch: core=gru",
+        "",
+        "",
+        "best of s",
+        "spread point 1",
+    ]
     old = pd.DataFrame(
         {
-            "arm": ["ofat", "ofat", "ofat", "tpe", "sobol"],
+            "arm": ["ofat", "ofat", "ofat", "tpe", "sobol", "replicate", "replicate"],
             "row": rows,
-            "state": ["complete", "complete", "failed", "failed", "complete"],
-            "stop_reason": ["finished", "finished", "error: disk", "diverged: seed 1 at epoch 4", "finished"],
+            "state": ["complete", "complete", "failed", "failed", *["complete"] * 3],
+            "stop_reason": ["finished", "finished", "error: disk", "diverged: seed 1 at epoch 4", *["finished"] * 3],
         }
     )
     new = reader._upgrade(old)
-    assert list(new["origin"]) == ["ofat", "ofat", "ofat", "tpe", "sobol"] and "arm" not in new
-    assert list(new["baseline"]) == ["best", "best", "small patch", "", ""]
-    assert list(new["parameter"]) == ["", "patch_size", "core", "", ""]
-    assert list(new["diverged"]) == [False, False, False, True, False]
+    assert list(new["origin"])[:5] == ["ofat", "ofat", "ofat", "tpe", "sobol"] and "arm" not in new
+    assert list(new["baseline"]) == ["best", "best", "small patch", "", "", "best", ""]
+    assert list(new["parameter"]) == ["", "patch_size", "core", "", "", "", ""]
+    assert list(new["diverged"]) == [False, False, False, True, False, False, False]
     pd.testing.assert_frame_equal(reader._upgrade(new), new)

@@ -45,7 +45,10 @@ def fixed_design(origin: str, rows: list[str]) -> StudyData:
         )
     )
     parts = [re.fullmatch(r"baseline ([^:]+)(?:: (\w+)=.*)?", row) for row in rows]
-    named = [(part[1], part[2] or "") if part else ("", "") for part in parts]
+    which = {"best of digits": "best", "default": "default"}  # of the replicates
+    named = [
+        (part[1], part[2] or "") if part else (which.get(row, ""), "") for row, part in zip(rows, parts, strict=True)
+    ]
     trials = records.trials.assign(origin=origin, row=rows, test_accuracies=[(0.9, 0.91, 0.92)] * len(rows))
     trials = trials.assign(baseline=[b for b, _ in named], parameter=[p for _, p in named])
     return records._replace(trials=trials, epochs=records.epochs.assign(origin=origin))
