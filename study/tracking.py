@@ -167,7 +167,8 @@ class Tracker:
             self.record.changed.notify_all()
         while not self._idle.wait(0.05):
             waited = 0.0 if self._publishing else time.monotonic() - self._last_success
-            if waited > patience or not self._thread.is_alive():
+            # A thread that has just done its work is over, too.
+            if (waited > patience or not self._thread.is_alive()) and not self._idle.is_set():
                 return self._untracked()
         if len(self._publish_failures) == _PUBLISH_TRIES:
             return f"the best model ({self._publish_failures[-1]})"

@@ -320,3 +320,20 @@ def test_settings_are_logged_as_study_json(record, uri):
     parent = runs(uri)["a study"]
     text = mlflow.artifacts.load_text(f"{parent.info.artifact_uri}/study.json")
     assert json.loads(text) == {"command": "python -m study.run"}
+
+
+def test_thread_that_ends_between_two_looks_has_tracked_everything(record, uri):
+    tracker = Tracker(record, uri, PROVENANCE, {"schema": 1})
+    waits: list[bool] = []
+
+    class Late(threading.Event):
+        def wait(self, timeout=None):
+            if not waits:  # the first look comes too early; then the thread does its work and ends
+                waits.append(True)
+                tracker._thread.join()
+                return False
+            return super().wait(timeout)
+
+    tracker._idle = Late()
+    tracker.start()
+    assert tracker.finish("stopped") is None
