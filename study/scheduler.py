@@ -56,11 +56,11 @@ class StudyScheduler:
         self.deadline: Callable[[], str | None] = lambda: None  # says why to stop, before the study goes on
         self._first_ends: list[str] = []  # of this run; an error's text, or the trial's own name
         self._asha = ASHA(record.settings.epochs) if asha is None else asha
-        if space is not None:
+        if record.rows is None:  # a search
+            assert space is not None
             self._published = published(space)
             self._sobol = SobolSequence(space, record.settings.seed)
             self._tpe = FeasibleTPE(record, space)
-        if record.rows is None:
             self.origins = search_origins(record.totals, len(self._published), record.settings.sobol_share)
         else:
             self.origins = [spec.origin for spec in record.rows[: record.totals[-1]]]
