@@ -11,14 +11,15 @@ from ramcore.space import Array, Dimension
 
 MAIN = 8  # functions of a dimension, at most
 LENGTH = 0.5  # length scale of the Matérn kernel, in unit coordinates
+LINEAR = 6.0  # prior variance of the slope; without it straight lines are flattened towards their ends
 
 
 class Basis(NamedTuple):
     """M orthonormal mean-zero functions of one dimension, and the prior variance each has at roughness 1.
 
-    They are the eigenfunctions of a centred Matérn 5/2 kernel under the dimension's own distribution (uniform, or its
-    levels as often as they are sampled), so no shape is imposed: the first is nearly a line, the second nearly a
-    parabola, and so on.
+    They are the eigenfunctions of a centred kernel, Matérn 5/2 and a straight line, under the dimension's own
+    distribution (uniform, or its levels as often as they are sampled), so no shape is imposed: the first is a line but
+    for its ends, the second nearly a parabola, and so on.
     """
 
     dimension: Dimension
@@ -59,4 +60,5 @@ def _kernel(dimension: Dimension, x: Array, nodes: Array) -> Array:
     if dimension.type == "categorical":
         return (distance < 1e-9).astype(float)
     scaled = math.sqrt(5) * distance / LENGTH
-    return (1 + scaled + scaled**2 / 3) * np.exp(-scaled)
+    line = LINEAR * (x[:, None] - 0.5) * (nodes[None, :] - 0.5)
+    return (1 + scaled + scaled**2 / 3) * np.exp(-scaled) + line

@@ -42,8 +42,10 @@ def _accuracy(predictor: Predictor, x: Array) -> Array:
 def _best_row(selection: Selection, predictor: Predictor) -> int:
     """Which trial of the observations has the largest expected accuracy; a complete one if there is any."""
     expected = _accuracy(predictor, selection.observations.x[:, :-1]).mean(axis=1)
-    if selection.complete.any():
-        expected = np.where(selection.complete, expected, -1.0)
+    for best in (selection.complete & selection.own, selection.own):  # the study's own, and complete if any is
+        if best.any():
+            expected = np.where(best, expected, -1.0)
+            break
     return int(np.argmax(expected))
 
 

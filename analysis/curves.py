@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.effects import Marginal, Predictor, allowed, sobol_indices, space_points
+from analysis.effects import GRID, Marginal, Predictor, allowed, sobol_indices, space_points
 from analysis.observations import Observations, log_epoch
 from analysis.results import INTERVAL, Curve, Data, PairSurface
 from analysis.surrogate import Posterior, Surface
@@ -17,30 +17,31 @@ PAIR_GRID = 11  # values of each parameter of a surface over two
 QUANTILES = ((1 - INTERVAL) / 2, 0.5, (1 + INTERVAL) / 2)
 
 
-def marginal_curve(data: Data, observations: Observations, i: int, found: Marginal) -> Curve:
-    """Dimension i's mean accuracy, with where it extrapolates."""
+def marginal_curve(dimension: Dimension, found: Marginal) -> Curve:
+    """A dimension's mean accuracy, with where it extrapolates."""
     low, mid, high = np.quantile(found.rows, QUANTILES, axis=1)
-    values = data.dimensions[i].from_unit(found.grid)
-    return Curve(values, low, mid, high, _extrapolated(data, observations, i, found.grid))
+    return Curve(dimension.from_unit(found.grid), low, mid, high, ~found.supported)
 
 
-def _extrapolated(data: Data, observations: Observations, i: int, grid: Array) -> NDArray[np.bool_]:
-    """Which coordinates lie beyond all but one of the trials seen near the full budget, and which the space's rule
-    mostly forbids in combination with the other parameters -> (G,) bool.
+def supported(data: Data, observations: Observations, i: int) -> NDArray[np.bool_]:
+    """Which values of dimension i's grid are tried: at most a step of the grid beyond all but one of the trials near
+    the full budget, and not mostly forbidden in combination with the other parameters -> (G,) bool.
     """
+    grid = data.dimensions[i].grid(GRID)
     late = observations.u > log_epoch(np.array(max(0.9 * data.budget, 1.0)), data.budget) - 1e-9
     at = np.sort(observations.x[np.unique(observations.trial_of[late]), i])
     if len(at) < 4:
-        return np.ones(len(grid), dtype=bool)
-    beyond = (grid < at[1] - 1e-9) | (grid > at[-2] + 1e-9)
+        return np.zeros(len(grid), dtype=bool)
+    near = 0.0 if data.dimensions[i].levels else 1 / (GRID - 1)
+    found = (grid >= at[1] - near - 1e-9) & (grid <= at[-2] + near + 1e-9)
     varied = data.dimensions[:-1]
     if i >= len(varied):
-        return beyond
+        return found
     points = space_points(varied, 128, 0)
     for k, value in enumerate(grid):
         points[:, i] = value
-        beyond[k] |= allowed(data.space, varied, points).mean() < 0.5
-    return beyond
+        found[k] &= allowed(data.space, varied, points).mean() >= 0.5
+    return found
 
 
 def pair_surface(

@@ -1,4 +1,4 @@
-"""Sobol indices from the surface's weights, and effects on the accuracy scale from averages over the space."""
+"""Sobol indices and effects of the parameters: of runs that train, of the chance to train, and of both together."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import qmc
 
-from analysis.failures import Failures
-from analysis.results import DUMMY, TIE, Effect, Matrix, Ranking, interval
+from analysis.results import CHANCE, DUMMY, TIE, Effect, Matrix, Ranking, interval
 from analysis.surrogate import Posterior, Surface
+from analysis.training import Training
 from ramcore.space import Array, Dimension, Space
 
-CHANCE = 0.1  # accuracy of guessing one of ten digits, which a diverged run counts as
+GRID = 17  # values of a continuous dimension
 CUBE_POINTS = 512  # quasi-random configurations that averages over the space are taken on
 
 
@@ -28,7 +28,9 @@ class Indices(NamedTuple):
 
 
 def sobol_indices(surface: Surface, posterior: Posterior, epoch: int = -1) -> Indices:
-    """Indices of the logit at one of the posterior's epochs, exactly: squared weights over their sum."""
+    """Indices of the logit of runs that train, at one of the posterior's epochs, exactly: squared weights over their
+    sum.
+    """
     power = posterior.weights[:, :, epoch] ** 2
     shares = power / power.sum(axis=1)[:, None]
     groups = surface.groups()
@@ -45,27 +47,51 @@ def sobol_indices(surface: Surface, posterior: Posterior, epoch: int = -1) -> In
 
 
 class Predictor:
-    """Expected accuracy of configurations at the full budget, by posterior draw.
+    """What is expected of configurations at the full budget, by posterior draw.
 
-    Without a model of divergence it is that of runs that train; with one, a run that diverges counts as guessing.
+    A run trains with some probability, and then has some accuracy; if it does not, it has CHANCE, of logit `floor`.
     """
 
-    def __init__(self, surface: Surface, posterior: Posterior, divergence: Failures | None = None) -> None:
-        self.surface, self.divergence = surface, divergence
+    def __init__(self, surface: Surface, posterior: Posterior, training: Training | None, floor: float) -> None:
+        self.surface, self.training, self.floor = surface, training, floor
         self.weights = np.ascontiguousarray(posterior.weights[:, :, -1].T)  # (P, S)
         self.level = posterior.level[:, -1]
+        if training is not None:
+            at = np.linspace(0, len(training.weights) - 1, len(self.level)).round().astype(int)
+            self.training = training._replace(weights=training.weights[at])
 
     def logits(self, x: Array) -> Array:
         """Logit of the accuracy of runs that train, at coordinates (N, D) -> (N, S)."""
         return self.surface.features(x) @ self.weights + self.level[None, :]
 
     def accuracy(self, x: Array) -> Array:
-        """Accuracy points at coordinates (N, D) -> (N, S)."""
-        value = 1 / (1 + np.exp(-self.logits(x)))
-        if self.divergence is not None:
-            lost = self.divergence.probability(x)
-            value = (1 - lost) * value + lost * CHANCE
-        return 100 * value
+        """Expected accuracy, points, at coordinates (N, D) -> (N, S)."""
+        trains = 1.0 if self.training is None else self.training.probability(x)
+        return self._accuracy(self.logits(x), trains)
+
+    def _accuracy(self, logits: Array, trains: Array | float) -> Array:
+        return 100 * (trains / (1 + np.exp(-logits)) + (1 - trains) * CHANCE)
+
+    def along(self, x: Array, i: int, grid: Array) -> Along:
+        """Predictions with coordinate i at each of G values and the others as in x (N, D)."""
+        rest, *factors = self.surface.along(x, i, self.weights)
+        logits = np.tensordot(self.surface.bases[i](grid), np.stack(factors), axes=1) + (rest + self.level)[None, :, :]
+        trains = 1.0 if self.training is None else self.training.along(x, i, grid)
+        return Along(
+            trained=100 / (1 + np.exp(-logits)),
+            trains=None if self.training is None else 100 * trains,
+            accuracy=self._accuracy(logits, trains),
+            logit=trains * logits + (1 - trains) * self.floor,
+        )
+
+
+class Along(NamedTuple):
+    """Predictions along a dimension, (G values, N points, S draws) each."""
+
+    trained: Array  # accuracy of runs that train, points
+    trains: Array | None  # probability of training, percent; None: every run trained
+    accuracy: Array  # expected accuracy, points
+    logit: Array  # expected logit of accuracy
 
 
 def space_points(dimensions: Sequence[Dimension], count: int, seed: int) -> Array:
@@ -82,63 +108,84 @@ def allowed(space: Space, dimensions: Sequence[Dimension], x: Array) -> NDArray[
 
 
 class Marginal(NamedTuple):
-    """One dimension with the others averaged over, on the accuracy scale.
+    """One dimension with the others averaged over.
 
-    Its variance is split over the same points: the variance along the dimension at each point of the others (within),
-    and the rest between these points. So a first-order index is never above the total one, nor that above 1.
+    Variances are split over the same points: the variance along the dimension at each point of the others (within), and
+    the rest between these points. So a first-order index is never above the total one, nor that above 1.
     """
 
     grid: Array  # (G,) unit coordinates
-    rows: Array  # (G, S) mean accuracy, points
-    first: Array  # (S,) first-order Sobol index
-    total: Array  # (S,) total Sobol index
+    supported: NDArray[np.bool_]  # (G,) values that enough trials are near to
+    rows: Array  # (G, S) expected accuracy, points
+    trained: Array  # (G, S) accuracy of runs that train, points
+    trains: Array | None  # (G, S) probability of training, percent; None: every run trained
+    first_accuracy: Array  # (S,) first-order Sobol index of the expected accuracy
+    total_accuracy: Array  # (S,) total Sobol index of it
+    first_logit: Array  # (S,) the same of the expected logit
+    total_logit: Array
+
+    def contrast(self, rows: Array) -> Array:
+        """Difference between the supported values that are best and worst on average over the draws: (G, S) -> (S,).
+
+        It is not each draw's own largest difference. That is above zero for every curve that is merely uncertain, so a
+        parameter without effect would seem to have one. Each half of the draws is read at the two values that the
+        other half has chosen.
+        """
+        rows = rows[self.supported] if self.supported.any() else rows
+        halves = np.arange(rows.shape[1]) % 2
+        found = np.empty(rows.shape[1])
+        for half in (0, 1):
+            mean = rows[:, halves != half].mean(axis=1)
+            found[halves == half] = (rows[mean.argmax()] - rows[mean.argmin()])[halves == half]
+        return found
 
     @property
     def effect(self) -> Array:
-        """Accuracy points between the values that are best and worst on average over the draws -> (S,).
-
-        It is not each draw's own largest difference. That is above zero for every curve that is merely uncertain, so a
-        parameter without effect would seem to have one.
-        """
-        mean = self.rows.mean(axis=1)
-        return self.rows[mean.argmax()] - self.rows[mean.argmin()]
+        """Contrast of the expected accuracy, points (S,)."""
+        return self.contrast(self.rows)
 
 
-def marginal(predictor: Predictor, i: int, points: Array) -> Marginal:
+def marginal(predictor: Predictor, i: int, points: Array, supported: NDArray[np.bool_] | None = None) -> Marginal:
     """Dimension i, with the others averaged over `points` (N, D)."""
     dimension = predictor.surface.bases[i].dimension
-    grid = dimension.grid(17)
-    draws = np.empty((len(grid), len(points), predictor.weights.shape[1]))
-    for g, value in enumerate(grid):
-        x = points.copy()
-        x[:, i] = value
-        draws[g] = predictor.accuracy(x)
+    grid = dimension.grid(GRID)
     if dimension.levels:
         weight = dimension.level_weights
     else:  # the trapezoidal rule
         weight = np.ones(len(grid))
         weight[[0, -1]] = 0.5
         weight /= weight.sum()
+    draws = predictor.along(points, i, grid)
+    return Marginal(
+        grid,
+        np.ones(len(grid), bool) if supported is None else supported,
+        draws.accuracy.mean(axis=1),
+        draws.trained.mean(axis=1),
+        None if draws.trains is None else draws.trains.mean(axis=1),
+        *_shares(draws.accuracy, weight),
+        *_shares(draws.logit, weight),
+    )
+
+
+def _shares(draws: Array, weight: Array) -> tuple[Array, Array]:
+    """First-order and total index of values (G, N, S) along a dimension whose values have these weights -> (S,) each."""
     rows, along = draws.mean(axis=1), np.tensordot(weight, draws, axes=1)
     within = np.tensordot(weight, (draws - along) ** 2, axes=1).mean(axis=0)
     variance = within + along.var(axis=0) + 1e-12
-    first = weight @ (rows - weight @ rows) ** 2
-    return Marginal(grid, rows, first / variance, within / variance)
+    return weight @ (rows - weight @ rows) ** 2 / variance, within / variance
 
 
 def rank_parameters(
     indices: Indices,
     marginals: Sequence[Marginal],
     seed_sd: Array,
-    counted: Sequence[Marginal] | None,
     failure_changes: Sequence[Array] | None,
     dimensions: Sequence[Dimension],
 ) -> Ranking:
     """The effects in order of total index, and how surely they differ.
 
-    marginals: of runs that train; counted: the same where a diverged run counts as guessing, None if none diverged;
-    seed_sd: draws (S,) in points; failure_changes: draws (S,) by dimension, None if nothing failed; the dummy is the
-    last dimension.
+    indices: of the expected logit; seed_sd: draws (S,) in points; failure_changes: draws (S,) by dimension, None if
+    nothing failed; the dummy is the last dimension.
     """
     order = sorted(range(len(dimensions)), key=lambda i: -float(np.median(indices.total[i])))
     names = tuple(dimensions[i].name for i in order)
@@ -153,13 +200,14 @@ def rank_parameters(
             label=dimensions[i].label,
             effect=interval(marginals[i].effect),
             effect_in_sd=interval(marginals[i].effect / seed_sd),
+            trained=interval(marginals[i].contrast(marginals[i].trained)),
+            training=None if (trains := marginals[i].trains) is None else interval(marginals[i].contrast(trains)),
             first=interval(indices.first[i]),
             total=interval(indices.total[i]),
-            first_accuracy=interval(marginals[i].first),
-            total_accuracy=interval(marginals[i].total),
+            first_accuracy=interval(marginals[i].first_accuracy),
+            total_accuracy=interval(marginals[i].total_accuracy),
             above_dummy=1.0 if dimensions[i].name == DUMMY else float(np.mean(indices.total[i] > indices.total[-1])),
             rank=ranks.get(dimensions[i].name, 0),
-            with_divergence=None if counted is None else interval(counted[i].effect),
             failure=None if failure_changes is None else interval(failure_changes[i]),
         )
         for i in order

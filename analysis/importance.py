@@ -2,86 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from analysis.configurations import compare_configurations
-from analysis.curves import index_by_epoch, marginal_curve, pair_surface
+from analysis.curves import index_by_epoch, marginal_curve, pair_surface, supported
 from analysis.effects import CUBE_POINTS, Predictor, allowed, marginal, rank_parameters, sobol_indices, space_points
-from analysis.failures import fit_failures
 from analysis.load import StudyData
 from analysis.observations import log_epoch
-from analysis.results import DUMMY, MIN_R2, MIN_RANKED, Analysis, Curves, ParameterDraws, Trust, interval
+from analysis.results import DUMMY, MAX_RHAT, MIN_R2, MIN_RANKED, Analysis, Counts, Curves, ParameterDraws, Trust, interval
+from analysis.sampler import CHAINS, diagnose
 from analysis.selection import select
 from analysis.surrogate import Surface
+from analysis.training import Attempts, fit_training
 from analysis.trust import cross_validate, estimated_seed_noise, extrapolation_share, late_epochs, measured_seed_noise
 
-HYPERDRAWS, DRAWS_EACH = 100, 3
+HYPERDRAWS, DRAWS_EACH = 160, 3
 MARKS = 6  # epochs at which importance is given, at most
+FAILED = (Counts._fields.index("failed"), Counts._fields.index("diverged"))
 CLAIMED = ("patch_size", "num_scales", "num_glimpses")  # parameters that the case study speaks of
 
 OnStep = Callable[[str], None]  # called with the step that begins
 
 
 def analyse(
-    records: StudyData, on_step: OnStep = lambda message: None, *, seed: int = 0, hyperdraws: int = HYPERDRAWS
+    records: StudyData,
+    on_step: OnStep = lambda message: None,
+    *,
+    others: Sequence[StudyData] = (),
+    seed: int = 0,
+    hyperdraws: int = HYPERDRAWS,
 ) -> Analysis:
-    """Fit the surface to a study and answer every question from it.
+    """Fit the model to a study, and to other studies of the same task and data, and answer every question from it.
 
     Results do not depend on the order of trials or of parameters. Raises UserError if there is too little to fit.
     """
-    selection = select(records)
+    selection = select(records, others)
     data, observations, dimensions = selection.data, selection.observations, selection.data.dimensions
 
     on_step(f"fitting the surface to {len(observations.trials)} trials ({len(observations.y)} rows)")
     surface = Surface(dimensions)
     epochs = np.unique(np.round(np.geomspace(1, data.budget, MARKS)))
     at = log_epoch(epochs, data.budget)
-    posterior, start = surface.sample(
-        observations, at, hyperdraws=hyperdraws, draws_each=DRAWS_EACH, rng=np.random.default_rng(seed)
-    )
+    rng = np.random.default_rng(seed)
+    posterior = surface.sample(observations, at, hyperdraws=hyperdraws, draws_each=DRAWS_EACH, rng=rng)
     draws = len(posterior.weights)
-
-    on_step("cross-validating")
-    fit = cross_validate(surface, observations, start, np.random.default_rng(seed + 1))
+    training = fit_training(surface.bases, selection.attempts, hyperdraws, rng)
+    failures = None
+    if any(data.counts[place] for place in FAILED):
+        lost = selection.failed.astype(float)
+        failures = fit_training(surface.bases, Attempts(selection.tried, np.ones_like(lost), 1 - lost, lost), draws, rng)
 
     on_step("computing indices and effects")
-    failures, divergence = (
-        fit_failures(surface.bases, selection.tried, which, draws, np.random.default_rng(seed + 2))
-        for which in (selection.failed, selection.diverged)
-    )
-    trained, expected = Predictor(surface, posterior), Predictor(surface, posterior, divergence)
+    predictor = Predictor(surface, posterior, training, selection.floor)
     points = space_points(dimensions, CUBE_POINTS, seed)
     every = range(len(dimensions))
+    marginals = [marginal(predictor, i, points, supported(data, observations, i)) for i in every]
     indices = sobol_indices(surface, posterior)
-    marginals = [marginal(trained, i, points[: CUBE_POINTS // 4]) for i in every]
-    counted = None if divergence is None else [marginal(expected, i, points[: CUBE_POINTS // 4]) for i in every]
-    changes = None if failures is None else [failures.change(i, points[: CUBE_POINTS // 8]) for i in every]
+    if training is not None:
+        indices = indices._replace(
+            first=np.stack([m.first_logit for m in marginals]), total=np.stack([m.total_logit for m in marginals])
+        )
+    changes = None if failures is None else [
+        np.ptp(100 * failures.along(points[: CUBE_POINTS // 4], i, marginals[i].grid).mean(axis=1), axis=0)
+        for i in every
+    ]
+    reported = np.concatenate([indices.total, [m.effect for m in marginals]])
+    rhat, ess = diagnose(reported.reshape(len(reported), CHAINS, -1).transpose(1, 2, 0))
     late = late_epochs(records.epochs, data.budget)
     measured = measured_seed_noise(late, draws, np.random.default_rng(seed + 3))
-    seed_sd = estimated_seed_noise(late, surface, posterior, observations) if measured is None else measured
+    seed_sd = estimated_seed_noise(late, posterior.held_out, draws) if measured is None else measured
+    fit = cross_validate(selection, predictor, posterior.held_out)
     searched = data.space.dimensions
     outside = 1.0 - float(np.mean(allowed(data.space, searched, space_points(searched, 2048, seed))))
+    settled = rhat <= MAX_RHAT
     return Analysis(
         data=data,
-        ranked=fit.r2 >= MIN_R2 and min(len(observations.trials), fit.finished) >= MIN_RANKED,
-        ranking=rank_parameters(indices, marginals, seed_sd, counted, changes, dimensions),
+        ranked=settled and fit.r2 >= MIN_R2 and min(data.counts.used, fit.finished) >= MIN_RANKED,
+        ranking=rank_parameters(indices, marginals, seed_sd, changes, dimensions),
         curves=Curves(
-            marginals={dimensions[i].name: marginal_curve(data, observations, i, marginals[i]) for i in every},
-            surface=pair_surface(trained, dimensions[:-1], marginals, points[: CUBE_POINTS // 8]),
+            marginals={dimensions[i].name: marginal_curve(dimensions[i], marginals[i]) for i in every},
+            surface=pair_surface(predictor, dimensions[:-1], marginals, points[: CUBE_POINTS // 8]),
             epochs=tuple(int(epoch) for epoch in epochs),
             over_epochs=index_by_epoch(surface, posterior),
         ),
-        configurations=compare_configurations(selection, expected),
+        configurations=compare_configurations(selection, predictor),
         trust=Trust(
             fit=fit,
-            rhat=posterior.rhat,
-            ess=posterior.ess,
+            rhat=rhat,
+            ess=ess,
+            modes=posterior.modes,
             seed_sd=interval(seed_sd),
             seed_sd_measured=measured is not None,
             infeasible_share=outside,
-            extrapolation_share=extrapolation_share(trained, points),
+            extrapolation_share=extrapolation_share(predictor, points),
         ),
         draws={
             dimensions[i].name: ParameterDraws(

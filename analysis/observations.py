@@ -11,7 +11,7 @@ import pandas as pd
 from ramcore.space import Array
 
 ROW_BUDGET = 640  # rows at most; curves are averaged in bins of log epoch to stay within it
-MAX_BINS = 8  # epochs that summarise a curve, at most
+MAX_BINS = 5  # epochs that summarise a curve, at most
 
 
 class Observations(NamedTuple):
@@ -45,6 +45,7 @@ class Contrasts(NamedTuple):
     """How the seeds of C trials depart from their trial's mean."""
 
     u: Array  # (C, B) zero where a bin is missing
+    y: Array  # (C, B) logit of the trial's mean accuracy; 0 where a bin is missing
     epochs: Array  # (C, B) epochs averaged; 0 where a bin is missing
     outer: Array  # (C, B, B) outer products of the departures, summed over seeds
     df: Array  # (C,) seeds - 1
@@ -106,20 +107,20 @@ def _bins(epochs: Array, edges: Array, budget: int) -> np.ndarray:
 
 def _contrasts(per_seed: pd.DataFrame, bins: int) -> Contrasts:
     """Contrasts of every trial with two seeds or more, over the bins that all of its seeds reached."""
-    u, count, outer, df = [], [], [], []
+    u, y, count, outer, df = [], [], [], [], []
     for _, curve in per_seed.groupby("trial"):
         wide = curve.pivot(index="seed", columns="bin", values="y").dropna(axis=1)
         if len(wide) < 2 or not wide.shape[1]:
             continue
         here = wide.columns.to_numpy(dtype=int)
-        means = curve.groupby("bin").agg(u=("u", "mean"), epochs=("epochs", "mean")).loc[here]
+        means = curve.groupby("bin").agg(u=("u", "mean"), y=("y", "mean"), epochs=("epochs", "mean")).loc[here]
         departures = (wide - wide.mean()).to_numpy()
-        for rows in (u, count):
+        for rows, column in ((u, "u"), (y, "y"), (count, "epochs")):
             rows.append(np.zeros(bins))
-        u[-1][here], count[-1][here] = means["u"], means["epochs"]
+            rows[-1][here] = means[column]
         outer.append(np.zeros((bins, bins)))
         outer[-1][np.ix_(here, here)] = departures.T @ departures
         df.append(len(wide) - 1.0)
     size = len(df)
-    u, count = (np.reshape(rows, (size, bins)) for rows in (u, count))
-    return Contrasts(u, count, np.reshape(outer, (size, bins, bins)), np.array(df))
+    u, y, count = (np.reshape(rows, (size, bins)) for rows in (u, y, count))
+    return Contrasts(u, y, count, np.reshape(outer, (size, bins, bins)), np.array(df))

@@ -15,10 +15,12 @@ from scipy.stats import t
 from ramcore.space import Array, Dimension, Space
 
 DUMMY = "dummy (no effect)"
+CHANCE = 0.1  # accuracy of guessing one of ten digits, which a run that does not train has
 INTERVAL = 0.90  # posterior probability inside every interval
 MIN_TRIALS = 5  # the least that can be cross-validated
 MIN_RANKED = 8  # trials; with fewer, a surface over several dimensions is a guess, whatever its fit
 MIN_R2 = 0.5  # cross-validated R2 below which nothing is ranked: less than half of the variance is explained
+MAX_RHAT = 1.1  # of what is reported, above which nothing is ranked
 TIE = (0.05, 0.95)  # two parameters are tied if P(one matters more than the other) is between these
 
 Value = bool | int | float | str  # of one field of a configuration
@@ -41,7 +43,7 @@ class Counts(NamedTuple):
     diverged: int
     failed: int  # errors, not divergence
     running: int
-    used: int  # trials with results, which the surface is fitted to
+    used: int  # trials with results, those of other studies among them
     seeds: int
 
 
@@ -54,6 +56,8 @@ class Data(NamedTuple):
     constant: tuple[str, ...]  # searched fields that do not vary
     counts: Counts
     origins: dict[str, int]  # trials by what chose their configuration
+    others: dict[str, int]  # trials of other studies that the answers also rest on, by study
+    untrained: tuple[int, int]  # runs that did not train, and all runs
     budget: int  # epochs the answers are for
     evaluation_size: int  # images behind an accuracy
     biased: bool  # the search algorithm chose most trials, so they crowd where accuracy is high
@@ -65,16 +69,17 @@ class Effect(NamedTuple):
 
     name: str
     label: str
-    effect: Interval  # from the worst to the best value, others averaged over, of runs that train
+    effect: Interval  # from the worst to the best value, others averaged over; a run that does not train is guessing
     effect_in_sd: Interval  # the same in standard deviations between seeds
-    first: Interval  # first-order Sobol index of the logit
-    total: Interval  # total Sobol index of the logit
+    trained: Interval  # the same among runs that train
+    training: Interval | None  # change of the probability of training, percentage points; None: every run trained
+    first: Interval  # first-order Sobol index of the expected logit
+    total: Interval  # total Sobol index of the expected logit
     first_accuracy: Interval  # the same on the accuracy scale
     total_accuracy: Interval
     above_dummy: float  # P(total index greater than the dummy's)
     rank: int  # one more than the number of parameters that surely (TIE) matter more; equal ranks are ties; dummy: 0
-    with_divergence: Interval | None  # the effect when a diverged run counts as guessing; None: no run diverged
-    failure: Interval | None  # change of the failure probability over the range, percentage points
+    failure: Interval | None  # change of the probability that a trial fails, percentage points; None: none did
 
 
 class Matrix(NamedTuple):
@@ -110,7 +115,7 @@ class Curve(NamedTuple):
     low: Array
     mid: Array
     high: Array
-    extrapolated: NDArray[np.bool_]  # under two full-budget trials at or beyond it, or mostly forbidden combinations
+    extrapolated: NDArray[np.bool_]  # beyond all but one full-budget trial, or mostly forbidden combinations
 
 
 class PairSurface(NamedTuple):
@@ -172,8 +177,6 @@ class CrossValidation(NamedTuple):
     coverage: float  # share of results inside their 90% prediction interval
     held_out: int
     ceiling: float  # R2 of a perfect surface, given the seed noise of a trial's mean
-    r2_half: float  # the same as r2 with half of the trials; NaN if not computed
-    trials_needed: int | None  # rough number of trials for R2 = MIN_R2; None: reached, or out of reach
     observed: Array
     predicted: Array
     predicted_sd: Array
@@ -183,8 +186,9 @@ class Trust(NamedTuple):
     """How far the answers can be trusted."""
 
     fit: CrossValidation
-    rhat: float  # the sampler's largest R-hat; 1 is converged
-    ess: float  # the smallest effective sample size of its hyperparameters
+    rhat: float  # the largest R-hat of any effect or total index; 1 is converged
+    ess: float  # the smallest effective sample size of any
+    modes: int  # of the hyperparameters' posterior
     seed_sd: Interval  # standard deviation between seeds, averaged over trials
     seed_sd_measured: bool  # False: the surface's own estimate
     infeasible_share: float  # of the space

@@ -1,95 +1,188 @@
-"""Sampling of hyperparameters: elliptical slice sampling around a Laplace approximation (Nishihara et al. 2014)."""
+"""Sampling of hyperparameters that may have several modes.
+
+Modes are sought from several starts. Around each lies a Laplace approximation. Chains mix two moves, which leave the
+posterior unchanged: Hamiltonian Monte Carlo in the coordinates of one of the approximations (Neal 2011), and an
+independence proposal from their mixture (Tierney 1994), by which a chain moves between modes.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from arviz_stats.base import array_stats  # pyright: ignore[reportPrivateImportUsage]
 from scipy.optimize import minimize
+from scipy.special import logsumexp
 from torch import Tensor
 
 from ramcore.space import Array
 
-LogDensity = Callable[[Tensor], Tensor]  # (H,) -> (), up to a constant
+Density = Callable[[Array], tuple[float, Array]]  # (H,) -> log density up to a constant, and its gradient (H,)
+
+CHAINS, BURN = 4, 8  # chains, and the first steps of each that are left out
+FAR = 4.0  # nats below the best, beyond which a mode is left out
+TAILS = 8.0  # degrees of freedom of the proposals
+APART = 0.5  # prior standard deviations between two modes, root mean square, at least
 
 
-def find_mode(log_density: LogDensity, start: Tensor, iterations: int) -> Tensor:
-    """The most probable point, by L-BFGS."""
+class Mode(NamedTuple):
+    """A mode and the Laplace approximation around it."""
 
-    def objective(values: Array) -> tuple[float, Array]:
-        theta = torch.tensor(values, requires_grad=True)
-        loss = -log_density(theta)
-        if not bool(torch.isfinite(loss)):
-            return 1e10, np.zeros_like(values)
-        (gradient,) = torch.autograd.grad(loss, theta)
-        return float(loss.detach()), gradient.numpy()
+    at: Array  # (H,)
+    root: Array  # (H, H) Cholesky factor of the covariance
+    log_weight: float  # of its share of the posterior, by the approximation; normalised over all modes
+
+
+def differentiated(log_density: Callable[[Tensor], Tensor]) -> Density:
+    """A log density that torch computes, with its gradient; minus infinity and zero where it is not finite."""
+
+    def density(state: Array) -> tuple[float, Array]:
+        theta = torch.tensor(state, requires_grad=True)
+        value = log_density(theta)
+        if not bool(torch.isfinite(value)):
+            return -math.inf, np.zeros_like(state)
+        (gradient,) = torch.autograd.grad(value, theta)
+        return float(value.detach()), gradient.numpy()
+
+    return density
+
+
+def find_mode(density: Density, start: Array, iterations: int) -> tuple[Array, float]:
+    """The most probable point, by L-BFGS, and its log density."""
+
+    def objective(state: Array) -> tuple[float, Array]:
+        value, gradient = density(state)
+        return (-value, -gradient) if math.isfinite(value) else (1e10, gradient)
 
     options = {"maxiter": iterations, "ftol": 1e-7}
-    found = minimize(objective, start.numpy(), jac=True, method="L-BFGS-B", options=options)
-    return torch.tensor(found.x)
+    found = minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
+    return found.x, -float(found.fun)
 
 
-def laplace_factor(log_density: LogDensity, mode: Tensor, scale: Tensor) -> Tensor:
+def find_modes(density: Density, starts: Sequence[Array], scale: Array) -> list[Mode]:
+    """The distinct modes that are reached from the starts, best first; those FAR below the best are left out.
+
+    scale: (H,) standard deviations of the prior, by which modes are told apart.
+    """
+    found: list[tuple[Array, float]] = []
+    for iterations, distance in ((30, 8 * FAR), (100, FAR)):  # roughly first, and only what may be a mode to the end
+        points = [at for at, _ in found] if found else starts
+        found = sorted((find_mode(density, at, iterations) for at in points), key=lambda mode: -mode[1])
+        kept: list[tuple[Array, float]] = []
+        for at, value in found:
+            apart = all(float(np.mean(((at - other) / scale) ** 2)) > APART**2 for other, _ in kept)
+            if apart and value > found[0][1] - distance and len(kept) < CHAINS:
+                kept.append((at, value))
+        found = kept
+    roots = [laplace_factor(density, at, scale) for at, _ in found]
+    weights = [value + float(np.log(np.diag(root)).sum()) for (_, value), root in zip(found, roots, strict=True)]
+    total = float(logsumexp(weights))
+    return [Mode(at, root, w - total) for (at, _), root, w in zip(found, roots, weights, strict=True)]
+
+
+def laplace_factor(density: Density, mode: Array, scale: Array) -> Array:
     """Cholesky factor (H, H) of the Laplace approximation's covariance, between a 20th and all of the prior's `scale`
     wide.
     """
-    size, step = len(mode), 1e-3
-
-    def gradient(theta: Tensor) -> Tensor:
-        theta = theta.clone().requires_grad_(True)
-        return torch.autograd.grad(-log_density(theta), theta)[0]
-
-    columns = []
-    for i in range(size):
-        shift = torch.zeros(size, dtype=torch.float64)
-        shift[i] = step * scale[i]
-        columns.append((gradient(mode + shift) - gradient(mode - shift)) / (2 * shift[i]))
-    hessian = torch.stack(columns) * scale[:, None] * scale[None, :]
-    values, vectors = torch.linalg.eigh(0.5 * (hessian + hessian.T))
-    root = vectors * values.clamp(1.0, 400.0).rsqrt()[None, :]
-    return torch.linalg.cholesky((scale[:, None] * root) @ (scale[:, None] * root).T * 1.3)
+    shifts = 1e-3 * np.diag(scale)
+    slopes = [(density(mode - shift)[1] - density(mode + shift)[1]) / 2e-3 for shift in shifts]  # per unit of scale
+    hessian = np.stack(slopes) * scale[None, :]
+    values, vectors = np.linalg.eigh(0.5 * (hessian + hessian.T))
+    root = scale[:, None] * vectors / np.sqrt(np.clip(values, 1.0, 400.0))[None, :]
+    return np.linalg.cholesky(root @ root.T * 1.2)
 
 
-def sample_chain(log_density: LogDensity, mode: Tensor, factor: Tensor, steps: int, rng: np.random.Generator) -> Tensor:
-    """A chain that starts near the mode -> (steps, H)."""
-    root = factor.numpy()
+class Chain:
+    """A chain over the modes' mixture; `run` continues it."""
 
-    def residual(whitened: Array) -> float:
-        with torch.no_grad():
-            theta = mode + torch.as_tensor(root @ whitened)
-            return float(log_density(theta)) + 0.5 * float(whitened @ whitened)
+    def __init__(
+        self,
+        density: Density,
+        modes: Sequence[Mode],
+        number: int,
+        rng: np.random.Generator,
+        *,
+        step: float = 0.65,
+        leaps: int = 6,
+    ) -> None:
+        """Start near a mode that the chain's number picks. step: of Hamiltonian Monte Carlo, in standard deviations;
+        leaps: how many a trajectory has at most.
+        """
+        self._density, self._modes, self._rng, self._step, self._leaps = density, modes, rng, step, leaps
+        self._shares = np.exp([mode.log_weight for mode in modes])
+        self._inverses = [np.linalg.inv(mode.root) for mode in modes]
+        mode = modes[number % len(modes)]
+        for width in (1.0, 0.3, 0.0):  # a start where the density is finite
+            self._state = mode.at + width * mode.root @ rng.standard_normal(len(mode.at))
+            self._value, self._slope = density(self._state)
+            if math.isfinite(self._value):
+                break
 
-    state = 0.3 * rng.standard_normal(len(mode))
-    value = residual(state)
-    path: list[Tensor] = []
-    for _ in range(steps):
-        state, value = elliptical_step(state, value, residual, rng)
-        path.append(mode + torch.as_tensor(root @ state))
-    return torch.stack(path)
+    def run(self, steps: int) -> Array:
+        """The next states (steps, H)."""
+        path = np.empty((steps, len(self._state)))
+        for step in range(steps):
+            self._jump()
+            self._glide(self._pick())
+            path[step] = self._state
+        return path
+
+    def _pick(self) -> int:
+        return int(self._rng.choice(len(self._modes), p=self._shares / self._shares.sum()))
+
+    def _jump(self) -> None:
+        """Propose a point of the mixture, whatever the state."""
+        mode = self._modes[self._pick()]
+        stretch = math.sqrt(TAILS / self._rng.chisquare(TAILS))
+        candidate = mode.at + stretch * mode.root @ self._rng.standard_normal(len(mode.at))
+        value, slope = self._density(candidate)
+        gain = value - self._value + self._log_proposal(self._state) - self._log_proposal(candidate)
+        if math.log(self._rng.random()) < gain:
+            self._state, self._value, self._slope = candidate, value, slope
+
+    def _log_proposal(self, state: Array) -> float:
+        size, logs = len(state), []
+        for mode, inverse in zip(self._modes, self._inverses, strict=True):
+            z = inverse @ (state - mode.at)
+            fall = -0.5 * (TAILS + size) * math.log1p(float(z @ z) / TAILS)
+            logs.append(mode.log_weight + fall - float(np.log(np.diag(mode.root)).sum()))
+        return float(logsumexp(logs))
+
+    def _glide(self, number: int) -> None:
+        """One trajectory of leapfrog steps, of random length, in the coordinates of a mode."""
+        root, rng = self._modes[number].root, self._rng
+        momentum = rng.standard_normal(len(self._state))
+        energy = self._value - 0.5 * float(momentum @ momentum)
+        state, value, slope = self._state, self._value, self._slope
+        size = self._step * rng.uniform(0.6, 1.1)
+        for _ in range(rng.integers(self._leaps // 2, self._leaps + 1)):
+            momentum = momentum + 0.5 * size * root.T @ slope
+            state = state + size * root @ momentum
+            value, slope = self._density(state)
+            if not math.isfinite(value):
+                return
+            momentum = momentum + 0.5 * size * root.T @ slope
+        if math.log(rng.random()) < value - 0.5 * float(momentum @ momentum) - energy:
+            self._state, self._value, self._slope = state, value, slope
 
 
-def elliptical_step(
-    state: Array, value: float, log_likelihood: Callable[[Array], float], rng: np.random.Generator
-) -> tuple[Array, float]:
-    """One step of elliptical slice sampling under a standard normal prior: the new state and its log likelihood."""
-    other = rng.standard_normal(len(state))
-    threshold = value + math.log(rng.random())
-    angle = rng.uniform(0, 2 * math.pi)
-    low, high = angle - 2 * math.pi, angle
-    while True:
-        candidate = state * math.cos(angle) + other * math.sin(angle)
-        proposed = log_likelihood(candidate)
-        if proposed > threshold:
-            return candidate, proposed
-        low, high = (angle, high) if angle < 0 else (low, angle)
-        angle = rng.uniform(low, high)
+def weights_without(log_density: Array) -> Array:
+    """Weights of S draws for N observations, each as if the observation had been left out: (S, N) -> (S, N).
+
+    log_density: of each observation, by each draw.
+    """
+    flat = np.ptp(log_density, axis=0) < 1e-9  # every draw says the same, which the smoothing cannot take
+    smoothed = array_stats.psislw(-np.where(flat, np.arange(len(log_density))[:, None] * 1e-6, log_density), axis=0)[0]
+    return np.exp(smoothed).T
 
 
-def diagnose(chains: list[Tensor]) -> tuple[float, float]:
-    """The largest rank-normalised R-hat and the smallest bulk effective sample size of any hyperparameter."""
-    values = torch.stack(chains).numpy()
-    rhat = np.max(array_stats.rhat(values, chain_axis=0, draw_axis=1))
-    return float(rhat), float(np.min(array_stats.ess(values, chain_axis=0, draw_axis=1)))
+def diagnose(draws: Array) -> tuple[float, float]:
+    """The largest rank-normalised split R-hat and the smallest bulk effective sample size of K quantities.
+
+    draws: (chains, draws, K).
+    """
+    rhat = np.max(array_stats.rhat(draws, chain_axis=0, draw_axis=1))
+    return float(rhat), float(np.min(array_stats.ess(draws, chain_axis=0, draw_axis=1)))

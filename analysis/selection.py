@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,12 +12,14 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from analysis.load import StudyData
-from analysis.observations import Observations, observe
-from analysis.results import DUMMY, MIN_RANKED, MIN_TRIALS, Counts, Data
+from analysis.observations import Observations, log_epoch, logit, observe
+from analysis.results import CHANCE, DUMMY, MIN_RANKED, MIN_TRIALS, Counts, Data
+from analysis.training import Attempts
 from ramcore.errors import UserError
-from ramcore.space import Array, Dimension
+from ramcore.space import Array, Dimension, Space
 from study.designs import SEARCH_ORIGINS
 
+TRAINED = 1.5  # times the accuracy of guessing, above which a run has trained
 DEFAULT_EVALUATION_SIZE = 10_000  # images behind an accuracy, if the study does not say
 
 
@@ -44,69 +46,154 @@ def evaluation_size(settings: Mapping[str, Any]) -> int:
     return DEFAULT_EVALUATION_SIZE
 
 
+def combine(records: StudyData, others: Sequence[StudyData]) -> tuple[StudyData, dict[str, int]]:
+    """The search's own trials with those of other studies that answer for its space; also how many each adds.
+
+    A trial counts if its configuration lies in the space and all other fields are the space's. A run that is in two
+    studies, of the same configuration and seed, counts once. Trials of other studies get numbers after the search's own.
+    """
+    space = records.space
+    assert space is not None
+    searched = records.trials[records.trials["origin"].isin(SEARCH_ORIGINS)]
+    trials, epochs, added = [searched], [records.epochs[records.epochs["trial"].isin(list(searched.index))]], {}
+    known = _runs(space, searched)
+    number = int(records.trials.index.max()) + 1
+    for other in others:
+        inside = other.trials[[_of_space(space, row) for row in other.trials.to_dict(orient="records")]]
+        for old, row in inside.sort_index().iterrows():
+            runs = _runs(space, inside.loc[[old]])
+            fresh = {seed for _, seed in runs - known}
+            known |= runs
+            mine = other.epochs[(other.epochs["trial"] == old) & other.epochs["seed"].isin(list(fresh))]
+            if mine.empty:
+                continue
+            trials.append(row.to_frame().T.set_axis([number]))
+            epochs.append(mine.assign(trial=number))
+            added[other.study.name] = added.get(other.study.name, 0) + 1
+            number += 1
+    together = pd.concat(trials).infer_objects() if added else searched
+    return records._replace(trials=together, epochs=pd.concat(epochs, ignore_index=True)), added
+
+
+def _runs(space: Space, trials: pd.DataFrame) -> set[tuple[tuple[object, ...], int]]:
+    """(values, seed) of every run."""
+    names = [name for name in space.names if name in trials]
+    values = zip(*(trials[name].tolist() for name in names), strict=True)
+    return {(value, seed) for value, seeds in zip(values, trials["seeds"], strict=True) for seed in seeds}
+
+
+def _of_space(space: Space, row: Mapping[str, object]) -> bool:
+    """Whether a trial could be the search's own."""
+    fixed = all(row[name] == value for name, value in space.fixed.items() if name in row)
+    return fixed and all(name in row for name in space.names) and space.contains({n: row[n] for n in space.names})
+
+
 class Selection(NamedTuple):
-    """The part of a study that is analysed."""
+    """The part of a study, and of those beside it, that is analysed."""
 
     data: Data
-    observations: Observations
+    observations: Observations  # of the runs that train, while they do
     complete: NDArray[np.bool_]  # (T,) which trials of the observations are complete
-    tried: Array  # (N, D) unit coordinates of all trials of the search, those without results among them
-    failed: NDArray[np.bool_]  # (N,) diverged trials among them
-    diverged: NDArray[np.bool_]  # (N,)
+    own: NDArray[np.bool_]  # (T,) which trials of the observations are the study's
+    attempts: Attempts  # of all trials
+    floor: float  # mean logit of the accuracy of runs that do not train
+    tried: Array  # (N, D) unit coordinates of all trials, those without results among them
+    failed: NDArray[np.bool_]  # (N,) trials among them that ended by an error or diverged
+    final: pd.Series  # by trial: mean logit of its runs at their last epoch, those that do not train counted
 
 
-def select(records: StudyData) -> Selection:
-    """The search's trials, the dimensions that vary, and the epochs that answers are for.
+def select(records: StudyData, others: Sequence[StudyData] = ()) -> Selection:
+    """The trials of the search and of others in its space, the dimensions that vary, the epochs that answers are for.
 
     The order of trials and of parameters in the records has no effect. Raises UserError if there is too little to fit.
     """
     space, name = records.space, records.study.name
     if space is None:
         raise UserError(f"sensitivity needs the search space; {records.space_problem}")
-    trials, epochs = records.trials.sort_index(), records.epochs
-    searched = trials[trials["origin"].isin(SEARCH_ORIGINS)]
-    recorded = [d for d in space.dimensions if d.name in trials]
-    x = pd.DataFrame({d.name: d.to_unit(list(searched[d.name])) for d in recorded}, index=searched.index).dropna()
-    seen = epochs.loc[epochs["val_accuracy"].notna() & epochs["trial"].isin(list(x.index)), "trial"].unique()
-    varied = sorted((d for d in recorded if x.loc[seen, d.name].nunique() > 1), key=lambda d: d.name)
-    if len(seen) < MIN_TRIALS:
-        states = ", ".join(f"{count} {state}" for state, count in trials["state"].value_counts().items())
+    counts, origins = count_trials(records.trials), records.trials["origin"].value_counts()
+    searched = records.trials[records.trials["origin"].isin(SEARCH_ORIGINS)]
+    known = records.epochs.loc[records.epochs["val_accuracy"].notna(), "trial"]
+    if known[known.isin(list(searched.index))].nunique() < MIN_TRIALS:
+        states = ", ".join(f"{count} {state}" for state, count in records.trials["state"].value_counts().items())
         command = records.settings.get("command") or f"python -m study.run --study {name}"
         raise UserError(
-            f"a report needs at least {MIN_TRIALS} trials of the search with results; {name} has {len(seen)} of "
-            f"{len(trials)} (state: {states}). Run more: {re.sub(r' --trials[ =][0-9]+', '', command)} "
+            f"a report needs at least {MIN_TRIALS} trials of the search with results; {name} has "
+            f"{known[known.isin(list(searched.index))].nunique()} of {len(records.trials)} (state: {states}). "
+            f"Run more: {re.sub(r' --trials[ =][0-9]+', '', command)} "
             f"--trials {max(3 * len(space.dimensions), 2 * MIN_RANKED)}"
         )
+    full = records.budget
+    records, added = combine(records, others)
+    trials, epochs = records.trials.sort_index(), records.epochs
+    recorded = [d for d in space.dimensions if d.name in trials]
+    x = pd.DataFrame({d.name: d.to_unit(list(trials[d.name])) for d in recorded}, index=trials.index).dropna()
+    epochs = epochs[epochs["val_accuracy"].notna() & epochs["trial"].isin(list(x.index))]
+    varied = sorted((d for d in recorded if x.loc[epochs["trial"].unique(), d.name].nunique() > 1), key=lambda d: d.name)
     if not varied:
         raise UserError(f"a ranking needs a parameter that varies; every trial of {name} has the same configuration")
-    budget = min(records.budget, int(epochs.loc[epochs["trial"].isin(list(seen)), "epoch"].max()))
+    budget = min(full, int(epochs["epoch"].max()))
     size = evaluation_size(records.settings)
-    early = f"No trial has reached the full budget of {records.budget} epochs yet; answers are for epoch {budget}."
+    early = f"No trial has reached the full budget of {full} epochs yet; answers are for epoch {budget}."
 
     x = x[[d.name for d in varied]].assign(**{DUMMY: [_dummy(int(trial)) for trial in x.index]})
-    observations = observe(epochs, x, budget, size)
-    used = trials.loc[list(observations.trials)]
     ended = outcomes(trials)
+    diverged = [trial for trial in x.index if ended[trial] == "diverged"]
+    attempts, floor, final = _attempts(epochs, records.epochs, x, diverged, budget, size)
+    observations = observe(epochs[epochs["val_accuracy"] > TRAINED * CHANCE], x, budget, size)
+    used = trials.loc[list(observations.trials)]
+    own = used.index.isin(list(searched.index))
     data = Data(
         name=name,
         space=space,
         dimensions=(*varied, Dimension(name=DUMMY, type="float")),
         constant=tuple(sorted(set(space.names) - {d.name for d in varied})),
-        counts=count_trials(trials)._replace(used=len(used)),
-        origins={str(k): int(v) for k, v in trials["origin"].value_counts().items()},
+        counts=counts._replace(used=len(attempts.u)),
+        origins={str(k): int(v) for k, v in origins.items()},
+        others=added,
+        untrained=(int(attempts.failed.sum()), int((attempts.failed + attempts.trained).sum())),
         budget=budget,
         evaluation_size=size,
-        biased=bool((used["origin"] == "sobol").sum() < max(1, 0.25 * len(used))),
-        warnings=(early,) if budget < records.budget else (),
+        biased=bool((used["origin"] == "sobol").sum() < max(1, 0.25 * own.sum())),
+        warnings=(early,) if budget < full else (),
     )
     return Selection(
         data,
         observations,
         complete=(used["state"] == "complete").to_numpy(),
+        own=own,
+        attempts=attempts,
+        floor=floor,
         tried=x.to_numpy(dtype=float),
         failed=np.array([ended[trial] in ("diverged", "failed") for trial in x.index]),
-        diverged=np.array([ended[trial] == "diverged" for trial in x.index]),
+        final=final,
     )
+
+
+def _attempts(
+    epochs: pd.DataFrame, every: pd.DataFrame, x: pd.DataFrame, diverged: Sequence[int], budget: int, size: int
+) -> tuple[Attempts, float, pd.Series]:
+    """How the runs ended, the mean logit of those that do not train, and each trial's mean logit at its end.
+
+    A run trains if its last accuracy is above TRAINED times that of guessing. One that diverged does not, and would not
+    have by the full budget; the other seeds of its trial were cut short and tell nothing.
+    """
+    last = epochs.sort_values("epoch").groupby(["trial", "seed"]).last()[["epoch", "val_accuracy"]]
+    last = last[~last.index.get_level_values("trial").isin(diverged)]
+    last["failed"] = last["val_accuracy"] <= TRAINED * CHANCE
+    last["y"] = logit(last["val_accuracy"].to_numpy(dtype=float), size)
+    lost = last.loc[last["failed"], "y"]
+    floor = float(lost.mean()) if len(lost) else float(logit(np.array(CHANCE), size))
+    by_trial = last.groupby("trial").agg(epoch=("epoch", "max"), failed=("failed", "sum"), seeds=("failed", "size"), y=("y", "mean"))
+    broken = every[every["trial"].isin(diverged) & every["val_accuracy"].isna()].groupby("trial")["seed"].nunique()
+    ends = pd.DataFrame({"epoch": budget, "failed": broken.reindex(diverged).fillna(1.0), "y": floor})
+    by_trial = pd.concat([by_trial, ends.assign(seeds=ends["failed"])]).sort_index()
+    attempts = Attempts(
+        x=x.loc[by_trial.index].to_numpy(dtype=float),
+        u=log_epoch(by_trial["epoch"].clip(upper=budget).to_numpy(dtype=float), budget),
+        trained=(by_trial["seeds"] - by_trial["failed"]).to_numpy(dtype=float),
+        failed=by_trial["failed"].to_numpy(dtype=float),
+    )
+    return attempts, floor, by_trial["y"]
 
 
 def _dummy(trial: int) -> float:

@@ -1,4 +1,4 @@
-"""The Gaussian process over (configuration, epoch) that every answer is drawn from.
+"""The Gaussian process over (configuration, epoch) that answers about runs that train are drawn from.
 
 Model, on the logit of validation accuracy, u = log(epoch) / log(full budget) in [0, 1]:
 
@@ -8,21 +8,26 @@ f is a sum of components, one for every set of one, two or three dimensions, eac
 holds (a functional ANOVA, so variances of components are Sobol indices without Monte Carlo). A component is a product
 of basis functions with independent Gaussian weights; the weights move smoothly with u. b is the trial effect: the part
 of a trial that the smooth surface does not explain. s is the seed noise, which lasts over epochs, and e the epoch
-noise. The differences between the seeds of a trial enter the likelihood exactly, so seed noise is measured.
+noise. All three may be larger where accuracy is low. The differences between the seeds of a trial enter the likelihood
+exactly, so seed noise is measured.
 
 No hyperparameter is fixed at an estimate: they are sampled (`analysis.sampler`), and each draw of them gives joint
-posterior draws of all weights (Matheron's rule).
+posterior draws of all weights (Matheron's rule). A trial is predicted without itself from the same draws, exactly for
+each of them and reweighted between them.
 
 Sources: Marrel et al. 2009 and Le Gratiet et al. 2014 (Sobol indices on posterior draws), Durrande et al. 2013 (ANOVA
-kernels), Wilson et al. 2020 (Matheron's rule).
+kernels), Wilson et al. 2020 (Matheron's rule), Rasmussen and Williams 2006, 5.4.2 (leaving rows out), Vehtari et al.
+2024 (Pareto-smoothed importance weights).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,45 +35,50 @@ from torch import Tensor
 
 from analysis.basis import MAIN, basis
 from analysis.observations import Observations
-from analysis.sampler import diagnose, find_mode, laplace_factor, sample_chain
+from analysis.sampler import BURN, CHAINS, Chain, diagnose, differentiated, find_modes, weights_without
 from ramcore.space import Array, Dimension
 
 PAIR, TRIPLE = 6, 3  # basis functions a dimension in components of two and three dimensions; MAIN in those of one
 JITTER = 1e-6
+STARTS = 8  # of the search for modes
+ROUNDS = 4  # the chains are made longer at most so often
+SETTLED = 1.05  # R-hat of what is reported, above which they are
 
 # Hyperparameters that belong to no dimension: prior mean and standard deviation, for y scaled to unit variance. All but
-# the two slopes are logarithms.
+# the three slopes are logarithms.
 SHARED = {
     "interaction": (math.log(0.35), 0.8),  # a pair has about a third of the variance its two weights alone would give
     "memory": (math.log(1.0), 0.5),  # length scale of the surface in u
     "slope": (0.3, 0.7),  # change of the surface's size with u
-    "seed_noise": (-1.6, 1.0),  # standard deviation at u = 1
-    "epoch_noise": (-2.0, 1.0),  # standard deviation at u = 1
-    "trial_effect": (-2.5, 1.0),  # standard deviation
+    "seed_noise": (-1.6, 1.0),  # standard deviation at u = 1 and mean accuracy
+    "epoch_noise": (-2.0, 1.0),  # standard deviation at u = 1 and mean accuracy
+    "trial_effect": (-2.5, 1.0),  # standard deviation at mean accuracy
     "noise_slope": (0.0, 0.5),  # change of seed and epoch noise with u
+    "noise_level": (-0.2, 0.4),  # change of all noise with the scaled accuracy
     "seed_memory": (0.7, 1.0),  # length scale of the seed noise in u
 }
 
 
-class Posterior(NamedTuple):
-    """Joint draws of the surface: S draws of P weights at E epochs, the same number for each of T hyperparameter draws.
+class HeldOut(NamedTuple):
+    """The last row of each trial, predicted without that trial, in logits, (T,) each."""
 
-    weights: (S, P, E); level: (S, E), the mean over all configurations; theta: (T, H) hyperparameters; rhat, ess: the
-    largest R-hat and the smallest effective sample size of the hyperparameters' chains, NaN for a single chain.
+    mean: Array
+    sd: Array  # of the prediction of the row, noise counted
+    noise: Array  # of seed and epoch noise alone
+
+
+class Posterior(NamedTuple):
+    """Joint draws of the surface: S draws of P weights at E epochs, the same number for each draw of hyperparameters.
+
+    weights: (S, P, E); level: (S, E), the mean over all configurations; theta: (S / draws each, H) hyperparameters, a
+    chain's after another's; modes: how many were found.
     """
 
     weights: Array
     level: Array
     theta: Array
-    rhat: float
-    ess: float
-
-
-class Start(NamedTuple):
-    """Where sampling starts: the mode and the Cholesky factor of the Laplace approximation around it."""
-
-    mode: Tensor
-    factor: Tensor
+    modes: int
+    held_out: HeldOut
 
 
 class Surface:
@@ -87,7 +97,23 @@ class Surface:
         # Weights: most dimensions matter little (median share 4% of the variance each), any may matter a lot.
         means, sds = zip(*SHARED.values(), strict=True)
         self.prior_mean = torch.tensor([math.log(0.06)] * d + [0.0] * d + list(means), dtype=torch.float64)
-        self.prior_sd = torch.tensor([1.6] * d + [0.4] * d + list(sds), dtype=torch.float64)
+        self.prior_sd = torch.tensor([1.6] * d + [0.6] * d + list(sds), dtype=torch.float64)
+
+        padded = [np.pad(np.log(base.variances), (0, MAIN - len(base.variances)), constant_values=-1e4) for base in self.bases]
+        self._log_variances = torch.as_tensor(np.stack(padded))
+        products = [product for _, product in self._terms()]
+        self._factors = torch.stack([_count(product, d) for product in products])  # (P, D * MAIN)
+        self._orders = torch.tensor([len(product) - 1.0 for product in products], dtype=torch.float64)
+
+    def _terms(self) -> list[tuple[tuple[int, ...], tuple[tuple[int, int], ...]]]:
+        """For each of the P features: its dimensions, and its functions as (dimension, number)."""
+        sizes = [len(base.variances) for base in self.bases]
+        found = []
+        for most, sets in ((MAIN, [(i,) for i in range(self.size)]), (PAIR, self.pairs), (TRIPLE, self.triples)):
+            for one in sets:
+                numbers = itertools.product(*(range(min(sizes[i], most)) for i in one))
+                found += [(one, tuple(zip(one, number, strict=True))) for number in numbers]
+        return found
 
     def _shared(self, theta: Tensor, name: str) -> Tensor:
         """One of the hyperparameters in SHARED."""
@@ -97,50 +123,52 @@ class Surface:
 
     def features(self, x: Array) -> Array:
         """All P basis products at coordinates (N, D) -> (N, P): mains, then pairs, then triples."""
-        per = [base(x[:, i]) for i, base in enumerate(self.bases)]
+        return self._products([base(x[:, i]) for i, base in enumerate(self.bases)])
+
+    def _products(self, per: list[Array]) -> Array:
+        """The products of functions that are given for each dimension, (N, M) each -> (N, P)."""
         pairs, triples = ([functions[:, :most] for functions in per] for most in (PAIR, TRIPLE))
         parts = [_outer(pairs[i], pairs[j]) for i, j in self.pairs]
         parts += [_outer(_outer(triples[i], triples[j]), triples[k]) for i, j, k in self.triples]
         return np.concatenate(per + parts, axis=1)
 
+    def along(self, x: Array, i: int, weights: Array) -> Array:
+        """What the surface is along dimension i from the other coordinates of x (N, D), for weights (P, S).
+
+        Returns (1 + M, N, S): the part that does not depend on i, and the factor of each of its M functions.
+        """
+        per = [base(x[:, j]) for j, base in enumerate(self.bases)]
+        rows = self._products([np.ones_like(p) if j == i else p for j, p in enumerate(per)])
+        number = np.array([dict(product).get(i, -1) for _, product in self._terms()])
+        return np.stack([rows[:, number == m] @ weights[number == m] for m in range(-1, per[i].shape[1])])
+
     def groups(self) -> list[tuple[int, ...]]:
         """For each of the P features, the dimensions it belongs to."""
-        sizes = [len(base.variances) for base in self.bases]
-        found: list[tuple[int, ...]] = []
-        for most, sets in ((MAIN, [(i,) for i in range(self.size)]), (PAIR, self.pairs), (TRIPLE, self.triples)):
-            for one in sets:
-                found += [one] * math.prod(min(sizes[i], most) for i in one)
-        return found
+        return [dimensions for dimensions, _ in self._terms()]
 
-    def _spectra(self, theta: Tensor) -> list[Tensor]:
-        rough = torch.exp(theta[self.size : 2 * self.size])
-        tilted = [torch.as_tensor(base.variances) ** (1 / rough[i]) for i, base in enumerate(self.bases)]
-        return [spectrum / spectrum.sum() for spectrum in tilted]
+    def _log_spectra(self, theta: Tensor) -> Tensor:
+        """Logarithm of every function's prior variance in the component of its own dimension -> (D * MAIN,)."""
+        weight, rough = theta[: self.size, None], torch.exp(theta[self.size : 2 * self.size, None])
+        tilted = self._log_variances / rough
+        return (weight + tilted - torch.logsumexp(tilted, dim=1, keepdim=True)).flatten()
 
     def variances(self, theta: Tensor) -> Tensor:
         """Prior variance of every weight at the full budget -> (P,)."""
-        weight, eta = torch.exp(theta[: self.size]), torch.exp(self._shared(theta, "interaction"))
-        spectra = self._spectra(theta)
-        parts = [weight[i] * spectra[i] for i in range(self.size)]
-        for i, j in self.pairs:
-            parts.append(eta * torch.outer(weight[i] * spectra[i][:PAIR], weight[j] * spectra[j][:PAIR]).flatten())
-        for triple in self.triples:
-            product = eta**2 * torch.ones(1, dtype=torch.float64)
-            for i in triple:
-                product = torch.outer(product, weight[i] * spectra[i][:TRIPLE]).flatten()
-            parts.append(product)
-        return torch.cat(parts)
+        return torch.exp(self._factors @ self._log_spectra(theta) + self._orders * self._shared(theta, "interaction"))
 
     # ---- likelihood ------------------------------------------------------------------------------------------
 
-    def _surface_kernel(self, theta: Tensor, per: list[Tensor]) -> Tensor:
-        weight, eta = torch.exp(theta[: self.size]), torch.exp(self._shared(theta, "interaction"))
-        spectra = self._spectra(theta)
-        orders: list[Tensor] = []
-        for order, count in enumerate((MAIN, PAIR, TRIPLE), start=1):
-            one = [weight[i] * (p[:, :count] * spectra[i][:count]) @ p[:, :count].T for i, p in enumerate(per)]
-            orders.append(eta ** (order - 1) * _symmetric(one, order))
-        return orders[0] + orders[1] + orders[2]
+    def _surface_kernel(self, theta: Tensor, powers: list[_Powers]) -> Tensor:
+        """Covariance of f between trials (T, T).
+
+        The sums over all products of two and of three different kernels follow from sums of powers of the kernels
+        (Newton's identities), and these are products of matrices: no pair is listed.
+        """
+        eta, spectra = torch.exp(self._shared(theta, "interaction")), self._log_spectra(theta)
+        one, two, three = (part.sums(spectra) for part in powers)
+        pairs = 0.5 * (two[0] ** 2 - two[1])
+        triples = (three[0] ** 3 - 3 * three[0] * three[1] + 2 * three[2]) / 6
+        return one[0] + eta * pairs + eta**2 * triples
 
     def _time_kernel(self, theta: Tensor, u: Tensor) -> Tensor:
         length, slope = torch.exp(self._shared(theta, "memory")), self._shared(theta, "slope")
@@ -151,12 +179,14 @@ class Surface:
         length = torch.exp(self._shared(theta, "memory"))
         return 4.0 + 4.0 * _matern((u[:, None] - u[None, :]).abs() / length)
 
-    def _noise(self, theta: Tensor, u: Tensor) -> _Noise:
-        change = torch.exp(self._shared(theta, "noise_slope") * (1 - u))
+    def _noise(self, theta: Tensor, u: Tensor, y: Tensor) -> _Noise:
+        """Standard deviations at u where the scaled accuracy is y."""
+        level = torch.exp(self._shared(theta, "noise_level") * y)
+        change = level * torch.exp(self._shared(theta, "noise_slope") * (1 - u))
         return _Noise(
             torch.exp(self._shared(theta, "seed_noise")) * change,
             torch.exp(self._shared(theta, "epoch_noise")) * change,
-            torch.exp(self._shared(theta, "trial_effect")) * torch.ones_like(u),
+            torch.exp(self._shared(theta, "trial_effect")) * level,
         )
 
     def _seed_memory(self, theta: Tensor, u: Tensor) -> Tensor:
@@ -164,39 +194,33 @@ class Surface:
         apart = (u[..., :, None] - u[..., None, :]).abs()
         return torch.exp(-apart / torch.exp(self._shared(theta, "seed_memory")))
 
-    def _noise_kernel(self, theta: Tensor, data: _Tensors) -> Tensor:
-        """Covariance of rows beyond the surface; only rows of one trial share any, so just those are computed."""
-        noise = self._noise(theta, data.times)
-        memory = self._seed_memory(theta, data.times)
-        seed = noise.seed[:, None] * noise.seed[None, :] * memory
-        rows, columns = data.same
-        shared = seed[data.time_of[rows], data.time_of[columns]] * (data.seeds[rows] * data.seeds[columns]).rsqrt()
-        size = len(data.y)
-        kernel = torch.zeros(size, size, dtype=torch.float64).index_put((rows, columns), shared + noise.trial[0] ** 2)
-        return kernel + torch.diag(noise.epoch[data.time_of] ** 2 / (data.seeds * data.epochs) + JITTER)
+    def _noise_kernel(self, theta: Tensor, data: _Tensors, *, trial_effect: bool = True) -> Tensor:
+        """Covariance of rows beyond the surface; only rows of one trial share any."""
+        noise = self._noise(theta, data.u, data.noise_y)
+        seed = noise.seed * data.seeds.rsqrt()
+        shared = seed[:, None] * seed[None, :] * (data.time @ self._seed_memory(theta, data.times) @ data.time.T)
+        if trial_effect:
+            shared = shared + noise.trial[:, None] * noise.trial[None, :]
+        return shared * data.same + torch.diag(noise.epoch**2 / (data.seeds * data.epochs) + JITTER)
 
     def covariance(self, theta: Tensor, data: _Tensors) -> Tensor:
         """Covariance of the rows, (N, N)."""
-        surface = torch.take(self._surface_kernel(theta, data.per), data.flat_trial)
-        time = torch.take(self._time_kernel(theta, data.times), data.flat_time)
-        level = torch.take(self._level_kernel(theta, data.times), data.flat_time)
+        surface = data.trial @ self._surface_kernel(theta, data.powers) @ data.trial.T
+        time = data.time @ self._time_kernel(theta, data.times) @ data.time.T
+        level = data.time @ self._level_kernel(theta, data.times) @ data.time.T
         return surface * time + level + self._noise_kernel(theta, data)
 
     def log_posterior(self, theta: Tensor, data: _Tensors) -> Tensor:
         """Log density of the hyperparameters given the rows and the seeds' contrasts, up to a constant."""
         prior = -0.5 * (((theta - self.prior_mean) / self.prior_sd) ** 2).sum()
-        factor, bad = torch.linalg.cholesky_ex(self.covariance(theta, data))
-        if int(bad):
-            return torch.tensor(-torch.inf, dtype=torch.float64)
-        solved = torch.linalg.solve_triangular(factor, data.y[:, None], upper=False)
-        fit = -0.5 * (solved**2).sum() - torch.log(torch.diagonal(factor)).sum()
+        fit = _LogDensity.apply(self.covariance(theta, data), data.y)
         return prior + fit + self._contrast_likelihood(theta, data)
 
     def _contrast_likelihood(self, theta: Tensor, data: _Tensors) -> Tensor:
         if not len(data.contrast_df):
             return torch.zeros((), dtype=torch.float64)
         here = data.contrast_epochs > 0
-        noise = self._noise(theta, data.contrast_u)
+        noise = self._noise(theta, data.contrast_u, data.contrast_y)
         memory = self._seed_memory(theta, data.contrast_u)
         both = here[:, :, None] & here[:, None, :]
         cov = torch.where(both, noise.seed[:, :, None] * noise.seed[:, None, :] * memory, 0.0)
@@ -211,39 +235,47 @@ class Surface:
     # ---- sampling --------------------------------------------------------------------------------------------
 
     def sample(
-        self,
-        observations: Observations,
-        at: Array,
-        *,
-        hyperdraws: int,
-        draws_each: int,
-        rng: np.random.Generator,
-        start: Start | None = None,
-    ) -> tuple[Posterior, Start]:
-        """Posterior draws at u = `at`, in logits; also where the sampling started.
+        self, observations: Observations, at: Array, *, hyperdraws: int, draws_each: int, rng: np.random.Generator
+    ) -> Posterior:
+        """Posterior draws at u = `at`, in logits.
 
-        A fit to part of the data takes the `start` of the fit to all of it, and needs only a short run.
+        The chains are made longer, at most ROUNDS times, until the dimensions' shares have settled.
         """
         data = self._prepare(observations)
 
-        def log_density(theta: Tensor) -> Tensor:
-            return self.log_posterior(theta, data)
-
-        if start is None:
-            chains, thin, burn = 2, 4, 60
-            mode = find_mode(log_density, self.prior_mean, iterations=80)
-            start = Start(mode, laplace_factor(log_density, mode, self.prior_sd))
-        else:
-            chains, thin, burn = 1, 2, 10
-            start = start._replace(mode=find_mode(log_density, start.mode, iterations=20))
-        steps = burn + math.ceil(hyperdraws / chains) * thin
-        kept = [sample_chain(log_density, start.mode, start.factor, steps, rng)[burn:] for _ in range(chains)]
-        rhat, ess = diagnose(kept) if chains > 1 else (math.nan, math.nan)
-        theta = torch.cat([path[thin - 1 :: thin] for path in kept])
-        drawn = [self._draw(one, data, torch.as_tensor(at), draws_each, rng) for one in theta]
-        weights = np.concatenate([weights * data.scale for weights, _ in drawn])
+        density = differentiated(lambda theta: self.log_posterior(theta, data))
+        mean, sd = self.prior_mean.numpy(), self.prior_sd.numpy()
+        starts = [mean, *(mean + sd * rng.standard_normal((STARTS - 1, len(mean))))]
+        modes = find_modes(density, starts, sd)
+        kept = math.ceil(hyperdraws / CHAINS)
+        chains = [Chain(density, modes, k, child) for k, child in enumerate(rng.spawn(CHAINS))]
+        paths = [np.empty((0, len(self.prior_mean)))] * CHAINS
+        steps = BURN + kept
+        for round_ in range(ROUNDS):
+            with ThreadPoolExecutor(min(CHAINS, os.cpu_count() or 1)) as pool:
+                more = list(pool.map(lambda chain: chain.run(steps), chains))
+            paths = [np.concatenate(both) for both in zip(paths, more, strict=True)]
+            steps = len(paths[0])
+            settled = np.array([path[BURN:] for path in paths])
+            theta = torch.as_tensor(np.concatenate([p[np.linspace(0, len(p) - 1, kept).astype(int)] for p in settled]))
+            drawn = [self._draw(one, data, torch.as_tensor(at), draws_each, rng) for one in theta]
+            weights = np.concatenate([weights for weights, _ in drawn])
+            rhat, ess = diagnose(self.shares(weights[:, :, -1]).reshape(CHAINS, kept * draws_each, -1))
+            if DEBUG:
+                print("   round", round_, "modes", [round(m.log_weight, 1) for m in modes],
+                      "rhat", round(rhat, 3), "ess", round(ess), 
+                      "theta", [round(v, 2) for v in diagnose(settled)], flush=True)
+            if rhat <= SETTLED:
+                break
+        weights = weights * data.scale
         level = np.concatenate([level * data.scale + data.centre for _, level in drawn])
-        return Posterior(weights, level, theta.numpy(), rhat, ess), start
+        return Posterior(weights, level, theta.numpy(), len(modes), self._held_out(theta, data))
+
+    def shares(self, weights: Array) -> Array:
+        """Total Sobol indices of weights (S, P) -> (S, D)."""
+        power = weights**2
+        member = np.array([[i in group for i in range(self.size)] for group in self.groups()], dtype=float)
+        return power @ member / power.sum(axis=1)[:, None]
 
     def _draw(
         self, theta: Tensor, data: _Tensors, at: Tensor, count: int, rng: np.random.Generator
@@ -251,7 +283,7 @@ class Surface:
         """Joint draws of weights and level at `at` (E,) given hyperparameters -> (count, P, E), (count, E)."""
         with torch.no_grad():
             times, where = torch.unique(torch.cat([at, data.times]), return_inverse=True)
-            at_index, row_index = where[: len(at)], where[len(at) :][data.time_of]
+            at_index, row_index = where[: len(at)], where[len(at) :][data.time.argmax(dim=1)]
             variances = self.variances(theta)
             time = self._time_kernel(theta, times)
             time_factor = torch.linalg.cholesky(time + 1e-8 * torch.eye(len(times)) * time.diagonal().max())
@@ -274,25 +306,65 @@ class Surface:
                 levels.append((prior_level[at_index] + level[at_index][:, row_index] @ pull).numpy())
         return np.stack(weights), np.stack(levels)
 
+    def _held_out(self, theta: Tensor, data: _Tensors) -> HeldOut:
+        """Every trial's last row, predicted from the other trials."""
+        with torch.no_grad():
+            parts = [self._without_each(one, data) for one in theta]
+        mean, variance, noise, log_density = (np.stack(part) for part in zip(*parts, strict=True))  # (T', T) each
+        weight = weights_without(log_density)
+        centre = (weight * mean).sum(axis=0)
+        spread = (weight * (variance + mean**2)).sum(axis=0) - centre**2
+        noise = (weight * noise).sum(axis=0)
+        return HeldOut(centre * data.scale + data.centre, np.sqrt(spread) * data.scale, np.sqrt(noise) * data.scale)
+
+    def _without_each(self, theta: Tensor, data: _Tensors) -> tuple[Array, Array, Array, Array]:
+        """For every trial, given hyperparameters: mean and variance of its last row without the trial, the part of the
+        variance that is seed and epoch noise, and the log density of all its rows; scaled, (T,) each.
+        """
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.covariance(theta, data)))
+        noise = self._noise_kernel(theta, data, trial_effect=False).diagonal()
+        pull = inverse @ data.y
+        block, here = data.rows_of, data.rows_of >= 0
+        at = block.clamp_min(0)
+        both = here[:, :, None] & here[:, None, :]
+        precision = torch.where(both, inverse[at[:, :, None], at[:, None, :]], 0.0)
+        precision = precision + torch.diag_embed((~here).double())
+        covariance = torch.linalg.inv(precision)
+        apart = (covariance @ torch.where(here, pull[at], 0.0)[:, :, None])[:, :, 0]  # rows less their predictions
+        last = here.sum(1) - 1
+        trials = torch.arange(len(block))
+        own = at[trials, last]
+        fit = (apart[:, None, :] @ precision @ apart[:, :, None])[:, 0, 0]
+        log_density = 0.5 * torch.logdet(precision) - 0.5 * fit
+        mean = data.y[own] - apart[trials, last]
+        parts = (mean, covariance[trials, last, last], noise[own], log_density)
+        return tuple(part.numpy() for part in parts)  # pyright: ignore[reportReturnType]
+
     def _prepare(self, observations: Observations) -> _Tensors:
         """Observations as tensors, y scaled to mean 0 and variance 1 (undone by `sample`)."""
         y, contrasts = observations.y, observations.contrasts
         centre, scale = float(y.mean()), float(y.std()) or 1.0
         trial_of = torch.tensor(observations.trial_of)
         times, time_of = torch.unique(torch.tensor(observations.u), return_inverse=True)
+        rows = [torch.nonzero(trial_of == trial)[:, 0] for trial in range(len(observations.trials))]
+        scaled = torch.as_tensor((y - centre) / scale)
+        per = [torch.as_tensor(base(observations.x[:, i])) for i, base in enumerate(self.bases)]
         return _Tensors(
-            per=[torch.as_tensor(base(observations.x[:, i])) for i, base in enumerate(self.bases)],
+            powers=[_Powers(per, most, order) for order, most in enumerate((MAIN, PAIR, TRIPLE), start=1)],
             features=torch.as_tensor(self.features(observations.x)),
             trial_of=trial_of,
-            same=torch.nonzero(trial_of[:, None] == trial_of[None, :], as_tuple=True),
-            flat_trial=trial_of[:, None] * len(observations.trials) + trial_of[None, :],
+            trial=torch.nn.functional.one_hot(trial_of, len(observations.trials)).double(),
+            rows_of=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1),
+            same=(trial_of[:, None] == trial_of[None, :]).double(),
             times=times,
-            time_of=time_of,
-            flat_time=time_of[:, None] * len(times) + time_of[None, :],
-            y=torch.as_tensor((y - centre) / scale),
+            time=torch.nn.functional.one_hot(time_of, len(times)).double(),
+            u=times[time_of],
+            y=scaled,
+            noise_y=scaled.clamp(-3, 3),
             seeds=torch.tensor(observations.seeds),
             epochs=torch.tensor(observations.epochs),
             contrast_u=torch.tensor(contrasts.u),
+            contrast_y=torch.as_tensor((contrasts.y - centre) / scale).clamp(-3, 3),
             contrast_epochs=torch.tensor(contrasts.epochs),
             contrast_outer=torch.as_tensor(contrasts.outer / scale**2),
             contrast_df=torch.tensor(contrasts.df),
@@ -300,46 +372,99 @@ class Surface:
             scale=scale,
         )
 
-    def predictive_sd(self, theta: Array, scale: float, seeds: float, *, trial_effect: bool = True) -> Array:
-        """Standard deviation (logits) of a new run's mean over seeds around the surface, full budget -> (T,).
 
-        Without `trial_effect` it is that of seed and epoch noise alone.
-        """
-        one = torch.ones(1, dtype=torch.float64)
-        share, own = 1 / seeds, float(trial_effect)
-        parts = [[float(sd) ** 2 for sd in self._noise(row, one)] for row in torch.as_tensor(theta)]
-        total = [share * seed + share * epoch + own * trial for seed, epoch, trial in parts]
-        return scale * np.sqrt(np.array(total))
+DEBUG = False
 
 
 class _Noise(NamedTuple):
-    """Standard deviations at several u."""
+    """Standard deviations of rows."""
 
     seed: Tensor
     epoch: Tensor
-    trial: Tensor  # of the trial effect, the same at every u
+    trial: Tensor  # of the trial effect
 
 
 class _Tensors(NamedTuple):
     """Observations of N rows and T trials as tensors."""
 
-    per: list[Tensor]  # of each dimension: its functions at the trials (T, M)
+    powers: list[_Powers]  # of components of one, two and three dimensions
     features: Tensor  # (T, P)
     trial_of: Tensor
-    same: tuple[Tensor, ...]  # row and column of every pair of rows of one trial
-    flat_trial: Tensor  # (N, N) position of a pair of rows in a flattened (T, T) matrix
+    trial: Tensor  # (N, T) 1 where a row is of a trial, else 0
+    rows_of: Tensor  # (T, B) rows of each trial, the last one last; -1 beyond
+    same: Tensor  # (N, N) 1 where two rows are of one trial, else 0
     times: Tensor  # (U,) distinct u
-    time_of: Tensor  # (N,) row -> distinct u
-    flat_time: Tensor  # (N, N) position of a pair of rows in a flattened (U, U) matrix
+    time: Tensor  # (N, U) 1 where a row is of a time, else 0
+    u: Tensor  # (N,)
     y: Tensor
+    noise_y: Tensor  # (N,) accuracy that the noise depends on
     seeds: Tensor
     epochs: Tensor
     contrast_u: Tensor
+    contrast_y: Tensor
     contrast_epochs: Tensor
     contrast_outer: Tensor
     contrast_df: Tensor
     centre: float
     scale: float
+
+
+class _LogDensity(torch.autograd.Function):
+    """Log density of y under N(0, covariance) up to a constant; minus infinity where that is no covariance.
+
+    Its gradient in the covariance C is (a a' - C^-1) / 2, a = C^-1 y, which takes half the time of differentiating
+    through the factorisation.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, covariance: Tensor, y: Tensor) -> Tensor:  # noqa: D102
+        factor, bad = torch.linalg.cholesky_ex(covariance)
+        if int(bad):
+            ctx.factor = None
+            return torch.tensor(-torch.inf, dtype=torch.float64)
+        ctx.factor, ctx.y = factor, y
+        solved = torch.linalg.solve_triangular(factor, y[:, None], upper=False)
+        return -0.5 * (solved**2).sum() - torch.log(torch.diagonal(factor)).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None]:
+        if ctx.factor is None:
+            return None, None
+        inverse = torch.cholesky_inverse(ctx.factor)
+        pull = inverse @ ctx.y
+        return 0.5 * grad_outputs[0] * (pull[:, None] * pull[None, :] - inverse), None
+
+
+class _Powers:
+    """The kernels of all dimensions between T trials, k_i = sum over m of v_im * phi_im * phi_im, and their powers.
+
+    The power of a kernel is a kernel again, whose functions are the products of its functions. So the sum over the
+    dimensions of any power is a single product of matrices.
+    """
+
+    def __init__(self, per: list[Tensor], most: int, order: int) -> None:
+        """per: each dimension's functions at the trials (T, M), of which `most` are used; order: the highest power."""
+        self._parts: list[tuple[Tensor, Tensor]] = []  # for each power: functions (T, C), and counts (C, D * MAIN)
+        for power in range(1, order + 1):
+            columns, counts = [], []
+            for i, functions in enumerate(per):
+                index = list(itertools.combinations_with_replacement(range(min(functions.shape[1], most)), power))
+                times = [math.factorial(power) / math.prod(math.factorial(one.count(m)) for m in set(one)) for one in index]
+                columns.append(functions[:, index].prod(dim=2) * torch.tensor(times).sqrt())
+                counts += [_count([(i, m) for m in one], len(per)) for one in index]
+            self._parts.append((torch.cat(columns, dim=1), torch.stack(counts)))
+
+    def sums(self, log_spectra: Tensor) -> list[Tensor]:
+        """Sums over the dimensions of the kernels' powers 1 to order, (T, T) each."""
+        return [(f * torch.exp(counts @ log_spectra)) @ f.T for f, counts in self._parts]
+
+
+def _count(functions: Iterable[tuple[int, int]], size: int) -> Tensor:
+    """How often a product has each function (dimension, number) -> (size * MAIN,)."""
+    count = torch.zeros(size, MAIN, dtype=torch.float64)
+    for dimension, number in functions:
+        count[dimension, number] += 1
+    return count.flatten()
 
 
 def _outer(a: Array, b: Array) -> Array:
@@ -351,9 +476,3 @@ def _matern(scaled: Tensor) -> Tensor:
     return (1 + r + r**2 / 3) * torch.exp(-r)
 
 
-def _symmetric(kernels: list[Tensor], order: int) -> Tensor:
-    """Sum over all products of `order` different kernels, without listing them (one pass for every dimension)."""
-    sums = [torch.ones_like(kernels[0])] + [torch.zeros_like(kernels[0]) for _ in range(order)]
-    for kernel in kernels:
-        sums = [sums[0]] + [sums[k] + kernel * sums[k - 1] for k in range(1, order + 1)]
-    return sums[order]

@@ -2,123 +2,76 @@
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import numpy as np
 import pandas as pd
 from scipy.special import gammaln
 
 from analysis.effects import Predictor
 from analysis.observations import Observations
-from analysis.results import MIN_R2, MIN_RANKED, CrossValidation
-from analysis.surrogate import Posterior, Start, Surface
+from analysis.results import MIN_RANKED, CrossValidation
+from analysis.sampler import weights_without
+from analysis.selection import Selection
+from analysis.surrogate import HeldOut
+from analysis.training import Attempts
 from ramcore.space import Array
 
-FOLDS = 5
 UNCERTAIN = 0.9  # of the SD over the space: a surface with a larger SD explains under a fifth of the variance
 MEASURED = 3  # trials with two seeds or more, from which seed noise is measured and not taken from the surface
 Z90 = 1.645  # half a 90% interval of a normal distribution, in standard deviations
 
 
-def cross_validate(
-    surface: Surface, observations: Observations, start: Start, rng: np.random.Generator
-) -> CrossValidation:
-    """Predict the final accuracy of whole trials that the fold has not seen, with hyperparameters refitted in each."""
-    final = observations.u[observations.last] > observations.u.max() - 0.1
-    trials = len(final)
-    targets = np.flatnonzero(final) if final.sum() >= MIN_RANKED else np.arange(trials)
-    whole = _hold_out(surface, observations, start, targets, rng, keep=1.0)
-    r2, ceiling, half = whole.r2, whole.ceiling, math.nan
-    if r2 < MIN_R2 + 0.2:
-        half = _hold_out(surface, observations, start, targets, rng, keep=0.5).r2
+def cross_validate(selection: Selection, predictor: Predictor, held_out: HeldOut) -> CrossValidation:
+    """Predictions of the last result of each trial from all other trials.
+
+    Both parts of the model take part: whether the runs train, and how accurate they become. If too few trials have come
+    to the full budget, all count.
+    """
+    attempts, trials = selection.attempts, selection.final.index.to_numpy()
+    numbers = selection.observations.trials
+    place, read = np.searchsorted(trials, numbers), np.isin(numbers, trials)
+    logits = predictor.logits(attempts.x)
+    accuracy, sd = logits.mean(axis=1), logits.std(axis=1)
+    noise = np.full(len(trials), float(np.median(held_out.noise**2)))
+    for known, value in ((accuracy, held_out.mean), (sd, held_out.sd), (noise, held_out.noise**2)):
+        known[place[read]] = value[read]
+    trains = _trains_without_each(predictor, attempts)
+    predicted = trains * accuracy + (1 - trains) * selection.floor
+    spread = np.sqrt(trains * (sd**2 + accuracy**2) + (1 - trains) * selection.floor**2 - predicted**2)
+    finished = attempts.u > attempts.u.max() - 0.1
+    targets = finished if finished.sum() >= MIN_RANKED else np.ones(len(trials), bool)
+    observed = selection.final.to_numpy(dtype=float)
+    total = float(observed[targets].var()) or 1.0
+    alike = np.ptp(attempts.u[targets]) < 0.11  # the number of epochs makes trials differ that ended early
+    error = float(np.mean((observed - predicted)[targets] ** 2))
+    own = selection.observations
+    miss = np.abs(own.y[own.last] - held_out.mean)
     return CrossValidation(
-        r2=r2,
-        finished=int(final.sum()),
-        coverage=float(np.mean(np.abs(whole.observed - whole.predicted) <= Z90 * whole.sd)),
-        held_out=len(targets),
-        ceiling=ceiling,
-        r2_half=half,
-        trials_needed=trials_needed(r2, half, trials, ceiling),
-        observed=whole.observed,
-        predicted=whole.predicted,
-        predicted_sd=whole.sd,
+        r2=1 - error / total if alike else _within(own, held_out, predictor),
+        finished=int(finished.sum()),
+        coverage=float(np.mean(miss <= Z90 * held_out.sd)),
+        held_out=int(targets.sum()),
+        ceiling=max(0.0, 1 - float(noise[targets].mean()) / total),
+        observed=observed[targets],
+        predicted=predicted[targets],
+        predicted_sd=spread[targets],
     )
 
 
-class _HeldOut(NamedTuple):
-    """Results of held-out trials and their predictions, in logits, (N,) each."""
-
-    observed: Array
-    predicted: Array
-    sd: Array
-    noise: Array  # variance of seed and epoch noise
-    reference: Array  # what a prediction is compared with
-
-    @property
-    def spread(self) -> float:
-        return float(np.mean((self.observed - self.reference) ** 2)) or 1.0
-
-    @property
-    def r2(self) -> float:
-        return 1 - float(np.mean((self.observed - self.predicted) ** 2)) / self.spread
-
-    @property
-    def ceiling(self) -> float:
-        return max(0.0, 1 - float(self.noise.mean()) / self.spread)
+def _within(own: Observations, held_out: HeldOut, predictor: Predictor) -> float:
+    """R2 of trials that ended at different epochs, against the mean of all configurations at each one's epoch."""
+    y, u = own.y[own.last], own.u[own.last]
+    trend = np.polyval(np.polyfit(u, y, min(2, len(np.unique(u)) - 1)), u)
+    spread = float(np.mean((y - trend) ** 2)) or 1.0
+    return 1 - float(np.mean((y - held_out.mean) ** 2)) / spread
 
 
-def _hold_out(
-    surface: Surface,
-    observations: Observations,
-    start: Start,
-    targets: np.ndarray,
-    rng: np.random.Generator,
-    keep: float,
-) -> _HeldOut:
-    """Predict the targets' last rows fold by fold, from a share `keep` of the other trials."""
-    folds = np.resize(np.arange(FOLDS), len(targets))
-    rng.shuffle(folds)
-    last = observations.last
-    predicted, sd, noise, level = (np.zeros(len(targets)) for _ in range(4))
-    for fold in range(FOLDS):
-        mine = folds == fold
-        held = targets[mine]
-        rest = np.setdiff1d(np.arange(len(observations.trials)), held)
-        if keep < 1:
-            rest = np.sort(rng.choice(rest, max(int(keep * len(rest)), 3), replace=False))
-        part = observations.subset(rest)
-        at, where = np.unique(observations.u[last[held]], return_inverse=True)
-        posterior, _ = surface.sample(part, at, hyperdraws=12, draws_each=8, rng=rng, start=start)
-        values = np.tensordot(surface.features(observations.x[held]), posterior.weights, axes=(1, 1))  # (n, S, E)
-        rows = values[np.arange(len(held)), :, where] + posterior.level[:, where].T
-        scale = float(part.y.std()) or 1.0
-        seeds = float(observations.seeds[last[held]].mean())
-        own = surface.predictive_sd(posterior.theta, scale, seeds)
-        predicted[mine] = rows.mean(axis=1)
-        level[mine] = posterior.level.mean(axis=0)[where]
-        noise[mine] = np.mean(surface.predictive_sd(posterior.theta, scale, seeds, trial_effect=False) ** 2)
-        sd[mine] = np.sqrt(rows.var(axis=1) + np.mean(own**2))
-    observed = observations.y[last[targets]]
-    # The number of epochs makes trials differ that ended early, and the surface is not asked to explain that part.
-    same_end = np.ptp(observations.u[last[targets]]) < 0.11
-    return _HeldOut(observed, predicted, sd, noise, np.full(len(targets), observed.mean()) if same_end else level)
-
-
-def trials_needed(r2: float, half: float, trials: int, ceiling: float) -> int | None:
-    """A rough number of trials for R2 = MIN_R2, from how R2 grew between half and all of them; None if out of reach.
-
-    The unexplained share is assumed to fall as a power of the number of trials, no faster than 1 / trials. If it did
-    not fall, or if more than ten times the trials are needed, there is no answer.
-    """
-    if r2 >= MIN_R2 or ceiling < MIN_R2 or half >= r2:
-        return None
-    if not math.isfinite(half):
-        return 2 * trials
-    now, before = max(1 - r2, 1e-3), max(1 - half, 1e-3)
-    power = float(np.clip(math.log(before / now) / math.log(2), 0.3, 1.0))
-    factor = (now / (1 - MIN_R2)) ** (1 / power)
-    return math.ceil(trials * factor) if factor <= 10 else None
+def _trains_without_each(predictor: Predictor, attempts: Attempts) -> Array:
+    """Probability of training of each trial, from the other trials (N,)."""
+    if predictor.training is None:
+        return np.ones(len(attempts.u))
+    odds = predictor.training.log_odds(attempts.x)
+    log_density = -attempts.trained[:, None] * np.logaddexp(0, -odds) - attempts.failed[:, None] * np.logaddexp(0, odds)
+    return (weights_without(log_density.T).T / (1 + np.exp(-odds))).sum(axis=1)
 
 
 def late_epochs(epochs: pd.DataFrame, budget: int) -> pd.DataFrame:
@@ -139,14 +92,10 @@ def measured_seed_noise(late: pd.DataFrame, draws: int, rng: np.random.Generator
     return np.maximum(rng.dirichlet(np.ones(len(each)), draws) @ each, 1e-6)
 
 
-def estimated_seed_noise(
-    late: pd.DataFrame, surface: Surface, posterior: Posterior, observations: Observations
-) -> Array:
+def estimated_seed_noise(late: pd.DataFrame, held_out: HeldOut, draws: int) -> Array:
     """The same as the surface estimates it, for studies of one seed a trial."""
-    scale = float(observations.y.std()) or 1.0
-    logits = surface.predictive_sd(posterior.theta, scale, 1.0)
     centre = float(late["val_accuracy"].to_numpy(dtype=float).mean()) if len(late) else 0.5
-    return 100 * np.repeat(logits, len(posterior.weights) // len(logits)) * max(centre * (1 - centre), 1e-4)
+    return np.full(draws, 100 * float(np.median(held_out.noise)) * max(centre * (1 - centre), 1e-4))
 
 
 def seed_sds(epochs: pd.DataFrame) -> Array:
