@@ -9,7 +9,7 @@ import numpy as np
 
 from ramcore.space import Array, Dimension
 
-MAIN = 8  # functions of a dimension, at most
+MAIN = 14  # functions of a dimension, at most
 LENGTH = 0.5  # length scale of the Matérn kernel, in unit coordinates
 LINEAR = 6.0  # prior variance of the slope; without it straight lines are flattened towards their ends
 

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.effects import GRID, Marginal, Predictor, allowed, sobol_indices, space_points
-from analysis.observations import Observations, log_epoch
+from analysis.observations import log_epoch
 from analysis.results import INTERVAL, Curve, Data, PairSurface
 from analysis.surrogate import Posterior, Surface
+from analysis.training import Attempts
 from ramcore.space import Array, Dimension
 
 PAIR_GRID = 11  # values of each parameter of a surface over two
@@ -23,13 +24,13 @@ def marginal_curve(dimension: Dimension, found: Marginal) -> Curve:
     return Curve(dimension.from_unit(found.grid), low, mid, high, ~found.supported)
 
 
-def supported(data: Data, observations: Observations, i: int) -> NDArray[np.bool_]:
+def supported(data: Data, attempts: Attempts, i: int) -> NDArray[np.bool_]:
     """Which values of dimension i's grid are tried: at most a step of the grid beyond all but one of the trials near
     the full budget, and not mostly forbidden in combination with the other parameters -> (G,) bool.
     """
     grid = data.dimensions[i].grid(GRID)
-    late = observations.u > log_epoch(np.array(max(0.9 * data.budget, 1.0)), data.budget) - 1e-9
-    at = np.sort(observations.x[np.unique(observations.trial_of[late]), i])
+    late = attempts.u > log_epoch(np.array(max(0.9 * data.budget, 1.0)), data.budget) - 1e-9
+    at = np.sort(attempts.x[late, i])
     if len(at) < 4:
         return np.zeros(len(grid), dtype=bool)
     near = 0.0 if data.dimensions[i].levels else 1 / (GRID - 1)

@@ -177,6 +177,7 @@ def _shares(draws: Array, weight: Array) -> tuple[Array, Array]:
 
 def rank_parameters(
     indices: Indices,
+    trained: Indices,
     marginals: Sequence[Marginal],
     seed_sd: Array,
     failure_changes: Sequence[Array] | None,
@@ -184,11 +185,12 @@ def rank_parameters(
 ) -> Ranking:
     """The effects in order of total index, and how surely they differ.
 
-    indices: of the expected logit; seed_sd: draws (S,) in points; failure_changes: draws (S,) by dimension, None if
+    indices: of the expected logit; trained: of the logit of runs that train; seed_sd: draws (S,) in points; failure_changes: draws (S,) by dimension, None if
     nothing failed; the dummy is the last dimension.
     """
     order = sorted(range(len(dimensions)), key=lambda i: -float(np.median(indices.total[i])))
     names = tuple(dimensions[i].name for i in order)
+    above = [(one.total > one.total[-1]).mean(axis=1) for one in (indices, trained)]  # the dummy, by draw
     total = indices.total[order]
     more = (total[:, None] > total[None, :]).mean(axis=2)
     np.fill_diagonal(more, np.nan)
@@ -206,7 +208,7 @@ def rank_parameters(
             total=interval(indices.total[i]),
             first_accuracy=interval(marginals[i].first_accuracy),
             total_accuracy=interval(marginals[i].total_accuracy),
-            above_dummy=1.0 if dimensions[i].name == DUMMY else float(np.mean(indices.total[i] > indices.total[-1])),
+            above_dummy=1.0 if dimensions[i].name == DUMMY else float(max(above[0][i], above[1][i])),
             rank=ranks.get(dimensions[i].name, 0),
             failure=None if failure_changes is None else interval(failure_changes[i]),
         )

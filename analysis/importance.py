@@ -58,8 +58,8 @@ def analyse(
     predictor = Predictor(surface, posterior, training, selection.floor)
     points = space_points(dimensions, CUBE_POINTS, seed)
     every = range(len(dimensions))
-    marginals = [marginal(predictor, i, points, supported(data, observations, i)) for i in every]
-    indices = sobol_indices(surface, posterior)
+    marginals = [marginal(predictor, i, points, supported(data, selection.attempts, i)) for i in every]
+    indices = trained = sobol_indices(surface, posterior)
     if training is not None:
         indices = indices._replace(
             first=np.stack([m.first_logit for m in marginals]), total=np.stack([m.total_logit for m in marginals])
@@ -80,7 +80,7 @@ def analyse(
     return Analysis(
         data=data,
         ranked=settled and fit.r2 >= MIN_R2 and min(data.counts.used, fit.finished) >= MIN_RANKED,
-        ranking=rank_parameters(indices, marginals, seed_sd, changes, dimensions),
+        ranking=rank_parameters(indices, trained, marginals, seed_sd, changes, dimensions),
         curves=Curves(
             marginals={dimensions[i].name: marginal_curve(dimensions[i], marginals[i]) for i in every},
             surface=pair_surface(predictor, dimensions[:-1], marginals, points[: CUBE_POINTS // 8]),

@@ -77,7 +77,7 @@ class Effect(NamedTuple):
     total: Interval  # total Sobol index of the expected logit
     first_accuracy: Interval  # the same on the accuracy scale
     total_accuracy: Interval
-    above_dummy: float  # P(total index greater than the dummy's)
+    above_dummy: float  # P(total index greater than the dummy's), among all runs or those that train: the larger
     rank: int  # one more than the number of parameters that surely (TIE) matter more; equal ranks are ties; dummy: 0
     failure: Interval | None  # change of the probability that a trial fails, percentage points; None: none did
 

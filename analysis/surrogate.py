@@ -97,7 +97,7 @@ class Surface:
         # Weights: most dimensions matter little (median share 4% of the variance each), any may matter a lot.
         means, sds = zip(*SHARED.values(), strict=True)
         self.prior_mean = torch.tensor([math.log(0.06)] * d + [0.0] * d + list(means), dtype=torch.float64)
-        self.prior_sd = torch.tensor([1.6] * d + [0.6] * d + list(sds), dtype=torch.float64)
+        self.prior_sd = torch.tensor([1.6] * d + [0.8] * d + list(sds), dtype=torch.float64)
 
         padded = [np.pad(np.log(base.variances), (0, MAIN - len(base.variances)), constant_values=-1e4) for base in self.bases]
         self._log_variances = torch.as_tensor(np.stack(padded))

@@ -13,8 +13,9 @@ from analysis.sampler import CHAINS, Chain, find_modes
 from ramcore.space import Array
 
 STARTS, STEPS = 8, 800  # of the search for modes, and of a chain
+TILT = 0.5  # of the spectrum of a dimension: less than 1 is rougher
 FUNCTIONS = 6  # of each dimension: enough for a cliff
-MEDIAN_SCALE, SPREAD = 0.2, 1.4  # of a dimension's effect in log-odds: small unless the data ask for more
+MEDIAN_SCALE, SPREAD = 0.3, 1.5  # of a dimension's effect in log-odds: small unless the data ask for more
 
 
 class Attempts(NamedTuple):
@@ -61,7 +62,7 @@ def fit_training(bases: Sequence[Basis], attempts: Attempts, draws: int, rng: np
     sizes = _sizes(bases)
     functions, dimensions = sum(sizes), len(bases)
     owner, first = np.repeat(np.arange(dimensions), sizes), np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    spectra = [np.sqrt(base.variances[:size]) for base, size in zip(bases, sizes, strict=True)]
+    spectra = [base.variances[:size] ** TILT for base, size in zip(bases, sizes, strict=True)]
     shape = np.concatenate([np.sqrt(spectrum / spectrum.sum()) for spectrum in spectra])
     columns, early = _design(bases, attempts.x)[:, 1:] * shape, 1 - attempts.u
     trained, failed = attempts.trained, attempts.failed

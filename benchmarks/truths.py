@@ -157,13 +157,19 @@ SEEN = {
     "steps": Truth(
         about="steps and a narrow optimum, three null", logit=_growing(-0.5, 1.0, _steps), null=_LAST_THREE
     ),
-    "nothing": Truth(about="nothing matters", logit=lambda x, u: 2.0 * u + 0 * x["patch_size"], null=RAM.names),
+    "collapse": Truth(
+        about="hardly anything but whether a run trains depends on the configuration", floor=CHANCE,
+        logit=_growing(0.5, 2.0, lambda x: 0.5 * x["patch_size"]),
+        fails=lambda x: _rises(9 * (x["learning_rate"] - 0.62) + 5 * (0.45 - x["num_scales"]), 1.0, 1.0),
+        null=(*_LAST_THREE, "num_glimpses"),
+    ),
     "three-way": Truth(
         about="half of the variance in one interaction of three", logit=_growing(-0.3, 1.0, _three_way),
         null=_LAST_THREE,
     ),
 }  # fmt: skip
 HELD_OUT = {
+    "nothing": Truth(about="nothing matters", logit=lambda x, u: 2.0 * u + 0 * x["patch_size"], null=RAM.names),
     "plateau": Truth(
         about="a wide plateau that falls off on two sides", logit=_growing(0.5, 1.6, _plateau),
         null=(*_LAST_THREE, "loss_mixing"),
@@ -175,12 +181,6 @@ HELD_OUT = {
     "crossing": Truth(
         about="what is best early is worst late", logit=_crossing,
         null=("location_std", "reinforce_weight", "loss_mixing"),
-    ),
-    "collapse": Truth(
-        about="hardly anything but whether a run trains depends on the configuration", floor=CHANCE,
-        logit=_growing(0.5, 2.0, lambda x: 0.5 * x["patch_size"]),
-        fails=lambda x: _rises(9 * (x["learning_rate"] - 0.62) + 5 * (0.45 - x["num_scales"]), 1.0, 1.0),
-        null=(*_LAST_THREE, "num_glimpses"),
     ),
     "choices": Truth(
         about="a categorical parameter of three choices first, a step beside it", logit=_growing(-0.8, 1.2, _choices),
