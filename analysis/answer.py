@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from analysis.results import DUMMY, MIN_R2, TIE, Analysis, Effect, why_not_ranked
+from analysis.results import DUMMY, MIN_R2, SETTLED, TIE, Analysis, Effect, why_not_ranked
 from analysis.text import join, percent, span
 from analysis.verdicts import Verdict
 from ramcore.space import words
@@ -13,7 +13,10 @@ from ramcore.space import words
 def answer(analysis: Analysis, verdicts: Sequence[Verdict]) -> list[str]:
     """The study's answer in three sentences."""
     counts = analysis.data.counts
-    runs = f"{counts.used} trials with {counts.seeds} seed{'s' if counts.seeds > 1 else ''} each"
+    own = counts.used - sum(analysis.data.others.values())
+    runs = f"{own} trials with {counts.seeds} seed{'s' if counts.seeds > 1 else ''} each"
+    if analysis.data.others:
+        runs += f" and {counts.used - own} of {join(analysis.data.others)}"
     if not analysis.ranked:
         return _no_ranking(analysis, runs)
     return [_what_matters_most(analysis), _what_else(analysis), _claims(analysis, verdicts, runs)]
@@ -22,8 +25,6 @@ def answer(analysis: Analysis, verdicts: Sequence[Verdict]) -> list[str]:
 def _no_ranking(analysis: Analysis, runs: str) -> list[str]:
     fit = analysis.trust.fit
     help_ = "What would help: more trials spread over the whole space."
-    if fit.trials_needed:
-        help_ += f" About {fit.trials_needed} trials in all would probably do."
     if fit.ceiling < MIN_R2:
         help_ += " Seed noise alone hides most differences: more seeds per trial would help more than more trials."
     best = span(analysis.configurations.best_accuracy)
@@ -48,11 +49,21 @@ def _what_matters_most(analysis: Analysis) -> str:
         points, sds = span(leader.effect), leader.effect_in_sd.mid
         return (
             f"On these data {words(leader.name)} matters most: averaged over everything else it moves validation "
-            f"accuracy by {points} points, {sds:.1f} times the standard deviation between seeds."
+            f"accuracy by {points} points, {sds:.1f} times the standard deviation between seeds{_parts(leader)}."
         )
     return (
         f"On these data {join(words(e.name) for e in first)} matter most and cannot be told apart; their effects are "
         f"{join(f'{e.effect.mid:.1f}' for e in first)} accuracy points."
+    )
+
+
+def _parts(effect: Effect) -> str:
+    """How much of an effect is that runs do not train at all; empty if that is little."""
+    if effect.training is None or effect.training.low < 2:
+        return ""
+    return (
+        f": it moves the chance that a run trains at all by {effect.training.mid:.0f} percentage points, and the accuracy "
+        f"of those that do by {effect.trained.mid:.1f}"
     )
 
 
@@ -90,6 +101,11 @@ def cautions(analysis: Analysis) -> list[str]:
     """What a reader has to know before the numbers."""
     trust = analysis.trust
     found: list[str] = []
+    if trust.rhat > SETTLED:
+        found.append(
+            f"Intervals are too narrow to trust: the sampler has not converged (R-hat {trust.rhat:.2f}, and {SETTLED:g} "
+            "is the most that counts as converged)."
+        )
     if not analysis.ranked:
         found.append(f"No ranking: {why_not_ranked(analysis)}. The figures show what can be said so far, not an order.")
     if analysis.data.biased:
@@ -105,10 +121,6 @@ def cautions(analysis: Analysis) -> list[str]:
         found.append(f"Over {share} of the space the surface says little beyond the average: too few trials lie near.")
     if not trust.seed_sd_measured:
         found.append("One seed a trial: seed noise could not be measured and is the model's own estimate.")
-    if trust.rhat > 1.2:
-        found.append(
-            f"The sampler had not settled (R-hat {trust.rhat:.2f}): small differences in intervals mean little."
-        )
     return found + list(analysis.data.warnings)
 
 

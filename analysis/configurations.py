@@ -10,8 +10,10 @@ from analysis.selection import Selection
 from ramcore.space import Array
 
 
-def compare_configurations(selection: Selection, predictor: Predictor) -> Configurations:
-    """Compare the default with the best configuration tried, by expected accuracy."""
+def compare_configurations(selection: Selection, predictor: Predictor) -> tuple[int, Configurations]:
+    """Compare the default with the best configuration tried, by expected accuracy; also that one's row in the
+    observations.
+    """
     data, varied = selection.data, selection.data.dimensions[:-1]
     saved = data.space.default
     default = {d.name: saved.get(d.name, d.from_unit([0.5])[0]) for d in varied}
@@ -22,7 +24,7 @@ def compare_configurations(selection: Selection, predictor: Predictor) -> Config
     row = _best_row(selection, predictor)
     best_x = selection.observations.x[row, :-1]
     gains = [_gain(data, predictor, i, default_x) for i in range(len(varied))]
-    return Configurations(
+    return row, Configurations(
         default=default,
         default_inside=inside,
         default_accuracy=interval(_accuracy(predictor, default_x[None, :])[0]),

@@ -69,6 +69,11 @@ class Predictor:
         trains = 1.0 if self.training is None else self.training.probability(x)
         return self._accuracy(self.logits(x), trains)
 
+    def expected_logits(self, x: Array) -> Array:
+        """Expected logit of accuracy at coordinates (N, D) -> (N, S)."""
+        trains = 1.0 if self.training is None else self.training.probability(x)
+        return trains * self.logits(x) + (1 - trains) * self.floor
+
     def _accuracy(self, logits: Array, trains: Array | float) -> Array:
         return 100 * (trains / (1 + np.exp(-logits)) + (1 - trains) * CHANCE)
 

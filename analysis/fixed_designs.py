@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import studentized_range
 
-from analysis.load import NoTrials, Source, StudyData, StudyRun, load_study
+from analysis.load import StudyData
 from analysis.results import INTERVAL, Interval, mean_interval
 from analysis.selection import count_trials
 from ramcore.space import Array, shown
@@ -67,19 +67,14 @@ class FixedDesigns(NamedTuple):
     others: Sequence[Replicate] = ()  # rows of designs that have no table of their own
 
 
-def read_fixed_designs(source: Source, studies: Sequence[StudyRun], study: StudyRun) -> FixedDesigns:
-    """The newest OFAT and replicate studies of the same task, data and epochs that have trials, summarised."""
-    records: list[StudyData] = []
-    for design in (name for name, one in DESIGNS.items() if one.report == "comparison"):
-        for other in studies:
-            same = all(other.params.get(key) == study.params.get(key) for key in ("task", "data", "epochs"))
-            if other.params.get("design") == design and same:
-                try:
-                    records.append(load_study(source, other))
-                except NoTrials:
-                    continue
-                break
-    return summarise(records)
+def newest(others: Sequence[StudyData]) -> list[StudyData]:
+    """Of studies that are sorted newest first, the first of every design that compares configurations."""
+    found: dict[str, StudyData] = {}
+    for one in others:
+        design = one.study.params.get("design", "")
+        if design in DESIGNS and DESIGNS[design].report == "comparison":
+            found.setdefault(design, one)
+    return [found[design] for design in DESIGNS if design in found]
 
 
 def summarise(records: Sequence[StudyData]) -> FixedDesigns:

@@ -11,7 +11,19 @@ from analysis.curves import index_by_epoch, marginal_curve, pair_surface, suppor
 from analysis.effects import CUBE_POINTS, Predictor, allowed, marginal, rank_parameters, sobol_indices, space_points
 from analysis.load import StudyData
 from analysis.observations import log_epoch
-from analysis.results import DUMMY, MAX_RHAT, MIN_R2, MIN_RANKED, Analysis, Counts, Curves, ParameterDraws, Trust, interval
+from analysis.questions import other_effects
+from analysis.results import (
+    DUMMY,
+    MAX_RHAT,
+    MIN_R2,
+    MIN_RANKED,
+    Analysis,
+    Counts,
+    Curves,
+    ParameterDraws,
+    Trust,
+    interval,
+)
 from analysis.sampler import CHAINS, diagnose
 from analysis.selection import select
 from analysis.surrogate import Surface
@@ -52,22 +64,30 @@ def analyse(
     failures = None
     if any(data.counts[place] for place in FAILED):
         lost = selection.failed.astype(float)
-        failures = fit_training(surface.bases, Attempts(selection.tried, np.ones_like(lost), 1 - lost, lost), draws, rng)
+        failures = fit_training(
+            surface.bases, Attempts(selection.tried, np.ones_like(lost), 1 - lost, lost), draws, rng
+        )
 
-    on_step("computing indices and effects")
+    on_step("computing effects and indices")
     predictor = Predictor(surface, posterior, training, selection.floor)
     points = space_points(dimensions, CUBE_POINTS, seed)
     every = range(len(dimensions))
-    marginals = [marginal(predictor, i, points, supported(data, selection.attempts, i)) for i in every]
+    marginals = [
+        marginal(predictor, i, points[: CUBE_POINTS // 2], supported(data, selection.attempts, i)) for i in every
+    ]
     indices = trained = sobol_indices(surface, posterior)
     if training is not None:
         indices = indices._replace(
             first=np.stack([m.first_logit for m in marginals]), total=np.stack([m.total_logit for m in marginals])
         )
-    changes = None if failures is None else [
-        np.ptp(100 * failures.along(points[: CUBE_POINTS // 4], i, marginals[i].grid).mean(axis=1), axis=0)
-        for i in every
-    ]
+    changes = (
+        None
+        if failures is None
+        else [
+            np.ptp(100 * failures.along(points[: CUBE_POINTS // 4], i, marginals[i].grid).mean(axis=1), axis=0)
+            for i in every
+        ]
+    )
     reported = np.concatenate([indices.total, [m.effect for m in marginals]])
     rhat, ess = diagnose(reported.reshape(len(reported), CHAINS, -1).transpose(1, 2, 0))
     late = late_epochs(records.epochs, data.budget)
@@ -77,6 +97,9 @@ def analyse(
     searched = data.space.dimensions
     outside = 1.0 - float(np.mean(allowed(data.space, searched, space_points(searched, 2048, seed))))
     settled = rhat <= MAX_RHAT
+    row, configurations = compare_configurations(selection, predictor)
+    best = np.append(observations.x[row, :-1], 0.5)
+    tried = np.concatenate([points[: CUBE_POINTS // 2], observations.x])
     return Analysis(
         data=data,
         ranked=settled and fit.r2 >= MIN_R2 and min(data.counts.used, fit.finished) >= MIN_RANKED,
@@ -87,7 +110,8 @@ def analyse(
             epochs=tuple(int(epoch) for epoch in epochs),
             over_epochs=index_by_epoch(surface, posterior),
         ),
-        configurations=compare_configurations(selection, predictor),
+        configurations=configurations,
+        other=other_effects(predictor, marginals, data.space, tried, best, seed),
         trust=Trust(
             fit=fit,
             rhat=rhat,

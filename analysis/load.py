@@ -6,6 +6,7 @@ stopped and diverged trials are in, with their state and the reason that the stu
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -165,6 +166,19 @@ def find_study(studies: Sequence[StudyRun], name: str | None) -> StudyRun:
             return study
     known = ", ".join(study.name for study in studies[:8]) + (", ..." if len(studies) > 8 else "")
     raise UserError(f"--study must name a study that exists; got {name!r}. There is: {known}")
+
+
+def load_others(source: Source, studies: Sequence[StudyRun], study: StudyRun) -> list[StudyData]:
+    """All other studies of the same task, data and epochs that have trials, in the order of `studies`."""
+    alike = [
+        s for s in studies if all(s.params.get(key) == study.params.get(key) for key in ("task", "data", "epochs"))
+    ]
+    found: list[StudyData] = []
+    for other in alike:
+        if other.run_id != study.run_id:
+            with contextlib.suppress(NoTrials):
+                found.append(load_study(source, other))
+    return found
 
 
 def load_study(source: Source, study: StudyRun, on_progress: OnProgress = lambda done, total: None) -> StudyData:

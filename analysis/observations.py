@@ -45,7 +45,7 @@ class Contrasts(NamedTuple):
     """How the seeds of C trials depart from their trial's mean."""
 
     u: Array  # (C, B) zero where a bin is missing
-    y: Array  # (C, B) logit of the trial's mean accuracy; 0 where a bin is missing
+    y: Array  # (C,) the trial's mean logit at its last bin
     epochs: Array  # (C, B) epochs averaged; 0 where a bin is missing
     outer: Array  # (C, B, B) outer products of the departures, summed over seeds
     df: Array  # (C,) seeds - 1
@@ -115,12 +115,13 @@ def _contrasts(per_seed: pd.DataFrame, bins: int) -> Contrasts:
         here = wide.columns.to_numpy(dtype=int)
         means = curve.groupby("bin").agg(u=("u", "mean"), y=("y", "mean"), epochs=("epochs", "mean")).loc[here]
         departures = (wide - wide.mean()).to_numpy()
-        for rows, column in ((u, "u"), (y, "y"), (count, "epochs")):
+        for rows, column in ((u, "u"), (count, "epochs")):
             rows.append(np.zeros(bins))
             rows[-1][here] = means[column]
+        y.append(float(means["y"].iloc[-1]))
         outer.append(np.zeros((bins, bins)))
         outer[-1][np.ix_(here, here)] = departures.T @ departures
         df.append(len(wide) - 1.0)
     size = len(df)
-    u, y, count = (np.reshape(rows, (size, bins)) for rows in (u, y, count))
-    return Contrasts(u, y, count, np.reshape(outer, (size, bins, bins)), np.array(df))
+    u, count = (np.reshape(rows, (size, bins)) for rows in (u, count))
+    return Contrasts(u, np.array(y), count, np.reshape(outer, (size, bins, bins)), np.array(df))

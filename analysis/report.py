@@ -29,6 +29,7 @@ from analysis.text import join, number, percent, span
 from analysis.verdicts import THRESHOLDS, Verdict
 from ramcore.space import RULE_REASON, shown, words
 
+ASKED = ("retuned", "around_best", "shapley")  # fields of `Other` that are intervals
 NO_FIXED_DESIGNS = FixedDesigns()
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -59,8 +60,10 @@ def importance_table(analysis: Analysis) -> pd.DataFrame:
         intervals = {
             "effect": e.effect, "effect_in_sd": e.effect_in_sd, "first": e.first, "total": e.total,
             "first_accuracy": e.first_accuracy, "total_accuracy": e.total_accuracy,
-            "with_divergence": e.with_divergence or nothing, "failure": e.failure or nothing,
+            "trained": e.trained, "training": e.training or nothing, "failure": e.failure or nothing,
+            **(analysis.other[e.name]._asdict() if e.name in analysis.other else dict.fromkeys(ASKED, nothing)),
         }  # fmt: skip
+        intervals.pop("held", None)  # an interval for each value
         for key, value in intervals.items():
             row |= {f"{key}_low": value.low, key: value.mid, f"{key}_high": value.high}
         rows.append(row | {"p_above_dummy": e.above_dummy})
@@ -83,12 +86,14 @@ def diagnostics(analysis: Analysis, crosschecks: pd.DataFrame | None) -> dict[st
         "r2": trust.fit.r2,
         "r2_needed": MIN_R2,
         "r2_ceiling_from_seed_noise": trust.fit.ceiling,
-        "r2_with_half_of_the_trials": trust.fit.r2_half,
-        "trials_needed": trust.fit.trials_needed,
         "coverage_of_90_percent_intervals": trust.fit.coverage,
         "held_out_trials": trust.fit.held_out,
         "rhat_max": trust.rhat,
         "ess_min": trust.ess,
+        "modes": trust.modes,
+        "trials_of_other_studies": data.others,
+        "runs_that_did_not_train": data.untrained[0],
+        "runs": data.untrained[1],
         "trials": data.counts._asdict(),
         "origins": data.origins,
         "not_varied": list(data.constant),

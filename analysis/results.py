@@ -20,6 +20,7 @@ INTERVAL = 0.90  # posterior probability inside every interval
 MIN_TRIALS = 5  # the least that can be cross-validated
 MIN_RANKED = 8  # trials; with fewer, a surface over several dimensions is a guess, whatever its fit
 MIN_R2 = 0.5  # cross-validated R2 below which nothing is ranked: less than half of the variance is explained
+SETTLED = 1.05  # R-hat of what is reported, above which intervals may be too narrow
 MAX_RHAT = 1.1  # of what is reported, above which nothing is ranked
 TIE = (0.05, 0.95)  # two parameters are tied if P(one matters more than the other) is between these
 
@@ -80,6 +81,15 @@ class Effect(NamedTuple):
     above_dummy: float  # P(total index greater than the dummy's), among all runs or those that train: the larger
     rank: int  # one more than the number of parameters that surely (TIE) matter more; equal ranks are ties; dummy: 0
     failure: Interval | None  # change of the probability that a trial fails, percentage points; None: none did
+
+
+class Other(NamedTuple):
+    """What one parameter does, asked in other ways."""
+
+    retuned: Interval  # points between its best and worst value, all others chosen anew for each
+    held: tuple[tuple[Value, Interval], ...]  # by value: points that the best reachable accuracy falls
+    around_best: Interval  # points between its best and worst value, all others as in the best configuration
+    shapley: Interval  # share of the variance of the expected logit; all add up to 1
 
 
 class Matrix(NamedTuple):
@@ -211,6 +221,7 @@ class Analysis(NamedTuple):
     ranking: Ranking
     curves: Curves
     configurations: Configurations
+    other: dict[str, Other]  # by parameter
     trust: Trust
     draws: dict[str, ParameterDraws]  # of the parameters that the case study speaks of, and the dummy
 
@@ -232,6 +243,8 @@ def mean_interval(values: Array) -> Interval:
 def why_not_ranked(analysis: Analysis) -> str:
     """The reason why a study is not ranked, as half a sentence."""
     used, fit = analysis.data.counts.used, analysis.trust.fit
+    if analysis.trust.rhat > MAX_RHAT:
+        return f"the sampler has not converged (R-hat {analysis.trust.rhat:.2f}, and {MAX_RHAT:g} is the most)"
     if used < MIN_RANKED:
         return f"{used} trials are too few to tell parameters apart, and {MIN_RANKED} the least"
     if fit.finished < MIN_RANKED:

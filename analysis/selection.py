@@ -128,7 +128,9 @@ def select(records: StudyData, others: Sequence[StudyData] = ()) -> Selection:
     recorded = [d for d in space.dimensions if d.name in trials]
     x = pd.DataFrame({d.name: d.to_unit(list(trials[d.name])) for d in recorded}, index=trials.index).dropna()
     epochs = epochs[epochs["val_accuracy"].notna() & epochs["trial"].isin(list(x.index))]
-    varied = sorted((d for d in recorded if x.loc[epochs["trial"].unique(), d.name].nunique() > 1), key=lambda d: d.name)
+    varied = sorted(
+        (d for d in recorded if x.loc[epochs["trial"].unique(), d.name].nunique() > 1), key=lambda d: d.name
+    )
     if not varied:
         raise UserError(f"a ranking needs a parameter that varies; every trial of {name} has the same configuration")
     budget = min(full, int(epochs["epoch"].max()))
@@ -183,7 +185,9 @@ def _attempts(
     last["y"] = logit(last["val_accuracy"].to_numpy(dtype=float), size)
     lost = last.loc[last["failed"], "y"]
     floor = float(lost.mean()) if len(lost) else float(logit(np.array(CHANCE), size))
-    by_trial = last.groupby("trial").agg(epoch=("epoch", "max"), failed=("failed", "sum"), seeds=("failed", "size"), y=("y", "mean"))
+    by_trial = last.groupby("trial").agg(
+        epoch=("epoch", "max"), failed=("failed", "sum"), seeds=("failed", "size"), y=("y", "mean")
+    )
     broken = every[every["trial"].isin(diverged) & every["val_accuracy"].isna()].groupby("trial")["seed"].nunique()
     ends = pd.DataFrame({"epoch": budget, "failed": broken.reindex(diverged).fillna(1.0), "y": floor})
     by_trial = pd.concat([by_trial, ends.assign(seeds=ends["failed"])]).sort_index()

@@ -15,9 +15,9 @@ from mlflow.exceptions import MlflowException
 from analysis import load
 from analysis.answer import answer, cautions, rank_label
 from analysis.crosschecks import crosscheck
-from analysis.fixed_designs import completion_line, read_fixed_designs, summarise
+from analysis.fixed_designs import completion_line, newest, summarise
 from analysis.importance import analyse
-from analysis.load import Exported, Source, StudyData, StudyRun
+from analysis.load import Exported, StudyData, StudyRun
 from analysis.report import write_design_report, write_report
 from analysis.results import Analysis
 from analysis.text import span
@@ -38,6 +38,8 @@ class Args:
     """Read records that analysis.export wrote into this folder, not MLflow."""
     out: Path | None = None
     """Folder for the report; ./reports/<study> if left out."""
+    alone: bool = False
+    """Use the study's own trials only, not those of others of the same task, data and epochs that lie in its space."""
     attach: bool = True
     """Attach the report to the study's MLflow run as well."""
 
@@ -59,16 +61,16 @@ def _report(args: Args) -> None:
         paths = write_design_report(out, records, summarise([records]))
         print(f"\n{study.name}: {completion_line(records)}; a fixed design has no global ranking")
     else:
-        paths = _report_search(out, source, studies, records)
+        paths = _report_search(out, records, load.load_others(source, studies, study), alone=args.alone)
     print(f"\n  report: {out / 'report.html'}")
     if args.attach and not isinstance(source, Exported):
         attach(source, records, out, paths)
 
 
-def _report_search(out: Path, source: Source, studies: Sequence[StudyRun], records: StudyData) -> list[Path]:
+def _report_search(out: Path, records: StudyData, others: Sequence[StudyData], *, alone: bool) -> list[Path]:
     """Analyse a search, write its report and print its answer. Gives the files."""
-    fixed_designs = read_fixed_designs(source, studies, records.study)
-    analysis = analyse(records, say)
+    fixed_designs = summarise(newest(others))
+    analysis = analyse(records, say, others=() if alone else others)
     verdicts = judge(analysis)
     say("drawing")
     checks = crosscheck(records, analysis)

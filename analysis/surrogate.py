@@ -35,6 +35,7 @@ from torch import Tensor
 
 from analysis.basis import MAIN, basis
 from analysis.observations import Observations
+from analysis.results import SETTLED
 from analysis.sampler import BURN, CHAINS, Chain, diagnose, differentiated, find_modes, weights_without
 from ramcore.space import Array, Dimension
 
@@ -42,7 +43,6 @@ PAIR, TRIPLE = 6, 3  # basis functions a dimension in components of two and thre
 JITTER = 1e-6
 STARTS = 8  # of the search for modes
 ROUNDS = 4  # the chains are made longer at most so often
-SETTLED = 1.05  # R-hat of what is reported, above which they are
 
 # Hyperparameters that belong to no dimension: prior mean and standard deviation, for y scaled to unit variance. All but
 # the three slopes are logarithms.
@@ -99,7 +99,9 @@ class Surface:
         self.prior_mean = torch.tensor([math.log(0.06)] * d + [0.0] * d + list(means), dtype=torch.float64)
         self.prior_sd = torch.tensor([1.6] * d + [0.8] * d + list(sds), dtype=torch.float64)
 
-        padded = [np.pad(np.log(base.variances), (0, MAIN - len(base.variances)), constant_values=-1e4) for base in self.bases]
+        padded = [
+            np.pad(np.log(base.variances), (0, MAIN - len(base.variances)), constant_values=-1e4) for base in self.bases
+        ]
         self._log_variances = torch.as_tensor(np.stack(padded))
         products = [product for _, product in self._terms()]
         self._factors = torch.stack([_count(product, d) for product in products])  # (P, D * MAIN)
@@ -180,7 +182,10 @@ class Surface:
         return 4.0 + 4.0 * _matern((u[:, None] - u[None, :]).abs() / length)
 
     def _noise(self, theta: Tensor, u: Tensor, y: Tensor) -> _Noise:
-        """Standard deviations at u where the scaled accuracy is y."""
+        """Standard deviations at u of a trial whose scaled accuracy ends at y.
+
+        It is not the accuracy at u: noise that follows the curve itself could explain the whole curve.
+        """
         level = torch.exp(self._shared(theta, "noise_level") * y)
         change = level * torch.exp(self._shared(theta, "noise_slope") * (1 - u))
         return _Noise(
@@ -251,7 +256,7 @@ class Surface:
         chains = [Chain(density, modes, k, child) for k, child in enumerate(rng.spawn(CHAINS))]
         paths = [np.empty((0, len(self.prior_mean)))] * CHAINS
         steps = BURN + kept
-        for round_ in range(ROUNDS):
+        for _ in range(ROUNDS):
             with ThreadPoolExecutor(min(CHAINS, os.cpu_count() or 1)) as pool:
                 more = list(pool.map(lambda chain: chain.run(steps), chains))
             paths = [np.concatenate(both) for both in zip(paths, more, strict=True)]
@@ -260,11 +265,7 @@ class Surface:
             theta = torch.as_tensor(np.concatenate([p[np.linspace(0, len(p) - 1, kept).astype(int)] for p in settled]))
             drawn = [self._draw(one, data, torch.as_tensor(at), draws_each, rng) for one in theta]
             weights = np.concatenate([weights for weights, _ in drawn])
-            rhat, ess = diagnose(self.shares(weights[:, :, -1]).reshape(CHAINS, kept * draws_each, -1))
-            if DEBUG:
-                print("   round", round_, "modes", [round(m.log_weight, 1) for m in modes],
-                      "rhat", round(rhat, 3), "ess", round(ess), 
-                      "theta", [round(v, 2) for v in diagnose(settled)], flush=True)
+            rhat, _ess = diagnose(self.shares(weights[:, :, -1]).reshape(CHAINS, kept * draws_each, -1))
             if rhat <= SETTLED:
                 break
         weights = weights * data.scale
@@ -360,20 +361,17 @@ class Surface:
             time=torch.nn.functional.one_hot(time_of, len(times)).double(),
             u=times[time_of],
             y=scaled,
-            noise_y=scaled.clamp(-3, 3),
+            noise_y=scaled[torch.as_tensor(observations.last)][trial_of].clamp(-3, 3),
             seeds=torch.tensor(observations.seeds),
             epochs=torch.tensor(observations.epochs),
             contrast_u=torch.tensor(contrasts.u),
-            contrast_y=torch.as_tensor((contrasts.y - centre) / scale).clamp(-3, 3),
+            contrast_y=torch.as_tensor((contrasts.y - centre) / scale).clamp(-3, 3)[:, None],
             contrast_epochs=torch.tensor(contrasts.epochs),
             contrast_outer=torch.as_tensor(contrasts.outer / scale**2),
             contrast_df=torch.tensor(contrasts.df),
             centre=centre,
             scale=scale,
         )
-
-
-DEBUG = False
 
 
 class _Noise(NamedTuple):
@@ -397,7 +395,7 @@ class _Tensors(NamedTuple):
     time: Tensor  # (N, U) 1 where a row is of a time, else 0
     u: Tensor  # (N,)
     y: Tensor
-    noise_y: Tensor  # (N,) accuracy that the noise depends on
+    noise_y: Tensor  # (N,) last accuracy of the row's trial, which the noise depends on
     seeds: Tensor
     epochs: Tensor
     contrast_u: Tensor
@@ -449,7 +447,9 @@ class _Powers:
             columns, counts = [], []
             for i, functions in enumerate(per):
                 index = list(itertools.combinations_with_replacement(range(min(functions.shape[1], most)), power))
-                times = [math.factorial(power) / math.prod(math.factorial(one.count(m)) for m in set(one)) for one in index]
+                times = [
+                    math.factorial(power) / math.prod(math.factorial(one.count(m)) for m in set(one)) for one in index
+                ]
                 columns.append(functions[:, index].prod(dim=2) * torch.tensor(times).sqrt())
                 counts += [_count([(i, m) for m in one], len(per)) for one in index]
             self._parts.append((torch.cat(columns, dim=1), torch.stack(counts)))
@@ -474,5 +474,3 @@ def _outer(a: Array, b: Array) -> Array:
 def _matern(scaled: Tensor) -> Tensor:
     r = math.sqrt(5) * scaled
     return (1 + r + r**2 / 3) * torch.exp(-r)
-
-

@@ -1,9 +1,10 @@
 """How close each importance estimator comes to a known truth, and how long reading and reporting take.
 
     python -m benchmarks.sensitivity truth --replicates 10
+    python -m benchmarks.sensitivity holds --replicates 8
     python -m benchmarks.sensitivity time
 
-The made-up studies have six parameters, seed noise, and three ways of choosing trials. One parameter is inert, one acts
+`holds` asks whether the intervals hold on the ten truths of `benchmarks/truths.py`. The made-up studies of `truth` have six parameters, seed noise, and three ways of choosing trials. One parameter is inert, one acts
 only through another, and the optimum of one moves during training, so that learning curves cross. Our indices are
 compared with true total Sobol indices, the others with true first-order shares, which they estimate.
 """
@@ -12,14 +13,17 @@ from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 import tyro
 from scipy.stats import qmc, spearmanr
 
@@ -28,8 +32,9 @@ from analysis.crosschecks import fanova, last_accuracy, ped_anova, unit_table
 from analysis.importance import analyse
 from analysis.load import connect, find_study, list_studies, load_study
 from analysis.paper import markdown_table
-from analysis.results import DUMMY
+from analysis.results import DUMMY, TIE, Interval
 from analysis.text import number
+from benchmarks.truths import HELD_OUT, TRUTHS, Facts, study_of
 from ramcore.space import Dimension
 from tests.synthetic import RAM_DEFAULT, RAM_DIMENSIONS, Synthetic, Truth, ram_truth, simulate, write_mlflow
 
@@ -77,6 +82,7 @@ def true_indices(truth: Truth, dimensions: tuple[Dimension, ...], points: int = 
 
 
 Row = dict[str, float | str]
+PERCENT = ("effects hold", "total indices hold", "live told apart", "null told apart", "first in rank 1", "ranked")
 
 
 def one_study(design: Synthetic) -> list[Row]:
@@ -143,6 +149,81 @@ def print_truth(*, replicates: int = 10, design: str = "") -> None:
     print(markdown_table(list(means.columns), cells))
 
 
+def _held(name: str, seed: int) -> Row:
+    """How well the analysis of one study of a truth agrees with it."""
+    torch.set_num_threads(1)
+    truth = TRUTHS[name]
+    facts = Facts(truth)
+    analysis = analyse(study_of(truth, seed), seed=seed)
+    effects = {e.name: e for e in analysis.ranking.effects}
+    names = list(facts.total)
+    totals = np.array([effects[n].total.mid for n in names])
+    true = np.array([facts.total[n] for n in names])
+    something = true.sum() > 0.1
+    apart = [n for n in names if effects[n].above_dummy >= TIE[1]]
+    first = max(facts.total, key=lambda n: facts.total[n])
+    more = analysis.ranking.more_than
+    strict = [
+        (a, b) for a, row in zip(more.names, more.values, strict=True) for b, p in zip(more.names, row, strict=True)
+        if p >= TIE[1] and DUMMY not in (a, b)
+    ]  # fmt: skip
+    return {
+        "truth": name,
+        "held out": float(name in HELD_OUT),
+        "study": float(seed),
+        "error of shares": float(np.abs(totals / totals.sum() - true / true.sum()).mean()) if something else np.nan,
+        "rank correlation": float(spearmanr(totals, true).statistic) if something else np.nan,  # pyright: ignore[reportAttributeAccessIssue]
+        "effects hold": float(np.mean([_inside(effects[n].effect, facts.effect[n], 0.1) for n in names])),
+        "total indices hold": float(np.mean([_inside(effects[n].total, facts.total[n], 0.005) for n in names]))
+        if something else np.nan,
+        "live told apart": float(np.mean([n in apart for n in facts.live])) if facts.live else np.nan,
+        "null told apart": float(np.mean([n in apart and analysis.ranked for n in truth.null])),
+        "first in rank 1": float(effects[first].rank == 1) if something else np.nan,
+        "wrong strict orders": float(sum(facts.total[a] < facts.total[b] for a, b in strict)) if something else np.nan,
+        "ranked": float(analysis.ranked),
+        "R-hat": analysis.trust.rhat,
+        "R2": analysis.trust.fit.r2,
+        "mean width of effects": float(np.mean([effects[n].effect.high - effects[n].effect.low for n in names])),
+    }  # fmt: skip
+
+
+def _inside(found: Interval, truth: float, slack: float) -> bool:
+    """An interval of positive numbers cannot hold a truth of exactly zero without some slack."""
+    return found.low - slack <= truth <= found.high + slack
+
+
+def print_holds(*, replicates: int = 8, truth: str = "", processes: int = 2, out: Path | None = None) -> None:
+    """Print, for each truth, how often intervals hold and which parameters are told apart.
+
+    Args:
+        replicates: Made-up studies of each truth, 54 trials of 12 epochs and two seeds.
+        truth: Only truths whose name contains this.
+        processes: How many studies are analysed at a time.
+        out: Write every study's row to this CSV file, as they come.
+    """
+    jobs = [(name, seed) for name in TRUTHS if truth in name for seed in range(replicates)]
+    rows: list[Row] = []
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for row in pool.map(_held, *zip(*jobs, strict=True)):
+            rows.append(row)
+            print(f"{row['truth']}: study {row['study']:.0f}", file=sys.stderr)
+            if out is not None:
+                pd.DataFrame(rows).to_csv(out, index=False, float_format="%.4g")
+    print(holds_table(pd.DataFrame(rows)))
+
+
+def holds_table(rows: pd.DataFrame) -> str:
+    """A line for each truth, the means of its studies; the truths that were held out last."""
+    means = rows.drop(columns="study").groupby("truth", sort=False).mean()
+    cells = []
+    for name, mean in means.iterrows():
+        held = " (held out)" if mean["held out"] else ""
+        values = mean.drop("held out").to_dict()
+        shown = (f"{v:.0%}" if column in PERCENT and np.isfinite(v) else number(v, 2) for column, v in values.items())
+        cells.append((f"{name}{held}: {TRUTHS[str(name)].about}", *shown))
+    return markdown_table(["truth", *means.columns.drop("held out")], cells)
+
+
 def print_timing(*, trials: tuple[int, ...] = (100, 1000), tracking_uri: str | None = None) -> None:
     """Print reading and reporting times.
 
@@ -171,4 +252,6 @@ def print_timing(*, trials: tuple[int, ...] = (100, 1000), tracking_uri: str | N
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"truth": print_truth, "time": print_timing}, description=__doc__)
+    tyro.extras.subcommand_cli_from_dict(
+        {"truth": print_truth, "holds": print_holds, "time": print_timing}, description=__doc__
+    )
