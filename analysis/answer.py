@@ -62,8 +62,8 @@ def _parts(effect: Effect) -> str:
     if effect.training is None or effect.training.low < 2:
         return ""
     return (
-        f": it moves the chance that a run trains at all by {effect.training.mid:.0f} percentage points, and the accuracy "
-        f"of those that do by {effect.trained.mid:.1f}"
+        f": it moves the chance that a run trains at all by {effect.training.mid:.0f} percentage points, and the "
+        f"accuracy of those that do by {effect.trained.mid:.1f}"
     )
 
 
@@ -103,8 +103,8 @@ def cautions(analysis: Analysis) -> list[str]:
     found: list[str] = []
     if trust.rhat > SETTLED:
         found.append(
-            f"Intervals are too narrow to trust: the sampler has not converged (R-hat {trust.rhat:.2f}, and {SETTLED:g} "
-            "is the most that counts as converged)."
+            f"Intervals are too narrow to trust: the sampler has not converged (R-hat {trust.rhat:.2f}; {SETTLED:g} is "
+            "the most that counts as converged)."
         )
     if not analysis.ranked:
         found.append(f"No ranking: {why_not_ranked(analysis)}. The figures show what can be said so far, not an order.")

@@ -81,13 +81,11 @@ class Predictor:
         """Predictions with coordinate i at each of G values and the others as in x (N, D)."""
         rest, *factors = self.surface.along(x, i, self.weights)
         logits = np.tensordot(self.surface.bases[i](grid), np.stack(factors), axes=1) + (rest + self.level)[None, :, :]
-        trains = 1.0 if self.training is None else self.training.along(x, i, grid)
-        return Along(
-            trained=100 / (1 + np.exp(-logits)),
-            trains=None if self.training is None else 100 * trains,
-            accuracy=self._accuracy(logits, trains),
-            logit=trains * logits + (1 - trains) * self.floor,
-        )
+        trained = 100 / (1 + np.exp(-logits))
+        if self.training is None:
+            return Along(trained, None, trained, logits)
+        trains = self.training.along(x, i, grid)
+        return Along(trained, 100 * trains, self._accuracy(logits, trains), trains * logits + (1 - trains) * self.floor)
 
 
 class Along(NamedTuple):
@@ -132,8 +130,8 @@ class Marginal(NamedTuple):
     def contrast(self, rows: Array) -> Array:
         """Difference between the supported values that are best and worst on average over the draws: (G, S) -> (S,).
 
-        It is not each draw's own largest difference. That is above zero for every curve that is merely uncertain, so a
-        parameter without effect would seem to have one. Each half of the draws is read at the two values that the
+        It is not each draw's own largest difference. That is above zero for every curve that is merely uncertain, so
+        a parameter without effect would seem to have one. Each half of the draws is read at the two values that the
         other half has chosen.
         """
         rows = rows[self.supported] if self.supported.any() else rows
@@ -173,7 +171,7 @@ def marginal(predictor: Predictor, i: int, points: Array, supported: NDArray[np.
 
 
 def _shares(draws: Array, weight: Array) -> tuple[Array, Array]:
-    """First-order and total index of values (G, N, S) along a dimension whose values have these weights -> (S,) each."""
+    """First-order and total index of values (G, N, S) along a dimension, whose weights are given -> (S,) each."""
     rows, along = draws.mean(axis=1), np.tensordot(weight, draws, axes=1)
     within = np.tensordot(weight, (draws - along) ** 2, axes=1).mean(axis=0)
     variance = within + along.var(axis=0) + 1e-12
@@ -190,8 +188,8 @@ def rank_parameters(
 ) -> Ranking:
     """The effects in order of total index, and how surely they differ.
 
-    indices: of the expected logit; trained: of the logit of runs that train; seed_sd: draws (S,) in points; failure_changes: draws (S,) by dimension, None if
-    nothing failed; the dummy is the last dimension.
+    indices: of the expected logit; trained: of the logit of runs that train; seed_sd: draws (S,) in points;
+    failure_changes: draws (S,) by dimension, None if nothing failed; the dummy is the last dimension.
     """
     order = sorted(range(len(dimensions)), key=lambda i: -float(np.median(indices.total[i])))
     names = tuple(dimensions[i].name for i in order)

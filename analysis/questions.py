@@ -4,6 +4,7 @@ best configuration, and shares of the differences that add up to one.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -35,7 +36,8 @@ def other_effects(
         reach = reachable(predictor, dimensions, space, candidates, i, marginal.grid)
         around = predictor.along(best[None, :], i, marginal.grid).accuracy[:, 0]
         known = np.isfinite(reach).all(axis=1)
-        usable = marginal.supported & known if (marginal.supported & known).any() else known
+        usable = np.array(marginal.supported & known)
+        usable = usable if usable.any() else np.array(known)
         effect = marginal._replace(supported=usable).contrast(reach)
         top = reach[usable][reach[usable].mean(axis=1).argmax()]
         lost = [(value, interval(top - row)) for value, row, ok in
@@ -130,7 +132,7 @@ class _Walks:
         """Shapley effects of a function of coordinates, (N, D) -> (N, S), as variances (D, S)."""
         values = [value(stop) for stop in self._stops]
         found = np.zeros((self._orders.shape[1], values[0].shape[1]))
-        for step, (before, after) in enumerate(zip(values, values[1:], strict=False)):
+        for step, (before, after) in enumerate(itertools.pairwise(values)):
             part = (values[0] - 0.5 * (before + after)) * (before - after)
             np.add.at(found, self._orders[:, step], part / WALKS)
         return found

@@ -61,9 +61,9 @@ def importance_table(analysis: Analysis) -> pd.DataFrame:
             "effect": e.effect, "effect_in_sd": e.effect_in_sd, "first": e.first, "total": e.total,
             "first_accuracy": e.first_accuracy, "total_accuracy": e.total_accuracy,
             "trained": e.trained, "training": e.training or nothing, "failure": e.failure or nothing,
-            **(analysis.other[e.name]._asdict() if e.name in analysis.other else dict.fromkeys(ASKED, nothing)),
-        }  # fmt: skip
-        intervals.pop("held", None)  # an interval for each value
+                    }  # fmt: skip
+        asked = analysis.other.get(e.name)
+        intervals |= {name: getattr(asked, name, nothing) for name in ASKED}
         for key, value in intervals.items():
             row |= {f"{key}_low": value.low, key: value.mid, f"{key}_high": value.high}
         rows.append(row | {"p_above_dummy": e.above_dummy})

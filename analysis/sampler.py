@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from arviz_stats.base import array_stats  # pyright: ignore[reportPrivateImportUsage]
 from scipy.optimize import minimize
-from scipy.special import logsumexp
 from torch import Tensor
 
 from ramcore.space import Array
@@ -78,8 +77,8 @@ def find_modes(density: Density, starts: Sequence[Array], scale: Array) -> list[
                 kept.append((at, value))
         found = kept
     roots = [laplace_factor(density, at, scale) for at, _ in found]
-    weights = [value + float(np.log(np.diag(root)).sum()) for (_, value), root in zip(found, roots, strict=True)]
-    total = float(logsumexp(weights))
+    weights = [value + float(np.log(root.diagonal()).sum()) for (_, value), root in zip(found, roots, strict=True)]
+    total = _log_sum(weights)
     return [Mode(at, root, w - total) for (at, _), root, w in zip(found, roots, weights, strict=True)]
 
 
@@ -92,7 +91,12 @@ def laplace_factor(density: Density, mode: Array, scale: Array) -> Array:
     hessian = np.stack(slopes) * scale[None, :]
     values, vectors = np.linalg.eigh(0.5 * (hessian + hessian.T))
     root = scale[:, None] * vectors / np.sqrt(np.clip(values, 1.0, 400.0))[None, :]
-    return np.linalg.cholesky(root @ root.T * 1.2)
+    return np.asarray(np.linalg.cholesky(root @ root.T * 1.2), dtype=float)
+
+
+def _log_sum(logs: Sequence[float]) -> float:
+    """Logarithm of the sum of exponentials."""
+    return float(np.logaddexp.reduce(logs))
 
 
 class Chain:
@@ -148,8 +152,8 @@ class Chain:
         for mode, inverse in zip(self._modes, self._inverses, strict=True):
             z = inverse @ (state - mode.at)
             fall = -0.5 * (TAILS + size) * math.log1p(float(z @ z) / TAILS)
-            logs.append(mode.log_weight + fall - float(np.log(np.diag(mode.root)).sum()))
-        return float(logsumexp(logs))
+            logs.append(mode.log_weight + fall - float(np.log(mode.root.diagonal()).sum()))
+        return _log_sum(logs)
 
     def _glide(self, number: int) -> None:
         """One trajectory of leapfrog steps, of random length, in the coordinates of a mode."""

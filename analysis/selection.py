@@ -50,28 +50,29 @@ def combine(records: StudyData, others: Sequence[StudyData]) -> tuple[StudyData,
     """The search's own trials with those of other studies that answer for its space; also how many each adds.
 
     A trial counts if its configuration lies in the space and all other fields are the space's. A run that is in two
-    studies, of the same configuration and seed, counts once. Trials of other studies get numbers after the search's own.
+    studies, of the same configuration and seed, counts once. Trials of other studies get numbers after the search's
+    own.
     """
     space = records.space
     assert space is not None
-    searched = records.trials[records.trials["origin"].isin(SEARCH_ORIGINS)]
-    trials, epochs, added = [searched], [records.epochs[records.epochs["trial"].isin(list(searched.index))]], {}
+    searched = records.trials.loc[records.trials["origin"].isin(SEARCH_ORIGINS)]
+    trials, epochs, added = [searched], [records.epochs.loc[records.epochs["trial"].isin(list(searched.index))]], {}
     known = _runs(space, searched)
-    number = int(records.trials.index.max()) + 1
+    number = max(int(n) for n in records.trials.index) + 1
     for other in others:
-        inside = other.trials[[_of_space(space, row) for row in other.trials.to_dict(orient="records")]]
-        for old, row in inside.sort_index().iterrows():
+        inside = other.trials.loc[[_of_space(space, row) for row in other.trials.to_dict(orient="records")]]
+        for old in sorted(inside.index):
             runs = _runs(space, inside.loc[[old]])
             fresh = {seed for _, seed in runs - known}
             known |= runs
-            mine = other.epochs[(other.epochs["trial"] == old) & other.epochs["seed"].isin(list(fresh))]
+            mine = other.epochs.loc[(other.epochs["trial"] == old) & other.epochs["seed"].isin(list(fresh))]
             if mine.empty:
                 continue
-            trials.append(row.to_frame().T.set_axis([number]))
+            trials.append(inside.loc[[old]].set_axis([number]))
             epochs.append(mine.assign(trial=number))
             added[other.study.name] = added.get(other.study.name, 0) + 1
             number += 1
-    together = pd.concat(trials).infer_objects() if added else searched
+    together = pd.concat(trials)
     return records._replace(trials=together, epochs=pd.concat(epochs, ignore_index=True)), added
 
 
@@ -111,29 +112,27 @@ def select(records: StudyData, others: Sequence[StudyData] = ()) -> Selection:
     if space is None:
         raise UserError(f"sensitivity needs the search space; {records.space_problem}")
     counts, origins = count_trials(records.trials), records.trials["origin"].value_counts()
-    searched = records.trials[records.trials["origin"].isin(SEARCH_ORIGINS)]
-    known = records.epochs.loc[records.epochs["val_accuracy"].notna(), "trial"]
-    if known[known.isin(list(searched.index))].nunique() < MIN_TRIALS:
+    searched = [n for n, origin in records.trials["origin"].items() if origin in SEARCH_ORIGINS]
+    known = set(records.epochs.loc[records.epochs["val_accuracy"].notna(), "trial"]) & set(searched)
+    if len(known) < MIN_TRIALS:
         states = ", ".join(f"{count} {state}" for state, count in records.trials["state"].value_counts().items())
         command = records.settings.get("command") or f"python -m study.run --study {name}"
         raise UserError(
             f"a report needs at least {MIN_TRIALS} trials of the search with results; {name} has "
-            f"{known[known.isin(list(searched.index))].nunique()} of {len(records.trials)} (state: {states}). "
-            f"Run more: {re.sub(r' --trials[ =][0-9]+', '', command)} "
-            f"--trials {max(3 * len(space.dimensions), 2 * MIN_RANKED)}"
+            f"{len(known)} of {len(records.trials)} (state: {states}). Run more: "
+            f"{re.sub(r' --trials[ =][0-9]+', '', command)} --trials {max(3 * len(space.dimensions), 2 * MIN_RANKED)}"
         )
     full = records.budget
     records, added = combine(records, others)
     trials, epochs = records.trials.sort_index(), records.epochs
     recorded = [d for d in space.dimensions if d.name in trials]
     x = pd.DataFrame({d.name: d.to_unit(list(trials[d.name])) for d in recorded}, index=trials.index).dropna()
-    epochs = epochs[epochs["val_accuracy"].notna() & epochs["trial"].isin(list(x.index))]
-    varied = sorted(
-        (d for d in recorded if x.loc[epochs["trial"].unique(), d.name].nunique() > 1), key=lambda d: d.name
-    )
+    epochs = epochs.loc[epochs["val_accuracy"].notna() & epochs["trial"].isin(list(x.index))]
+    seen = x.loc[sorted(set(epochs["trial"]))]
+    varied = sorted((d for d in recorded if seen[d.name].nunique() > 1), key=lambda d: d.name)
     if not varied:
         raise UserError(f"a ranking needs a parameter that varies; every trial of {name} has the same configuration")
-    budget = min(full, int(epochs["epoch"].max()))
+    budget = min(full, int(epochs["epoch"].to_numpy().max()))
     size = evaluation_size(records.settings)
     early = f"No trial has reached the full budget of {full} epochs yet; answers are for epoch {budget}."
 
@@ -141,9 +140,9 @@ def select(records: StudyData, others: Sequence[StudyData] = ()) -> Selection:
     ended = outcomes(trials)
     diverged = [trial for trial in x.index if ended[trial] == "diverged"]
     attempts, floor, final = _attempts(epochs, records.epochs, x, diverged, budget, size)
-    observations = observe(epochs[epochs["val_accuracy"] > TRAINED * CHANCE], x, budget, size)
+    observations = observe(epochs.loc[epochs["val_accuracy"] > TRAINED * CHANCE], x, budget, size)
     used = trials.loc[list(observations.trials)]
-    own = used.index.isin(list(searched.index))
+    own = used.index.isin(searched)
     data = Data(
         name=name,
         space=space,
@@ -179,25 +178,25 @@ def _attempts(
     A run trains if its last accuracy is above TRAINED times that of guessing. One that diverged does not, and would not
     have by the full budget; the other seeds of its trial were cut short and tell nothing.
     """
-    last = epochs.sort_values("epoch").groupby(["trial", "seed"]).last()[["epoch", "val_accuracy"]]
-    last = last[~last.index.get_level_values("trial").isin(diverged)]
-    last["failed"] = last["val_accuracy"] <= TRAINED * CHANCE
-    last["y"] = logit(last["val_accuracy"].to_numpy(dtype=float), size)
-    lost = last.loc[last["failed"], "y"]
+    ended = epochs.loc[~epochs["trial"].isin(list(diverged))].sort_values("epoch")
+    last = ended.drop_duplicates(["trial", "seed"], keep="last")
+    accuracy = last["val_accuracy"].to_numpy(dtype=float)
+    last = last.assign(failed=accuracy <= TRAINED * CHANCE, y=logit(accuracy, size))
+    lost = last.loc[last["failed"], "y"].to_numpy(dtype=float)
     floor = float(lost.mean()) if len(lost) else float(logit(np.array(CHANCE), size))
-    by_trial = last.groupby("trial").agg(
-        epoch=("epoch", "max"), failed=("failed", "sum"), seeds=("failed", "size"), y=("y", "mean")
-    )
-    broken = every[every["trial"].isin(diverged) & every["val_accuracy"].isna()].groupby("trial")["seed"].nunique()
-    ends = pd.DataFrame({"epoch": budget, "failed": broken.reindex(diverged).fillna(1.0), "y": floor})
-    by_trial = pd.concat([by_trial, ends.assign(seeds=ends["failed"])]).sort_index()
+    columns = {"epoch": ("epoch", "max"), "failed": ("failed", "sum"), "seeds": ("failed", "size"), "y": ("y", "mean")}
+    broken = every.loc[every["trial"].isin(list(diverged)) & every["val_accuracy"].isna()].groupby("trial")
+    seeds = [max(1, len(set(broken.get_group(trial)["seed"])) if trial in broken.groups else 1) for trial in diverged]
+    ends = pd.DataFrame({"epoch": budget, "failed": seeds, "seeds": seeds, "y": floor}, index=list(diverged))
+    by_trial = pd.concat([last.groupby("trial").agg(**columns), ends]).sort_index().astype(float)
+    failed = by_trial["failed"].to_numpy()
     attempts = Attempts(
         x=x.loc[by_trial.index].to_numpy(dtype=float),
-        u=log_epoch(by_trial["epoch"].clip(upper=budget).to_numpy(dtype=float), budget),
-        trained=(by_trial["seeds"] - by_trial["failed"]).to_numpy(dtype=float),
-        failed=by_trial["failed"].to_numpy(dtype=float),
+        u=log_epoch(np.minimum(by_trial["epoch"].to_numpy(), budget), budget),
+        trained=by_trial["seeds"].to_numpy() - failed,
+        failed=failed,
     )
-    return attempts, floor, by_trial["y"]
+    return attempts, floor, pd.Series(by_trial["y"])
 
 
 def _dummy(trial: int) -> float:

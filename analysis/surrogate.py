@@ -256,19 +256,20 @@ class Surface:
         chains = [Chain(density, modes, k, child) for k, child in enumerate(rng.spawn(CHAINS))]
         paths = [np.empty((0, len(self.prior_mean)))] * CHAINS
         steps = BURN + kept
+        theta, drawn = torch.empty(0), []
         for _ in range(ROUNDS):
             with ThreadPoolExecutor(min(CHAINS, os.cpu_count() or 1)) as pool:
-                more = list(pool.map(lambda chain: chain.run(steps), chains))
+                more = list(pool.map(Chain.run, chains, [steps] * CHAINS))
             paths = [np.concatenate(both) for both in zip(paths, more, strict=True)]
             steps = len(paths[0])
-            settled = np.array([path[BURN:] for path in paths])
-            theta = torch.as_tensor(np.concatenate([p[np.linspace(0, len(p) - 1, kept).astype(int)] for p in settled]))
+            chosen = np.linspace(BURN, steps - 1, kept).astype(int)
+            theta = torch.as_tensor(np.concatenate([path[chosen] for path in paths]))
             drawn = [self._draw(one, data, torch.as_tensor(at), draws_each, rng) for one in theta]
-            weights = np.concatenate([weights for weights, _ in drawn])
-            rhat, _ess = diagnose(self.shares(weights[:, :, -1]).reshape(CHAINS, kept * draws_each, -1))
+            shares = self.shares(np.concatenate([weights[:, :, -1] for weights, _ in drawn]))
+            rhat, _ess = diagnose(shares.reshape(CHAINS, kept * draws_each, -1))
             if rhat <= SETTLED:
                 break
-        weights = weights * data.scale
+        weights = np.concatenate([weights * data.scale for weights, _ in drawn])
         level = np.concatenate([level * data.scale + data.centre for _, level in drawn])
         return Posterior(weights, level, theta.numpy(), len(modes), self._held_out(theta, data))
 
@@ -415,7 +416,7 @@ class _LogDensity(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, covariance: Tensor, y: Tensor) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, covariance: Tensor, y: Tensor) -> Tensor:
         factor, bad = torch.linalg.cholesky_ex(covariance)
         if int(bad):
             ctx.factor = None

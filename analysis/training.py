@@ -83,7 +83,7 @@ def fit_training(bases: Sequence[Basis], attempts: Attempts, draws: int, rng: np
         return float(trained @ yes + failed @ no - 0.5 * state @ state), gradient - state
 
     size = 2 + functions + dimensions
-    modes = find_modes(density, rng.standard_normal((STARTS, size)), np.ones(size))
+    modes = find_modes(density, list(rng.standard_normal((STARTS, size))), np.ones(size))
     thin = max(1, STEPS // math.ceil(draws / CHAINS))
     chains = [Chain(density, modes, k, child, step=0.3, leaps=12) for k, child in enumerate(rng.spawn(CHAINS))]
     states = np.concatenate([chain.run(STEPS // 4 + STEPS)[STEPS // 4 :: thin] for chain in chains])

@@ -4,9 +4,10 @@
     python -m benchmarks.sensitivity holds --replicates 8
     python -m benchmarks.sensitivity time
 
-`holds` asks whether the intervals hold on the ten truths of `benchmarks/truths.py`. The made-up studies of `truth` have six parameters, seed noise, and three ways of choosing trials. One parameter is inert, one acts
-only through another, and the optimum of one moves during training, so that learning curves cross. Our indices are
-compared with true total Sobol indices, the others with true first-order shares, which they estimate.
+`holds` asks whether the intervals hold on the ten truths of `benchmarks/truths.py`. The made-up studies of `truth`
+have six parameters, seed noise, and three ways of choosing trials. One parameter is inert, one acts only through
+another, and the optimum of one moves during training, so that learning curves cross. Our indices are compared with true
+total Sobol indices, the others with true first-order shares, which they estimate.
 """
 
 from __future__ import annotations
@@ -214,14 +215,14 @@ def print_holds(*, replicates: int = 8, truth: str = "", processes: int = 2, out
 
 def holds_table(rows: pd.DataFrame) -> str:
     """A line for each truth, the means of its studies; the truths that were held out last."""
-    means = rows.drop(columns="study").groupby("truth", sort=False).mean()
+    columns = [c for c in rows.columns if c not in ("truth", "study", "held out")]
     cells = []
-    for name, mean in means.iterrows():
-        held = " (held out)" if mean["held out"] else ""
-        values = mean.drop("held out").to_dict()
+    for name, part in rows.groupby("truth", sort=False):
+        held = " (held out)" if name in HELD_OUT else ""
+        values = part[columns].mean().to_dict()
         shown = (f"{v:.0%}" if column in PERCENT and np.isfinite(v) else number(v, 2) for column, v in values.items())
         cells.append((f"{name}{held}: {TRUTHS[str(name)].about}", *shown))
-    return markdown_table(["truth", *means.columns.drop("held out")], cells)
+    return markdown_table(["truth", *columns], cells)
 
 
 def print_timing(*, trials: tuple[int, ...] = (100, 1000), tracking_uri: str | None = None) -> None:

@@ -41,6 +41,9 @@ def _same(sd: float) -> Callable[[Array], Array]:
     return lambda accuracy: np.full_like(accuracy, sd)
 
 
+SEED_SD = _same(0.12)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Truth:
     """What is true of every configuration; u = log(epoch) / log(epochs)."""
@@ -50,7 +53,7 @@ class Truth:
     floor: float = 0.0
     fails: Callable[[Columns], Array] | None = None  # probability that a seed stays at CHANCE
     lost: float = 0.0  # the same probability, whatever the configuration
-    seed_sd: Callable[[Array], Array] = _same(0.12)  # logits, by the final accuracy
+    seed_sd: Callable[[Array], Array] = SEED_SD  # logits, by the final accuracy
     tails: float = math.inf  # degrees of freedom of the seeds' noise
     epoch_sd: float = 0.05  # logits
     null: tuple[str, ...] = ()  # parameters without any effect
