@@ -41,7 +41,7 @@ def basis(dimension: Dimension) -> Basis:
     if dimension.levels:
         nodes, weights = dimension.grid(), dimension.level_weights
     else:
-        points, weights = np.polynomial.legendre.leggauss(32)
+        points, weights = np.polynomial.legendre.leggauss(64)
         nodes, weights = (points + 1) / 2, weights / 2
     kernel = _kernel(dimension, nodes, nodes)
     mean = kernel @ weights

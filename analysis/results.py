@@ -243,12 +243,12 @@ def mean_interval(values: Array) -> Interval:
 def why_not_ranked(analysis: Analysis) -> str:
     """The reason why a study is not ranked, as half a sentence."""
     used, fit = analysis.data.counts.used, analysis.trust.fit
-    if analysis.trust.rhat > MAX_RHAT:
-        return f"the sampler has not converged (R-hat {analysis.trust.rhat:.2f}, and {MAX_RHAT:g} is the most)"
     if used < MIN_RANKED:
         return f"{used} trials are too few to tell parameters apart, and {MIN_RANKED} the least"
     if fit.finished < MIN_RANKED:
         return f"{fit.finished} trials have come to the last epoch so far, and {MIN_RANKED} are the least"
+    if analysis.trust.rhat > MAX_RHAT:
+        return f"the sampler has not converged (R-hat {analysis.trust.rhat:.2f}, and {MAX_RHAT:g} is the most)"
     return (
         f"predicting trials it has not seen, the fitted surface explains {max(fit.r2, 0):.0%} of the "
         f"differences in accuracy (R² = {fit.r2:.2f}), and below {MIN_R2:.0%} a ranking would be guesswork"

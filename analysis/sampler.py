@@ -23,6 +23,7 @@ Density = Callable[[Array], tuple[float, Array]]  # (H,) -> log density up to a 
 
 CHAINS, BURN = 4, 8  # chains, and the first steps of each that are left out
 FAR = 4.0  # nats below the best, beyond which a mode is left out
+LEAST_SMOOTHED = 30  # draws, for a tail of importance weights to be smoothed
 TAILS = 8.0  # degrees of freedom of the proposals
 APART = 0.5  # prior standard deviations between two modes, root mean square, at least
 
@@ -178,9 +179,15 @@ def weights_without(log_density: Array) -> Array:
 
     log_density: of each observation, by each draw.
     """
-    flat = np.ptp(log_density, axis=0) < 1e-9  # every draw says the same, which the smoothing cannot take
-    smoothed = array_stats.psislw(-np.where(flat, np.arange(len(log_density))[:, None] * 1e-6, log_density), axis=0)[0]
-    return np.exp(smoothed).T
+    plain = np.exp(np.min(log_density, axis=0) - log_density)
+    if len(log_density) < LEAST_SMOOTHED:
+        return plain / plain.sum(axis=0)
+    varies = np.ptp(log_density, axis=0) > 1e-9  # the smoothing cannot take draws that all say the same
+    weights = np.full_like(log_density, 1 / len(log_density))
+    with np.errstate(all="ignore"):  # a tail that cannot be smoothed gives weights that are not finite
+        weights[:, varies] = np.exp(array_stats.psislw(log_density[:, varies], axis=0)[0]).T
+    weights = np.where(np.isfinite(weights).all(axis=0), weights, plain)
+    return weights / weights.sum(axis=0)
 
 
 def diagnose(draws: Array) -> tuple[float, float]:

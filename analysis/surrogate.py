@@ -42,6 +42,7 @@ from ramcore.space import Array, Dimension
 PAIR, TRIPLE = 6, 3  # basis functions a dimension in components of two and three dimensions; MAIN in those of one
 JITTER = 1e-6
 STARTS = 8  # of the search for modes
+LEAST_STEPS = 40  # of a chain, whatever the number of draws that are asked for
 ROUNDS = 4  # the chains are made longer at most so often
 
 # Hyperparameters that belong to no dimension: prior mean and standard deviation, for y scaled to unit variance. All but
@@ -244,7 +245,7 @@ class Surface:
     ) -> Posterior:
         """Posterior draws at u = `at`, in logits.
 
-        The chains are made longer, at most ROUNDS times, until the dimensions' shares have settled.
+        The chains are made longer, at most ROUNDS times, until the dimensions' shares of the variance have settled.
         """
         data = self._prepare(observations)
 
@@ -255,27 +256,25 @@ class Surface:
         kept = math.ceil(hyperdraws / CHAINS)
         chains = [Chain(density, modes, k, child) for k, child in enumerate(rng.spawn(CHAINS))]
         paths = [np.empty((0, len(self.prior_mean)))] * CHAINS
-        steps = BURN + kept
-        theta, drawn = torch.empty(0), []
+        steps = BURN + max(kept, LEAST_STEPS)
         for _ in range(ROUNDS):
             with ThreadPoolExecutor(min(CHAINS, os.cpu_count() or 1)) as pool:
                 more = list(pool.map(Chain.run, chains, [steps] * CHAINS))
             paths = [np.concatenate(both) for both in zip(paths, more, strict=True)]
             steps = len(paths[0])
-            chosen = np.linspace(BURN, steps - 1, kept).astype(int)
-            theta = torch.as_tensor(np.concatenate([path[chosen] for path in paths]))
-            drawn = [self._draw(one, data, torch.as_tensor(at), draws_each, rng) for one in theta]
-            shares = self.shares(np.concatenate([weights[:, :, -1] for weights, _ in drawn]))
-            rhat, _ess = diagnose(shares.reshape(CHAINS, kept * draws_each, -1))
-            if rhat <= SETTLED:
+            if diagnose(np.stack([self._prior_shares(path[BURN:]) for path in paths]))[0] <= SETTLED:
                 break
+        chosen = np.linspace(BURN, len(paths[0]) - 1, kept).astype(int)
+        theta = torch.as_tensor(np.concatenate([path[chosen] for path in paths]))
+        drawn = [self._draw(one, data, torch.as_tensor(at), draws_each, rng) for one in theta]
         weights = np.concatenate([weights * data.scale for weights, _ in drawn])
         level = np.concatenate([level * data.scale + data.centre for _, level in drawn])
         return Posterior(weights, level, theta.numpy(), len(modes), self._held_out(theta, data))
 
-    def shares(self, weights: Array) -> Array:
-        """Total Sobol indices of weights (S, P) -> (S, D)."""
-        power = weights**2
+    def _prior_shares(self, theta: Array) -> Array:
+        """Total Sobol indices that hyperparameters (N, H) expect -> (N, D)."""
+        with torch.no_grad():
+            power = np.stack([self.variances(one).numpy() for one in torch.as_tensor(theta)])
         member = np.array([[i in group for i in range(self.size)] for group in self.groups()], dtype=float)
         return power @ member / power.sum(axis=1)[:, None]
 

@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.basis import basis
+from analysis.basis import MAIN, basis
 from analysis.effects import sobol_indices
-from analysis.failures import fit_failures
 from analysis.observations import logit, observe
-from analysis.sampler import diagnose
-from analysis.surrogate import Surface
+from analysis.sampler import Chain, diagnose, find_modes, weights_without
+from analysis.surrogate import PAIR, TRIPLE, Surface, _Powers
+from analysis.training import Attempts, fit_training
 from ramcore.space import Dimension
 from tests.synthetic import Synthetic, simulate, unit_dimensions
 
@@ -38,9 +38,10 @@ def test_kernel_equals_the_covariance_of_weighted_features() -> None:
     x = np.column_stack([d.quantile(rng.random(7)) for d in DIMENSIONS])
     theta = surface.prior_mean + 0.3 * surface.prior_sd
     per = [torch.as_tensor(base(x[:, i])) for i, base in enumerate(surface.bases)]
-    kernel = surface._surface_kernel(theta, per).numpy()
+    powers = [_Powers(per, most, order) for order, most in enumerate((MAIN, PAIR, TRIPLE), start=1)]
+    kernel = surface._surface_kernel(theta, powers).numpy()
     features = surface.features(x)
-    assert kernel == pytest.approx(features * surface.variances(theta).numpy() @ features.T, rel=1e-9)
+    assert kernel == pytest.approx(features * surface.variances(theta).numpy() @ features.T, rel=1e-6)
     assert len(surface.groups()) == features.shape[1]
 
 
@@ -65,9 +66,8 @@ def test_seed_noise_is_measured_from_seeds_not_from_configurations() -> None:
     x = pd.DataFrame({"a": rng.random(16)})
     observations = observe(curves(16, 3, 9, 0.3, rng), x, 9, 10_000)
     surface = Surface(DIMENSIONS[:1])
-    posterior, _ = surface.sample(observations, np.ones(1), hyperdraws=30, draws_each=1, rng=rng)
-    scale = float(observations.y.std())
-    assert float(np.median(surface.predictive_sd(posterior.theta, scale, 1.0))) == pytest.approx(0.3, rel=0.35)
+    posterior = surface.sample(observations, np.ones(1), hyperdraws=30, draws_each=1, rng=rng)
+    assert np.sqrt(3) * np.median(posterior.held_out.noise) == pytest.approx(0.3, rel=0.35), "rows are of three seeds"
 
 
 def test_stopped_and_diverged_curves_are_used_up_to_their_last_result() -> None:
@@ -104,34 +104,111 @@ def test_a_surface_without_noise_is_recovered() -> None:
     observations = observe(records.epochs, x, 3, 1_000_000)
     surface = Surface(study.dimensions)
     rng = np.random.default_rng(0)
-    posterior, _ = surface.sample(observations, np.ones(1), hyperdraws=20, draws_each=2, rng=rng)
+    posterior = surface.sample(observations, np.ones(1), hyperdraws=20, draws_each=2, rng=rng)
     total = np.median(sobol_indices(surface, posterior).total, axis=1)
     assert total[0] > 0.98
     assert total[1] < 0.02
+
+
+def test_along_a_dimension_equals_the_surface_at_each_value() -> None:
+    surface = Surface(DIMENSIONS)
+    rng = np.random.default_rng(0)
+    x = np.column_stack([d.quantile(rng.random(5)) for d in DIMENSIONS])
+    weights = rng.standard_normal((len(surface.groups()), 3))
+    for i, dimension in enumerate(DIMENSIONS):
+        grid = dimension.grid(4)
+        rest, *factors = surface.along(x, i, weights)
+        found = rest[None] + np.tensordot(surface.bases[i](grid), np.stack(factors), axes=1)
+        for value, rows in zip(grid, found, strict=True):
+            x[:, i] = value
+            assert rows == pytest.approx(surface.features(x) @ weights)
+
+
+def test_prediction_without_a_trial_equals_a_fit_to_the_others() -> None:
+    rng = np.random.default_rng(3)
+    x = pd.DataFrame({"a": rng.random(8)})
+    observations = observe(curves(8, 2, 4, 0.2, rng), x, 4, 10_000)
+    surface = Surface(DIMENSIONS[:1])
+    theta = surface.prior_mean + 0.2 * surface.prior_sd
+    data = surface._prepare(observations)
+    mean, variance, _, _ = surface._without_each(theta, data)
+    covariance = surface.covariance(theta, data).numpy()
+    for trial, row in enumerate(observations.last):
+        rest = observations.trial_of != trial
+        solved = np.linalg.solve(covariance[np.ix_(rest, rest)], covariance[rest, row])
+        assert mean[trial] == pytest.approx(solved @ data.y.numpy()[rest])
+        assert variance[trial] == pytest.approx(covariance[row, row] - solved @ covariance[rest, row])
+
+
+def failing(x: np.ndarray, failed: np.ndarray) -> Attempts:
+    return Attempts(x, np.ones(len(x)), 1.0 - failed, failed.astype(float))
 
 
 def test_failures_of_one_cause_are_not_attributed_to_other_parameters() -> None:
     rng = np.random.default_rng(4)
     bases = [basis(d) for d in unit_dimensions(3)]
     x = rng.random((60, 3))
-    failures = fit_failures(bases, x, x[:, 1] > 0.8, 200, rng)
-    assert failures is not None and (failures.failed, failures.trials) == ((x[:, 1] > 0.8).sum(), 60)
-    assert fit_failures(bases, x, x[:, 1] > 1, 200, rng) is None, "nothing failed"
+    training = fit_training(bases, failing(x, x[:, 1] > 0.8), 200, rng)
+    assert training is not None
+    assert fit_training(bases, failing(x, x[:, 1] > 1), 200, rng) is None, "every run trained"
 
     def change(i: int) -> float:
-        ends = np.full((2, 3), 0.5)
-        ends[:, i] = (0.02, 0.98)
-        chance = failures.probability(ends)
-        return float(np.median(np.abs(chance[1] - chance[0])))
+        ends = training.along(np.full((1, 3), 0.5), i, np.array([0.02, 0.98]))[:, 0]
+        return float(np.median(np.abs(ends[1] - ends[0])))
 
     assert change(1) > 0.5
     assert change(0) < 0.15
     assert change(2) < 0.15
+    points = rng.random((5, 3))
+    along = training.along(points, 1, np.array([0.3]))[0]
+    points[:, 1] = 0.3
+    assert along == pytest.approx(training.probability(points))
+
+
+def test_runs_that_were_stopped_early_count_less_as_failures() -> None:
+    rng = np.random.default_rng(4)
+    bases = [basis(d) for d in unit_dimensions(1)]
+    x, failed = rng.random((60, 1)), np.arange(60) < 20
+    late = fit_training(bases, failing(x, failed), 200, rng)
+    early = fit_training(bases, failing(x, failed)._replace(u=np.where(failed, 0.2, 1.0)), 200, rng)
+    assert late is not None and early is not None
+    assert late.probability(x).mean() == pytest.approx(2 / 3, abs=0.07)
+    assert early.probability(x).mean() > late.probability(x).mean() + 0.1
+
+
+def two_bells(state: np.ndarray) -> tuple[float, np.ndarray]:
+    """Normals of standard deviation 1 at -4 and 4, the second twice as likely."""
+    logs = np.array([-0.5 * np.sum((state - m) ** 2) + w for m, w in ((-4.0, 0.0), (4.0, np.log(2)))])
+    total = np.logaddexp(*logs)
+    share = np.exp(logs - total)
+    return float(total), -(share[0] * (state + 4.0) + share[1] * (state - 4.0))
+
+
+def test_both_modes_are_found_and_visited_as_often_as_they_weigh() -> None:
+    rng = np.random.default_rng(0)
+    modes = find_modes(two_bells, list(5 * rng.standard_normal((8, 2))), np.full(2, 5.0))
+    assert sorted(float(mode.at[0]) for mode in modes) == pytest.approx([-4, 4], abs=0.1)
+    chains = [Chain(two_bells, modes, k, child) for k, child in enumerate(rng.spawn(4))]
+    paths = np.stack([chain.run(500) for chain in chains])
+    assert (paths[..., 0] > 0).mean() == pytest.approx(2 / 3, abs=0.08)
+    assert paths[paths > 0].std() == pytest.approx(1, abs=0.1)
+    assert diagnose(paths)[0] < 1.05
+
+
+def test_weights_of_draws_without_an_observation_undo_what_it_told() -> None:
+    draws = (
+        np.random.default_rng(0).standard_normal((4000, 1)) * np.sqrt(0.5) + 0.5
+    )  # N(0, 1) after seeing 1 of N(x, 1)
+    weights = weights_without(-0.5 * (1 - draws) ** 2)
+    assert (weights * draws).sum() == pytest.approx(0, abs=0.12)
+    flat = weights_without(np.zeros((50, 2)))
+    assert flat == pytest.approx(np.full((50, 2), 1 / 50), rel=0.1)
 
 
 def test_rhat_is_one_for_settled_chains_and_large_for_chains_apart() -> None:
-    chains = torch.as_tensor(np.random.default_rng(5).standard_normal((2, 400, 3)))
-    rhat, ess = diagnose(list(chains))
+    chains = np.random.default_rng(5).standard_normal((2, 400, 3))
+    rhat, ess = diagnose(chains)
     assert rhat == pytest.approx(1.0, abs=0.03) and 400 < ess < 1200
-    rhat, ess = diagnose([chains[0], chains[1] + torch.tensor([0.0, 0.0, 3.0])])
+    chains[1] += [0.0, 0.0, 3.0]
+    rhat, ess = diagnose(chains)
     assert rhat > 1.5 and ess < 20
