@@ -31,6 +31,7 @@ from analysis.training import Attempts, fit_training
 from analysis.trust import cross_validate, estimated_seed_noise, extrapolation_share, late_epochs, measured_seed_noise
 
 HYPERDRAWS, DRAWS_EACH = 160, 3
+ROUNDS = 4  # of sampling, each as long as all before it, if it has not converged
 MARKS = 6  # epochs at which importance is given, at most
 FAILED = (Counts._fields.index("failed"), Counts._fields.index("diverged"))
 CLAIMED = ("patch_size", "num_scales", "num_glimpses")  # parameters that the case study speaks of
@@ -58,7 +59,8 @@ def analyse(
     epochs = np.unique(np.round(np.geomspace(1, data.budget, MARKS)))
     at = log_epoch(epochs, data.budget)
     rng = np.random.default_rng(seed)
-    posterior = surface.sample(observations, at, hyperdraws=hyperdraws, draws_each=DRAWS_EACH, rng=rng)
+    rounds = ROUNDS if hyperdraws >= HYPERDRAWS else 1  # with fewer draws, R-hat is mostly chance
+    posterior = surface.sample(observations, at, hyperdraws=hyperdraws, draws_each=DRAWS_EACH, rng=rng, rounds=rounds)
     draws = len(posterior.weights)
     training = fit_training(surface.bases, selection.attempts, hyperdraws, rng)
     failures = None

@@ -193,7 +193,10 @@ def weights_without(log_density: Array) -> Array:
 def diagnose(draws: Array) -> tuple[float, float]:
     """The largest rank-normalised split R-hat and the smallest bulk effective sample size of K quantities.
 
-    draws: (chains, draws, K).
+    draws: (chains, draws, K). Quantities that are the same in every draw are left out.
     """
+    draws = draws[:, :, np.ptp(draws, axis=(0, 1)) > 0]
+    if not draws.shape[2]:
+        return 1.0, float(draws.shape[0] * draws.shape[1])
     rhat = np.max(array_stats.rhat(draws, chain_axis=0, draw_axis=1))
     return float(rhat), float(np.min(array_stats.ess(draws, chain_axis=0, draw_axis=1)))

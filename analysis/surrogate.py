@@ -42,8 +42,7 @@ from ramcore.space import Array, Dimension
 PAIR, TRIPLE = 6, 3  # basis functions a dimension in components of two and three dimensions; MAIN in those of one
 JITTER = 1e-6
 STARTS = 8  # of the search for modes
-LEAST_STEPS = 40  # of a chain, whatever the number of draws that are asked for
-ROUNDS = 4  # the chains are made longer at most so often
+LEAST_STEPS = 20  # of a chain, whatever the number of draws that are asked for
 
 # Hyperparameters that belong to no dimension: prior mean and standard deviation, for y scaled to unit variance. All but
 # the three slopes are logarithms.
@@ -241,11 +240,18 @@ class Surface:
     # ---- sampling --------------------------------------------------------------------------------------------
 
     def sample(
-        self, observations: Observations, at: Array, *, hyperdraws: int, draws_each: int, rng: np.random.Generator
+        self,
+        observations: Observations,
+        at: Array,
+        *,
+        hyperdraws: int,
+        draws_each: int,
+        rng: np.random.Generator,
+        rounds: int = 1,
     ) -> Posterior:
         """Posterior draws at u = `at`, in logits.
 
-        The chains are made longer, at most ROUNDS times, until the dimensions' shares of the variance have settled.
+        The chains are doubled, at most rounds - 1 times, until the dimensions' shares of the variance have settled.
         """
         data = self._prepare(observations)
 
@@ -257,7 +263,7 @@ class Surface:
         chains = [Chain(density, modes, k, child) for k, child in enumerate(rng.spawn(CHAINS))]
         paths = [np.empty((0, len(self.prior_mean)))] * CHAINS
         steps = BURN + max(kept, LEAST_STEPS)
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             with ThreadPoolExecutor(min(CHAINS, os.cpu_count() or 1)) as pool:
                 more = list(pool.map(Chain.run, chains, [steps] * CHAINS))
             paths = [np.concatenate(both) for both in zip(paths, more, strict=True)]

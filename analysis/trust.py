@@ -7,7 +7,7 @@ import pandas as pd
 from scipy.special import gammaln
 
 from analysis.effects import Predictor
-from analysis.observations import Observations
+from analysis.observations import Observations, log_epoch
 from analysis.results import MIN_RANKED, CrossValidation
 from analysis.sampler import weights_without
 from analysis.selection import Selection
@@ -37,7 +37,8 @@ def cross_validate(selection: Selection, predictor: Predictor, held_out: HeldOut
     trains = _trains_without_each(predictor, attempts)
     predicted = trains * accuracy + (1 - trains) * selection.floor
     spread = np.sqrt(trains * (sd**2 + accuracy**2) + (1 - trains) * selection.floor**2 - predicted**2)
-    finished = attempts.u > attempts.u.max() - 0.1
+    full = log_epoch(np.array(max(0.9 * selection.data.budget, 1.0)), selection.data.budget)
+    finished = attempts.u > full - 1e-9
     targets = finished if finished.sum() >= MIN_RANKED else np.ones(len(trials), bool)
     observed = selection.final.to_numpy(dtype=float)
     total = float(observed[targets].var()) or 1.0
