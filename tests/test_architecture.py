@@ -19,11 +19,12 @@ PACKAGES = ("ramcore", "study", "analysis")
 HEAVY = ("ray", "optuna", "mlflow", "pandas", "jinja2", "tyro", "matplotlib", "study", "analysis")
 
 # Plain data that more than one package reads.
-SHARED_BY_STUDY = ("study.designs", "study.schema", "study.search_space")
+SHARED_BY_STUDY = ("study.designs", "study.moved", "study.schema", "study.search_space")
 SHARED_BY_RAMCORE = (
     "ramcore.config",
     "ramcore.cost",
     "ramcore.errors",
+    "ramcore.private",
     "ramcore.published",
     "ramcore.recipes",
     "ramcore.space",

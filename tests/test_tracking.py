@@ -18,7 +18,7 @@ from study.designs import TrialSpec
 from study.record import Record, StudySettings
 from study.search_space import configuration, search_space
 from study.sobol import SobolSequence
-from study.tracking import Provenance, Publish, Tracker, check_reachable, tracking_uri
+from study.tracking import Provenance, Publish, Tracker, check_server, tracking_uri
 
 SPACE = search_space(Config(data="digits", task="original", epochs=3))
 SETTINGS = StudySettings(
@@ -141,8 +141,8 @@ def test_tracker_that_logs_everything_again_changes_nothing(record, uri, monkeyp
     before = {name: (r.data.metrics, r.data.params) for name, r in runs(uri).items()}
     # A tracker that believes that MLflow holds nothing logs everything again.
     monkeypatch.setattr(tracking._ChildRun, "holds", lambda *_: False)
-    found = tracking._oldest
-    monkeypatch.setattr(tracking, "_oldest", lambda client, all_runs: _forgetful(found(client, all_runs)))
+    found = tracking._only
+    monkeypatch.setattr(tracking, "_only", lambda client, runs, worth: _forgetful(found(client, runs, worth)))
     track(record, uri)
     assert {name: (r.data.metrics, r.data.params) for name, r in runs(uri).items()} == before
     child = runs(uri)["trial 0000"]
@@ -309,9 +309,9 @@ def test_unreachable_tracking_is_refused_within_seconds(tmp_path):
         for bad in (address, "./mlruns", f"sqlite:///{tmp_path}/no/such/folder/mlflow.db"):
             started = time.monotonic()
             with pytest.raises(UserError) as error:
-                check_reachable(bad)
+                check_server(bad)
             assert "\n" not in str(error.value) and time.monotonic() - started < 6
-    check_reachable(f"sqlite:///{tmp_path}/mlflow.db")
+    check_server(f"sqlite:///{tmp_path}/mlflow.db")
 
 
 def test_settings_are_logged_as_study_json(record, uri):
