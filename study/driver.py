@@ -290,8 +290,8 @@ class _Run:
             print(f"  {line}")
         if untracked:
             print(f"Record: {self.prepared.record_path}")
-            where = without_secrets(self.uri)
-            say(f"warning: MLflow ({where}) lacks {untracked}; the record has it")
+            lost = f"MLflow lacks {untracked} in {without_secrets(self.uri)}"
+            say(f"warning: {lost}; the record and the checkpoints have it all")
             say(f"  once MLflow takes it, this adds it: {command()}")
             return
         print(f"Record: {self.prepared.record_path}; tracked in {without_secrets(self.uri)}")

@@ -154,9 +154,9 @@ def _write_artifact(location: str, uri: str) -> None:
     artifacts = get_artifact_repository(location, tracking_uri=uri)
     with tempfile.TemporaryDirectory(prefix="ram-study-") as folder:
         path = Path(folder) / f"probe-{os.getpid()}"
-        path.touch()
+        path.write_text("a study can write here")
         artifacts.log_artifact(str(path))
-    with contextlib.suppress(Exception):  # not every store can delete, and an empty file does no harm
+    with contextlib.suppress(Exception):  # not every store can delete, and a small file does no harm
         artifacts.delete_artifacts(path.name)
 
 
