@@ -206,10 +206,12 @@ def _remedy(error: BaseException) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """An error in one line; with its type, where its text alone may not be understood."""
-    line = first_line(error)
+    """An error in one line: a database's own words; with its type, where its text alone may not be understood."""
+    cause = error.__cause__ or error
+    if isinstance(cause, sqlalchemy.exc.DBAPIError) and cause.orig is not None:
+        return first_line(cause.orig)
     known = MlflowException | UserError | OSError | ImportError | sqlalchemy.exc.SQLAlchemyError
-    return line if isinstance(error, known) else f"{type(error).__name__}: {line}"
+    return first_line(error) if isinstance(error, known) else f"{type(error).__name__}: {first_line(error)}"
 
 
 @dataclass(kw_only=True)

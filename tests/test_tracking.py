@@ -274,6 +274,8 @@ def test_database_that_can_be_read_only_ends_the_wait_and_next_run_completes_it(
         untracked = tracker.finish("stopped", patience=2)
         assert untracked is not None and untracked.startswith("1 epochs of 1 trials (")
         assert time.monotonic() - started < 10
+        until(lambda: tracker.outage)  # SQLite itself waits for 20 s
+        assert tracker.outage == "database is locked"
         foreign.execute("rollback")
     assert track(record, uri, "stopped") is None
     assert [step for step, _ in history(uri, runs(uri)["trial 0000"], "val_accuracy")] == [1, 2]
