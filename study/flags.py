@@ -26,7 +26,7 @@ from ramcore.config import TASKS, Data
 from ramcore.errors import UserError, say
 from study.designs import DESIGNS
 
-# Exit codes. SIGINT and SIGTERM give 130 and 143; the same command continues then too.
+# Exit codes, in README.md, too. SIGINT and SIGTERM give 130 and 143; the same command continues then.
 DONE = 0
 BROKEN = 1  # the first trials failed alike (a programming error), or the driver itself failed
 USAGE = 2  # the flags or the data cannot be used; nothing was started
