@@ -58,6 +58,7 @@ _REST_MOST = 5.0  # seconds; epochs that come meanwhile share a call
 _UPLOAD_TRIES = 3  # of artifacts at the end; after that the study ends without them
 _UPLOAD_SECONDS = 600.0  # for all of them, with drawing and imports
 _TELL = 5.0  # seconds of waiting at the end, before it is said
+_LATE = 10.0  # seconds in which a server may still carry out a call that timed out
 _HURRY = 10.0  # seconds from a signal to the end of waiting
 _MEANS = (*schema.EPOCH_MEANS, schema.OBJECTIVE)
 _DESCRIPTION, _MODEL = f"{schema.SETTINGS_FILE} and {schema.SPACE_FILE}", "the best model"
@@ -277,6 +278,7 @@ class Tracker:
         self._uploading: float | None = None  # since when
         self._upload_seconds = 0.0  # of the uploads that are over
         self._interrupted = False  # after an outage: the server may have carried out a call that seemed to fail
+        self._timed_out = -math.inf  # when a call did last
         self._known = False  # whether the fields above agree with MLflow; false at first and after each failed call
         self._most_held = 0
         self._last_progress = time.monotonic()  # when something was tracked that had not been tracked before
@@ -373,6 +375,8 @@ class Tracker:
                     logger.warning("tracking is interrupted (%s); training goes on", _reason(error))
                 self.outage = _reason(error)
                 self._known, self._interrupted = False, True
+                if "timed out" in str(error):
+                    self._timed_out = time.monotonic()
                 client = None
                 path = _database_file(self.uri)
                 if path is not None and not path.exists():
@@ -422,6 +426,7 @@ class Tracker:
     def _conclude(self, client: mlflow.MlflowClient) -> None:
         """Log the artifacts of a finished study, and end the parent run."""
         if self._interrupted:  # find runs that were created twice
+            self._abandoned.wait(max(0.0, self._timed_out + _LATE - time.monotonic()))
             self._interrupted = self._known = False
             self._sync(client)
         for attempt in range(_UPLOAD_TRIES):

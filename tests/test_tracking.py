@@ -568,17 +568,17 @@ def test_prefix_of_a_server_is_used(server):
         assert "404" in refused(f"http://{proxy.address.removesuffix('/tracking')}/other", known=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["study", "trial"])
 def test_run_that_a_slow_server_makes_twice_is_kept_once_with_everything(record, server, monkeypatch, kind):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     trial(record, (0.2, 0.4))
     with Proxy(server.port) as proxy:
-        proxy.held[kind] = 4.0  # until after its repetition
+        proxy.held[kind] = 10.0  # until after its repetition
         tracker = Tracker(record, f"http://{proxy.address}", PROVENANCE, {"schema": 1})
         tracker.start()
-        until(lambda: tracker._children and tracker._children[0].ended)
-        time.sleep(4)
-        assert tracker.finish("finished") is None
+        until(lambda: tracker._children and tracker._children[0].ended, seconds=120)
+        assert tracker.finish("finished", patience=90) is None
     client = mlflow.MlflowClient(server.uri)
     experiment = client.get_experiment_by_name("ram-study")
     found = client.search_runs([experiment.experiment_id], f"tags.`ram.uid` = '{record.uid}'")
