@@ -12,6 +12,7 @@ from pathlib import Path
 import tyro
 
 from analysis import load
+from ramcore.private import private_arguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ def _export(args: Args) -> None:
 def cli() -> int:
     """Entry point."""
     load.quieten()
-    return main(tyro.cli(Args, description=__doc__))
+    return main(tyro.cli(Args, args=private_arguments(), description=__doc__))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import re
+import sqlite3
 import sys
 import tempfile
 import warnings
@@ -29,8 +30,10 @@ from mlflow.utils.rest_utils import http_request
 from sqlalchemy.exc import SQLAlchemyError
 
 from ramcore.errors import UserError, first_line, say
+from ramcore.private import without_secrets
 from ramcore.space import Space
 from study import schema
+from study.moved import follow_move
 
 EPOCH_METRICS = (*schema.EPOCH_MEANS, schema.EPOCH_SECONDS)
 RUNS_PER_REQUEST = 100  # MLflow's limit for one bulk request
@@ -96,10 +99,12 @@ def connect(uri: str) -> MlflowClient:
                 f"the tracking database must exist; there is no {path}. Run a study first (python -m study.run), or "
                 "name the right one with --tracking-uri"
             )
+        with contextlib.suppress(sqlite3.Error):  # one that cannot be written has its artifacts where they were
+            follow_move(path)
     try:
         client = MlflowClient(uri)
         client.search_experiments(max_results=1)
-    except SERVER_ERRORS as error:
+    except (*SERVER_ERRORS, ImportError) as error:
         raise UserError(
             f"the tracking server must answer; {uri} does not ({first_line(error)}). Check --tracking-uri"
         ) from error
@@ -145,7 +150,10 @@ def list_studies(source: Source) -> list[StudyRun]:
         raise UserError(
             f"a study must have been run; experiment {schema.EXPERIMENT!r} holds none. Run python -m study.run"
         )
-    return sorted(map(_study_run, runs), key=lambda study: study.started, reverse=True)
+    # A parent run that was made twice is one study: the tracker has written into one of the two only.
+    runs = sorted(runs, key=lambda run: schema.STATUS in run.data.tags)
+    studies = {run.data.tags.get(schema.UID, run.info.run_id): _study_run(run) for run in runs}
+    return sorted(studies.values(), key=lambda study: study.started, reverse=True)
 
 
 def _study_run(run: Run) -> StudyRun:
@@ -193,11 +201,13 @@ def load_study(source: Source, study: StudyRun, on_progress: OnProgress = lambda
     if experiment is None:
         raise UserError(f"experiment {schema.EXPERIMENT!r} must exist; it does not. Run python -m study.run")
     try:
-        runs = _search(source, experiment.experiment_id, f"tags.`{schema.PARENT}` = '{study.run_id}'")
+        # By the uid, because a parent run may have been deleted or made twice. The first studies had none.
+        tag, value = (schema.UID, study.tags[schema.UID]) if schema.UID in study.tags else (schema.PARENT, study.run_id)
+        runs = _search(source, experiment.experiment_id, f"tags.`{tag}` = '{value}'")
         runs = [run for run in runs if run.data.tags.get(schema.KIND, "trial") == "trial"]
         history = _read_history(source, runs, on_progress)
         raw_space = _read_json(source, study, schema.SPACE_FILE)
-        settings = _read_json(source, study, schema.SETTINGS_FILE) or {}
+        settings = without_secrets(_read_json(source, study, schema.SETTINGS_FILE) or {})  # older versions kept them
     except SERVER_ERRORS as error:
         raise UserError(f"the records of {study.name} must be readable; {first_line(error)}") from error
     if not runs:

@@ -32,6 +32,7 @@ from ramcore.config import TASKS, Config, Data
 from ramcore.data import TaskData
 from ramcore.errors import UserError, say
 from ramcore.pictures import GlimpsePath, draw_canvas, draw_glimpses, glimpse_paths
+from ramcore.private import private_arguments
 from ramcore.published import CASE_STUDY, MNIH, PUBLISHED, Published
 from ramcore.sources import load_task
 from ramcore.space import Array
@@ -438,7 +439,7 @@ def _images(studies: Sequence[StudyRun], records: Sequence[StudyData], model: Sa
 def cli() -> int:
     """Entry point."""
     load.quieten()
-    return main(tyro.cli(Args, description=__doc__))
+    return main(tyro.cli(Args, args=private_arguments(), description=__doc__))
 
 
 if __name__ == "__main__":

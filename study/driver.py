@@ -16,11 +16,23 @@ from pathlib import Path
 from typing import Any
 
 from ramcore.errors import UserError, say
+from ramcore.private import without_secrets
 from study import cluster, pool, results, schema, tracking
 from study.designs import DESIGNS
 from study.display import Display
 from study.dry_run import dry_run_lines
-from study.flags import BROKEN, DONE, SOME_FAILED, STOPPED, Flags, command, signals_caught, stopped, working_tree
+from study.flags import (
+    BROKEN,
+    DONE,
+    SOME_FAILED,
+    STOPPED,
+    UNTRACKED,
+    Flags,
+    command,
+    signals_caught,
+    stopped,
+    working_tree,
+)
 from study.prepare import Prepared
 from study.probe import versions
 from study.record import Record, RecordLost, open_record
@@ -48,14 +60,13 @@ def run_study(flags: Flags, prepared: Prepared) -> int:
     if flags.address is None:
         pool.count_slots(pool.local_resources(), ray_pool)
     if flags.dry_run:
-        print("\n".join(dry_run_lines(flags, prepared, uri, ray_pool)))
+        print(without_secrets("\n".join(dry_run_lines(flags, prepared, uri, ray_pool))))
         return DONE
-    if prepared.known is None:
-        tracking.check_reachable(uri)
     check = cluster.Check(prepared.storage)
     if flags.address is not None:
         cluster.check_lasting(flags.storage, uri)
         _check_cluster(flags.address, prepared, ray_pool, check)
+    tracking.check_server(uri, known=prepared.known is not None)
     with open_record(prepared.storage, prepared.settings, total=prepared.total, rows=prepared.rows, say=say) as record:
         return _Run(flags, prepared, record, ray_pool, uri, check).run()
 
@@ -105,6 +116,8 @@ class _Run:
             code = self._exit_code()
             outcome = results.conclude(self.record)
             untracked = self._finish_tracking(code, outcome)
+        if untracked and code in (DONE, SOME_FAILED):
+            code = UNTRACKED
         self._report(code, outcome, untracked)
         return code
 
@@ -205,7 +218,8 @@ class _Run:
         if done and outcome is not None:
             self._read_best_test(outcome)
             publish = results.publisher(outcome, self.scheduler.folder, self.prepared.data)
-        return tracker.finish("finished" if done else "failed" if code == BROKEN else "stopped", publish=publish)
+        status = "finished" if done else "failed" if code == BROKEN else "stopped"
+        return tracker.finish(status, publish=publish, hurry=lambda: bool(self.signals))
 
     def _read_best_test(self, outcome: results.Outcome) -> None:
         try:
@@ -218,7 +232,7 @@ class _Run:
     def _provenance(self) -> dict[str, Any]:
         """Everything that is needed to do this run again, as plain data."""
         commit, dirty = working_tree()
-        return {
+        facts = {
             "flags": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.flags).items()},
             "command": command(),
             "commit": commit,
@@ -226,6 +240,7 @@ class _Run:
             "versions": versions(_PACKAGES) | {"platform": platform.platform()},
             "devices": self.devices,
         }
+        return without_secrets(facts)
 
     def _start_tracker(self) -> tracking.Tracker:
         settings, record = self.record.settings, self.record
@@ -244,7 +259,7 @@ class _Run:
         }
         params["trials"] = str(record.totals[0])
         commit, dirty = made_by["commit"], made_by["commit_dirty"]
-        made = tracking.Provenance(settings=described, commit=commit, dirty=dirty, params=params)
+        made = tracking.Provenance(settings=without_secrets(described), commit=commit, dirty=dirty, params=params)
         tracker = tracking.Tracker(record, self.uri, made, space | {"objective": schema.OBJECTIVE})
         tracker.start()
         self.display.outage = lambda: tracker.outage
@@ -256,8 +271,9 @@ class _Run:
         if code == BROKEN:
             fix = "mend it and run the same command; failed trials stay failed, the rest are run"
             say(f"error: {scheduler.stopping}: {fix}")
-        elif code not in (DONE, SOME_FAILED):
-            stopped(scheduler.stopping or "Ray Tune ended early")
+        elif code not in (DONE, SOME_FAILED, UNTRACKED):
+            broken = scheduler.stopping != self._reason_to_stop()  # neither a signal nor a budget
+            stopped(scheduler.stopping or "Ray Tune ended early", broken=broken)
         trials = self.record.trials.values()
         states = [trial.state for trial in trials]
         print(
@@ -272,12 +288,17 @@ class _Run:
             failed[_FAILURES_SHOWN:] = [f"and {len(failed) - _FAILURES_SHOWN} more"]
         for line in failed:
             print(f"  {line}")
-        print(f"Record: {self.prepared.record_path}; tracked in {self.uri}")
+        if untracked:
+            print(f"Record: {self.prepared.record_path}")
+            lost = f"MLflow lacks {untracked} in {without_secrets(self.uri)}"
+            say(f"warning: {lost}; the record and the checkpoints have it all")
+            say(f"  once MLflow takes it, this adds it: {command()}")
+            return
+        print(f"Record: {self.prepared.record_path}; tracked in {without_secrets(self.uri)}")
         print("Next:")
         default = self.uri == schema.DEFAULT_TRACKING_URI
         if not self.uri.startswith("http"):
-            print(f"  mlflow ui{'' if default else f' --backend-store-uri {self.uri}'}")
+            print(f"  mlflow ui{'' if default else f' --backend-store-uri {without_secrets(self.uri)}'}")
         report = "paper" if DESIGNS[self.record.settings.design].report == "tables" else "sensitivity"
-        print(f"  python -m analysis.{report} --study {name}{'' if default else f' --tracking-uri {self.uri}'}")
-        if untracked:
-            say(f"warning: MLflow lacks {untracked}; the same command brings it up to date: {command()}")
+        place = "" if default else f" --tracking-uri {without_secrets(self.uri)}"
+        print(f"  python -m analysis.{report} --study {name}{place}")

@@ -26,12 +26,13 @@ from ramcore.config import TASKS, Data
 from ramcore.errors import UserError, say
 from study.designs import DESIGNS
 
-# Exit codes. SIGINT and SIGTERM give 130 and 143; the same command continues then too.
+# Exit codes, in README.md, too. SIGINT and SIGTERM give 130 and 143; the same command continues then.
 DONE = 0
 BROKEN = 1  # the first trials failed alike (a programming error), or the driver itself failed
 USAGE = 2  # the flags or the data cannot be used; nothing was started
 SOME_FAILED = 3  # done, with failed trials
-STOPPED = 75  # by a budget or a full disk; the same command continues
+UNTRACKED = 4  # done, perhaps with failed trials, but MLflow lacks a part of it; the same command adds that
+STOPPED = 75  # by a budget, or by what has to be mended (a full disk, say); then the same command continues
 
 MOST = 1_000_000  # trials, epochs, seeds or slots; more than that means nothing, and would fill the memory
 RAY_STEP = 0.0001  # CPUs: Ray counts in these
@@ -188,9 +189,9 @@ def working_tree() -> tuple[str, bool]:
         return "unknown", True
 
 
-def stopped(reason: object) -> int:
-    """Print why the run stopped and how to continue; returns the exit code."""
-    say(f"stopped ({reason}); the same command continues: {command()}")
+def stopped(reason: object, *, broken: bool = True) -> int:
+    """Print why the run stopped and how to continue; returns the exit code. `broken`: something has to be mended."""
+    say(f"stopped ({reason}); {'once that is mended, ' if broken else ''}the same command continues: {command()}")
     return STOPPED
 
 

@@ -211,9 +211,16 @@ def _around_best(inputs: DesignInputs, source: StoredStudy) -> DesignInputs:
 
 
 def _read(storage: Storage, name: str) -> StoredStudy | None:
-    """What the storage knows of the study of a name. Raises UserError if it cannot be reached."""
+    """What the storage knows of the study of a name. Raises UserError if it is out of reach, or of another name."""
     try:
         fetch(storage, name)
-        return read_study(storage.record_folder(name) / RECORD)
+        known = read_study(storage.record_folder(name) / RECORD)
     except OSError as error:
         raise storage.unreachable(error) from error
+    if known is not None and (own := known.settings.study) != name:
+        raise UserError(
+            f"a study's folder has the study's name; {storage}/{name} holds {own}, copied or renamed: rename it back, "
+            f"or continue the copy apart: move it to OTHER/{own} and pass --study {own} --storage OTHER "
+            "--tracking-uri sqlite:///OTHER/mlflow.db"
+        )
+    return known

@@ -16,6 +16,7 @@ from typing import TextIO
 import tyro
 
 from ramcore.errors import UserError, first_line, say
+from ramcore.private import private_arguments, without_secrets
 from study import cluster
 from study.flags import USAGE, Flags, check, stopped
 from study.storage import Storage
@@ -107,7 +108,10 @@ def _protect_local_ray() -> None:
 
 
 class _ToStderr(logging.StreamHandler[TextIO]):
-    """Writes to the current sys.stderr, because the live display replaces it."""
+    """Writes, without secrets, to the current sys.stderr, because the live display replaces it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
@@ -122,13 +126,16 @@ def _configure_logging() -> None:
 
 def _quieten() -> None:
     """Hide the libraries' messages. They set their own levels when they are imported: call this again after that."""
-    for noisy in ("mlflow", "alembic", "optuna", "ray"):
+    for noisy in ("alembic", "optuna", "ray"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it logs the traceback of every error that it raises
 
 
 def cli() -> None:
     """The console entry point."""
-    sys.exit(main(tyro.cli(Flags, prog="python -m study.run", config=(tyro.conf.FlagCreatePairsOff,))))
+    arguments = private_arguments()
+    flags = tyro.cli(Flags, prog="python -m study.run", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+    sys.exit(main(flags))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from ramcore.errors import UserError, first_line, say
+from ramcore.private import without_secrets
 from study.cluster import code_folder, no_job_server, wrong_token
 from study.flags import DONE, STOPPED, SUBMITTED, Flags, command, signals_caught, working_tree
 
@@ -46,6 +47,11 @@ def submit(flags: Flags, address: str) -> int:
 def _submit_or_follow(flags: Flags, address: str) -> int:
     client = _connect(address)
     entrypoint = shlex.join(["python", "-m", "study.run", *arguments(flags)])
+    if without_secrets(entrypoint) != entrypoint:  # the cluster shows every job's command
+        raise UserError(
+            f"a job's command must hold no password; got `{without_secrets(entrypoint)}`: set MLFLOW_TRACKING_URI or "
+            "RAM_STORAGE in the environment of the cluster's nodes, and leave the flag out"
+        )
     study = study_of(flags)
     running = None if flags.dry_run else _running(client, study)
     if running is not None and running.entrypoint != entrypoint:
@@ -165,7 +171,8 @@ def _exit_code(details: JobDetails) -> int:
         say(f"the job was stopped; the same command continues: {command()}")
         return STOPPED
     if details.driver_exit_code is None:
-        say(f"error: the job failed ({first_line(ValueError(details.message))}); the same command continues")
+        why = first_line(ValueError(details.message))
+        say(f"error: the job failed ({why}); once that is mended, the same command continues: {command()}")
         return STOPPED
     return int(details.driver_exit_code) % 256
 

@@ -5,21 +5,24 @@ for each trial. Every call can be repeated: metrics carry the record's timestamp
 params never change, and runs are found again by their tags. So the same code serves after an outage, after a crash and
 in the next run of the command. Training never waits for tracking and never fails because of it.
 
-A study is a parent run; each of its trials is a child run. `study.schema` has the names.
+A study is a parent run; each of its trials is a child run. `study.schema` has the names. The study's uid tells which
+runs belong together; `mlflow.parentRunId`, which MLflow's page needs, is set again wherever it says something else.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
 import os
+import sqlite3
 import statistics
+import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,26 +32,37 @@ from study import mlflow_settings as mlflow_settings  # before MLflow, which rea
 
 # isort: split
 import mlflow
+import requests
+import sqlalchemy
 import sqlalchemy.exc
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.db.db_types import DATABASE_ENGINES
+from mlflow.store.db.utils import create_sqlalchemy_engine
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from ramcore.cost import cost
 from ramcore.errors import UserError, first_line
+from ramcore.private import without_secrets
 from study import schema
 from study.faults import fault_point
+from study.moved import follow_move
 from study.record import Record, TrialRecord
 
+_SQLITE = ("sqlite:", "sqlite+")
 _METRICS_A_CALL = 900  # MLflow takes at most 1,000 in one call; some are not an epoch's
 _BACKOFF = (1.0, 2.0, 5.0, 10.0)  # seconds between tries during an outage
 _REST = 2.0  # the thread rests this many times as long as it wrote: the driver's other threads are more urgent
 _REST_MOST = 5.0  # seconds; epochs that come meanwhile share a call
-_PUBLISH_TRIES = 3  # after that the study ends without its published model
+_UPLOAD_TRIES = 3  # of artifacts at the end; after that the study ends without them
+_UPLOAD_SECONDS = 600.0  # for all of them, with drawing and imports
+_TELL = 5.0  # seconds of waiting at the end, before it is said
+_LATE = 10.0  # seconds in which a server may still carry out a call that timed out
+_HURRY = 10.0  # seconds from a signal to the end of waiting
 _MEANS = (*schema.EPOCH_MEANS, schema.OBJECTIVE)
+_DESCRIPTION, _MODEL = f"{schema.SETTINGS_FILE} and {schema.SPACE_FILE}", "the best model"
 _RUN_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
-_SERVER_ERRORS = (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError)  # raised if the server is absent or broken
-
 logger = logging.getLogger(__name__)
 
 
@@ -57,28 +71,148 @@ def tracking_uri(flag: str | None) -> str:
     return flag or os.environ.get("MLFLOW_TRACKING_URI") or schema.DEFAULT_TRACKING_URI
 
 
-def check_reachable(uri: str, timeout: float = 5.0) -> None:
-    """Check within seconds that a tracking server or database can be used. Raises UserError."""
-    if uri.startswith(("http://", "https://")):
-        try:
-            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=timeout).close()
-        except urllib.error.HTTPError:
-            pass  # a server answers; if it refuses us, that is a warning later, as training does not depend on it
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"the tracking server must answer when a study starts; {uri} did not "
-                f"({getattr(error, 'reason', error)}): start it with `mlflow server`, or pass another --tracking-uri"
-            ) from error
-    elif uri.startswith("sqlite:///"):
-        folder = Path(uri.removeprefix("sqlite:///")).absolute().parent
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            rule = "the tracking database must lie in a writable folder"
-            raise UserError(f"{rule}; {folder} is not one: pass another --tracking-uri")
-    elif "://" not in uri or uri.startswith("file:"):
+def check_server(uri: str, *, known: bool = False) -> None:
+    """Have one conversation with the tracking server, of all that a study needs, before anything starts.
+
+    It goes through MLflow's own client, with all its settings. Raises UserError for what the server will never accept
+    and, unless the study is `known`, for an outage: a study that continues can be tracked later.
+    """
+    _check_form(uri)
+    try:
+        client = _connect(uri)
+        experiment = _experiment(client, uri)
+        client.set_experiment_tag(experiment.experiment_id, schema.SCHEMA, str(schema.VERSION))
+    except UserError:
+        raise
+    except Exception as error:  # a store may raise anything
+        if known and _may_pass(error):
+            return
+        raise UserError(
+            f"the tracking server must answer when a study starts; {without_secrets(uri)} did not "
+            f"({_reason(error)}): {_remedy(error)}"
+        ) from error
+    try:
+        _write_artifact(experiment.artifact_location, uri)
+    except Exception as error:  # as above
+        if known and _may_pass(error):
+            return
+        fix = _remedy(error) if isinstance(error, ImportError) else "give the server another artifact root"
+        raise UserError(
+            f"this machine must be able to write the tracking server's artifacts; "
+            f"{without_secrets(experiment.artifact_location)} could not be written ({_reason(error)}): "
+            f"{fix} (`mlflow server --serve-artifacts` writes them itself), or pass another --tracking-uri"
+        ) from error
+
+
+def _check_form(uri: str) -> None:
+    """Refuse what can be judged without a connection. Raises UserError."""
+    if "://" not in uri or uri.startswith("file:"):
         raise UserError(
             f"tracking must be a server or a database (MLflow no longer writes plain folders); got {uri}: "
             "pass --tracking-uri sqlite:///mlflow.db or http://host:5000"
         )
+    if uri.startswith(_SQLITE):
+        path = _database_file(uri)
+        if path is None:
+            raise UserError(f"the tracking database must be a file; got {uri}: pass --tracking-uri sqlite:///mlflow.db")
+        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            rule = "the tracking database must lie in a writable folder"
+            raise UserError(f"{rule}; {path.parent} is not one: pass another --tracking-uri")
+
+
+def _database_file(uri: str) -> Path | None:
+    """The absolute path of a SQLite database; None for a server, another database, or one in memory."""
+    if not uri.startswith(_SQLITE):
+        return None
+    name = sqlalchemy.make_url(uri).database
+    return None if name in (None, "", ":memory:") else Path(name).absolute()
+
+
+def _experiment(client: mlflow.MlflowClient, uri: str) -> Experiment:
+    """The experiment of all studies, made if absent. Raises UserError if it was deleted."""
+    found = client.get_experiment_by_name(schema.EXPERIMENT)
+    if found is None:
+        path = _database_file(uri)  # artifacts lie beside it, so that both can be moved together
+        location = None if path is None else str(path.parent / "mlruns" / schema.EXPERIMENT)
+        try:
+            client.create_experiment(schema.EXPERIMENT, artifact_location=location)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another study was quicker
+                raise
+        found = client.get_experiment_by_name(schema.EXPERIMENT)
+        assert found is not None
+    if found.lifecycle_stage != "active":
+        raise UserError(
+            f"a study needs MLflow's experiment {schema.EXPERIMENT}; it was deleted from {without_secrets(uri)}: "
+            f"restore it with `mlflow experiments restore -x {found.experiment_id}` (it reads $MLFLOW_TRACKING_URI), "
+            "or pass another --tracking-uri"
+        )
+    return found
+
+
+def _write_artifact(location: str, uri: str) -> None:
+    """Write a small artifact into an experiment's folder, and delete it."""
+    artifacts = get_artifact_repository(location, tracking_uri=uri)
+    with tempfile.TemporaryDirectory(prefix="ram-study-") as folder:
+        path = Path(folder) / f"probe-{os.getpid()}"
+        path.write_text("a study can write here")
+        artifacts.log_artifact(str(path))
+    with contextlib.suppress(Exception):  # not every store can delete, and a small file does no harm
+        artifacts.delete_artifacts(path.name)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether an error of the tracking server is an outage. Else the same call will fail in the same way."""
+    cause = error.__cause__ or error.__context__
+    if isinstance(error, MlflowException):
+        if cause is not None and isinstance(cause, requests.RequestException | sqlalchemy.exc.SQLAlchemyError):
+            return _may_pass(cause)
+        return _status_may_pass(error.get_http_status_code()) and "database schema" not in str(error)
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        return _status_may_pass(error.response.status_code)
+    if isinstance(error, requests.RequestException):
+        return not isinstance(error, requests.exceptions.SSLError | ValueError)  # ValueError: no valid URL
+    if isinstance(error, sqlalchemy.exc.OperationalError):
+        words = ("readonly", "read-only", "authentication", "denied", "does not exist")
+        return not any(word in str(error) for word in words)
+    if isinstance(error, OSError):
+        lasting = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+        return error.errno not in lasting
+    return not isinstance(error, ImportError | sqlalchemy.exc.SQLAlchemyError)
+
+
+def _status_may_pass(status: int) -> bool:
+    return status >= 500 or status in (408, 425, 429)
+
+
+def _remedy(error: BaseException) -> str:
+    """What a user can do about an error of the tracking server."""
+    cause = error.__cause__ or error.__context__
+    status = error.get_http_status_code() if isinstance(error, MlflowException) else 0
+    if isinstance(error, ImportError):
+        return f"install {error.name} (pip install), or pass another --tracking-uri"
+    if isinstance(cause, requests.exceptions.SSLError):
+        return (
+            "set MLFLOW_TRACKING_SERVER_CERT_PATH to the certificate of its authority, or pass another --tracking-uri"
+        )
+    if status in (401, 403):
+        return (
+            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, of one who may write"
+        )
+    if "database schema" in str(error):
+        return "use the version of MLflow that wrote it, or back it up and run `mlflow db upgrade` on it"
+    if isinstance(cause, requests.RequestException):
+        return "start it with `mlflow server`, or pass another --tracking-uri"
+    return "pass another --tracking-uri"
+
+
+def _reason(error: BaseException) -> str:
+    """An error in one line: a database's own words; with its type, where its text alone may not be understood."""
+    cause = error.__cause__ or error
+    if isinstance(cause, sqlalchemy.exc.DBAPIError) and cause.orig is not None:
+        return first_line(cause.orig)
+    known = MlflowException | UserError | OSError | ImportError | sqlalchemy.exc.SQLAlchemyError
+    return first_line(error) if isinstance(error, known) else f"{type(error).__name__}: {first_line(error)}"
 
 
 @dataclass(kw_only=True)
@@ -140,12 +274,16 @@ class Tracker:
         self._status = "running"
         self._publish: Publish | None = None
         self._published = ""  # the key of the Publish that MLflow holds
-        self._publishing = False
-        self._publish_failures: list[str] = []
+        self._failed_uploads: dict[str, str] = {}  # artifacts that MLflow lacks, and why
+        self._uploading: float | None = None  # since when
+        self._upload_seconds = 0.0  # of the uploads that are over
         self._interrupted = False  # after an outage: the server may have carried out a call that seemed to fail
+        self._timed_out = -math.inf  # when a call did last
         self._known = False  # whether the fields above agree with MLflow; false at first and after each failed call
-        self._last_success = time.monotonic()  # of a call
+        self._most_held = 0
+        self._last_progress = time.monotonic()  # when something was tracked that had not been tracked before
         self._closing = threading.Event()
+        self._abandoned = threading.Event()
         self._idle = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="tracking", daemon=True)
 
@@ -153,50 +291,74 @@ class Tracker:
         """Start the thread."""
         self._thread.start()
 
-    def finish(self, status: str, *, patience: float = 30.0, publish: Publish | None = None) -> str | None:
+    def finish(
+        self,
+        status: str,
+        *,
+        patience: float = 30.0,
+        publish: Publish | None = None,
+        hurry: Callable[[], bool] = lambda: False,
+    ) -> str | None:
         """Log the rest and end the parent run, as finished, stopped or failed.
 
-        Gives up after `patience` seconds without a successful call. `publish` is of a finished study (best model,
-        pictures). Returns a phrase that names what MLflow lacks; None if it holds everything.
+        Gives up after `patience` seconds in which nothing new was tracked. Once `hurry()` is true, it waits 10 seconds
+        at most, and not at all during an outage. `publish` is of a finished study (best model, pictures).
+
+        Returns a phrase that says how much MLflow lacks, and why; None if it holds everything.
         """
         self._status = status
         self._publish = publish
-        self._last_success = time.monotonic()
+        self._last_progress = began = time.monotonic()
+        hurried: float | None = None
+        told = False
         self._closing.set()
         with self.record.changed:
             self.record.changed.notify_all()
-        while not self._idle.wait(0.05):
-            waited = 0.0 if self._publishing else time.monotonic() - self._last_success
-            # A thread that has just done its work is over, too.
-            if (waited > patience or not self._thread.is_alive()) and not self._idle.is_set():
-                return self._untracked()
-        if len(self._publish_failures) == _PUBLISH_TRIES:
-            return f"the best model ({self._publish_failures[-1]})"
-        return None
+        # A thread that has just done its work is over, too, so `_idle` is looked at last.
+        while not self._idle.wait(0.05) and self._thread.is_alive():
+            now = time.monotonic()
+            if self._uploading is not None:
+                over = now - self._uploading + self._upload_seconds > _UPLOAD_SECONDS
+            else:
+                over = now - self._last_progress > patience
+            if hurried is None and hurry():
+                hurried = now
+            if over or (hurried is not None and (self.outage is not None or now - hurried > _HURRY)):
+                self._abandoned.set()
+                break
+            if not told and now - began > _TELL:
+                told = True
+                logger.info("waiting for MLflow%s; Ctrl-C ends this", f" ({self.outage})" if self.outage else "")
+        return self._lacking()
 
-    def _untracked(self) -> str:
-        trials = epochs = 0
-        for trial in self.record.trials.values():
-            child = self._children.get(trial.number)
-            missing = len(trial.epochs) - (max(child.epochs, 0) if child else 0)
-            trials += missing > 0 or child is None or (trial.state != "running" and not child.ended)
-            epochs += missing
-        what = f"{epochs} epochs of {trials} trials" if trials else "the end of the study"
-        return f"{what} ({self.outage or 'no answer'})"
+    def _lacking(self) -> str | None:
+        """How much of the record MLflow lacks, and why; None if it lacks nothing."""
+        phrases: list[str] = []
+        if not self._idle.is_set():
+            trials = epochs = 0
+            for trial in self.record.trials.values():
+                child = self._children.get(trial.number)
+                missing = max(0, len(trial.epochs) - (max(child.epochs, 0) if child else 0))
+                trials += child is None or not child.holds(trial)
+                epochs += missing
+            what = f"{epochs} epochs of {trials} trials" if trials else "the end of the study"
+            phrases.append(f"{what} ({self.outage or 'no answer'})")
+        phrases += [f"{what} ({why})" for what, why in self._failed_uploads.items()]
+        return " and ".join(phrases) or None
+
+    def _note_progress(self) -> None:
+        """Note whether MLflow holds more than ever before; the same things written again are no progress."""
+        children = list(self._children.values())
+        held = self._ends_logged + sum(2 + c.epochs + c.ended + c.tested for c in children) + bool(self.run_id)
+        if held > self._most_held:
+            self._most_held, self._last_progress = held, time.monotonic()
 
     # The thread.
 
     def _follow(self) -> None:
-        try:
-            self._follow_until_closed()
-        except Exception as error:  # tracking may fail, the study may not
-            self.outage = f"{type(error).__name__}: {first_line(error)}"
-            logger.exception("tracking has failed; the study goes on without it")
-
-    def _follow_until_closed(self) -> None:
         client: mlflow.MlflowClient | None = None
         failures = 0
-        while True:
+        while not self._abandoned.is_set():
             # Read this before the changes: once it is set, the record does not change any more.
             closing = self._closing.is_set()
             self._pending |= self.record.take_changed(timeout=0.0 if closing else 1.0)
@@ -208,15 +370,21 @@ class Tracker:
                 if closing:
                     self._conclude(client)
                 fault_point("tracking.after")
-            except _SERVER_ERRORS as error:
+            except Exception as error:  # tracking may fail in any way, the study may not
                 if self.outage is None:
-                    logger.warning("tracking is interrupted (%s); training goes on", first_line(error))
-                self.outage = first_line(error)
+                    logger.warning("tracking is interrupted (%s); training goes on", _reason(error))
+                self.outage = _reason(error)
                 self._known, self._interrupted = False, True
+                if "timed out" in str(error):
+                    self._timed_out = time.monotonic()
+                client = None
+                path = _database_file(self.uri)
+                if path is not None and not path.exists():
+                    self._children, self.run_id = {}, ""
                 # Only the study's end ends the wait early.
                 self._closing.wait(_BACKOFF[min(failures, len(_BACKOFF) - 1)])
                 if self._closing.is_set():
-                    time.sleep(min(1.0, _BACKOFF[0]))
+                    self._abandoned.wait(min(1.0, _BACKOFF[0]))
                 failures += 1
                 continue
             if self.outage is not None:
@@ -229,6 +397,7 @@ class Tracker:
 
     def _sync(self, client: mlflow.MlflowClient) -> None:
         """Bring MLflow up to date; after an error, go on with the trials that are left."""
+        described = self._known
         if not self._known:
             self._find_runs(client)
             self._known = True
@@ -236,6 +405,8 @@ class Tracker:
             self._sync_trial(client, self.record.trials[number])
             self._pending.discard(number)
         self._sync_study(client)
+        if not described:
+            self._upload(_DESCRIPTION, lambda: self._log_description(client))
 
     def _sync_study(self, client: mlflow.MlflowClient) -> None:
         """Log the study's own metrics, with a step for each trial that ended."""
@@ -250,48 +421,78 @@ class Tracker:
         for i in range(0, len(metrics), 1000):
             client.log_batch(self.run_id, metrics=metrics[i : i + 1000])
         self._ends_logged = max(self._ends_logged, len(ended))
-        self._last_success = time.monotonic()
+        self._note_progress()
 
     def _conclude(self, client: mlflow.MlflowClient) -> None:
         """Log the artifacts of a finished study, and end the parent run."""
         if self._interrupted:  # find runs that were created twice
+            self._abandoned.wait(max(0.0, self._timed_out + _LATE - time.monotonic()))
             self._interrupted = self._known = False
             self._sync(client)
-        publish = self._publish
-        if publish is not None and publish.key != self._published and len(self._publish_failures) < _PUBLISH_TRIES:
-            mlflow.set_tracking_uri(self.uri)  # MLflow logs models to its global URI only
-            self._publishing = True  # imports and drawing have no time limit
-            try:
-                publish.call(client, self.run_id)
-            except _SERVER_ERRORS as error:
-                self._publish_failures.append(first_line(error))
-                raise
-            finally:
-                self._publishing = False
-                self._last_success = time.monotonic()
-            client.set_tag(self.run_id, schema.PUBLISHED, publish.key)
+        for attempt in range(_UPLOAD_TRIES):
+            self._abandoned.wait(_BACKOFF[0] if attempt else 0.0)
+            if _DESCRIPTION in self._failed_uploads:
+                self._upload(_DESCRIPTION, lambda: self._log_description(client))
+            if self._publish is not None and self._publish.key != self._published:
+                self._upload(_MODEL, lambda: self._log_model(client))
+            if not self._failed_uploads:
+                break
         client.set_tag(self.run_id, schema.STATUS, self._status)
         client.set_terminated(self.run_id, _RUN_STATUS[self._status])
 
+    def _upload(self, what: str, call: Callable[[], None]) -> None:
+        """Log artifacts. Artifacts that cannot be written hold nothing else back, so a failure is only noted."""
+        self._uploading = time.monotonic()
+        try:
+            call()
+            self._failed_uploads.pop(what, None)
+        except Exception as error:  # a store of artifacts may raise anything
+            if what not in self._failed_uploads:
+                logger.warning("MLflow does not take %s (%s)", what, _reason(error))
+            self._failed_uploads[what] = _reason(error)
+        finally:
+            took = time.monotonic() - self._uploading
+            self._uploading = None
+            self._upload_seconds += took
+            self._last_progress += took  # this time is limited on its own
+
+    def _log_description(self, client: mlflow.MlflowClient) -> None:
+        client.log_text(self.run_id, json.dumps(self.provenance.settings, indent=1), schema.SETTINGS_FILE)
+        client.log_text(self.run_id, json.dumps(self.space, indent=1), schema.SPACE_FILE)
+
+    def _log_model(self, client: mlflow.MlflowClient) -> None:
+        assert self._publish is not None
+        mlflow.set_tracking_uri(self.uri)  # MLflow logs models to its global URI only
+        self._publish.call(client, self.run_id)
+        client.set_tag(self.run_id, schema.PUBLISHED, self._publish.key)
+        self._published = self._publish.key
+
     def _find_runs(self, client: mlflow.MlflowClient) -> None:
         """Read what MLflow holds of this study, create the parent run if there is none, and mark trials that lag."""
-        experiment = client.get_experiment_by_name(schema.EXPERIMENT)
-        experiment_id = client.create_experiment(schema.EXPERIMENT) if experiment is None else experiment.experiment_id
-        uid = f"tags.`{schema.UID}` = '{self.record.uid}'"
-        parents = _search(client, experiment_id, f"{uid} and tags.`{schema.KIND}` = 'study'")
-        name = self.record.settings.study
+        experiment_id = _experiment(client, self.uri).experiment_id
+        parents: list[Run] = []
+        children: dict[int, list[Run]] = {}
+        for run in _search(client, experiment_id, f"tags.`{schema.UID}` = '{self.record.uid}'"):
+            if run.data.tags.get(schema.KIND) == "study":
+                parents.append(run)
+            elif (number := run.data.tags.get(schema.TRIAL, "")).isdigit():
+                children.setdefault(int(number), []).append(run)
         if parents:
-            parent = _oldest(client, parents)
+            linked = Counter(run.data.tags.get(schema.PARENT) for runs in children.values() for run in runs)
+            before = self.run_id
+            parent = _only(client, parents, lambda run: 2 * linked[run.info.run_id] + (run.info.run_id == before))
         else:
-            tags = {schema.KIND: "study", **self._tags}
+            name, tags = self.record.settings.study, {schema.KIND: "study", **self._tags}
             parent = client.create_run(experiment_id, start_time=self.record.created, run_name=name, tags=tags)
         self.run_id = parent.info.run_id
         self._published = parent.data.tags.get(schema.PUBLISHED, "")
         self._ends_logged = int(parent.data.metrics.get(schema.TRIALS_FINISHED, 0))
-        children: dict[int, list[Run]] = {}
-        for run in _search(client, experiment_id, f"{uid} and tags.`{schema.KIND}` = 'trial'"):
-            children.setdefault(int(run.data.tags[schema.TRIAL]), []).append(run)
-        self._children = {n: _ChildRun.of(_oldest(client, runs)) for n, runs in children.items()}
+        self._children = {}
+        for number, runs in children.items():
+            run = _only(client, runs, lambda run: int(run.data.tags.get(schema.TRACKED_EPOCHS, -1)))
+            if run.data.tags.get(schema.PARENT) != self.run_id:  # the parent was deleted, or made twice
+                client.set_tag(run.info.run_id, schema.PARENT, self.run_id)
+            self._children[number] = _ChildRun.of(run)
         for trial in list(self.record.trials.values()):  # list: the driver thread adds trials meanwhile
             child = self._children.get(trial.number)
             if child is None or not child.holds(trial):
@@ -300,7 +501,7 @@ class Tracker:
         self._log_study(client, parent)
 
     def _log_study(self, client: mlflow.MlflowClient, parent: Run) -> None:
-        """Log params, tags, data set, settings and space of the study itself."""
+        """Log params, tags and data set of the study itself."""
         settings, provenance = self.record.settings, self.provenance
         if parent.info.status != "RUNNING":
             client.update_run(self.run_id, status="RUNNING")
@@ -318,9 +519,6 @@ class Tracker:
             source = json.dumps({"name": settings.data, "sha256": settings.digest})
             dataset = Dataset(settings.data, settings.digest[:36], "ram-study", source, profile=source)
             client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
-        client.log_text(self.run_id, json.dumps(provenance.settings, indent=1), schema.SETTINGS_FILE)
-        client.log_text(self.run_id, json.dumps(self.space, indent=1), schema.SPACE_FILE)
-        self._last_success = time.monotonic()
 
     def _sync_trial(self, client: mlflow.MlflowClient, trial: TrialRecord) -> None:
         """Log what MLflow lacks of a trial."""
@@ -354,12 +552,12 @@ class Tracker:
             client.log_batch(child.run_id, metrics=metrics, params=params, tags=run_tags)
             fault_point("tracking.call.after")
             child.epochs, metrics, params, start = stop, [], [], stop
-            self._last_success = time.monotonic()
+            self._note_progress()
         child.tested = test is not None
         if state != "running" and not child.ended:
             client.set_terminated(child.run_id, "FAILED" if state == "failed" else "FINISHED", trial.ended)
             child.ended = True
-        self._last_success = time.monotonic()
+        self._note_progress()
 
     def _create_child(self, client: mlflow.MlflowClient, trial: TrialRecord) -> _ChildRun:
         commit, dirty = self.provenance.commit, self.provenance.dirty
@@ -386,23 +584,45 @@ class Tracker:
 
 
 def _connect(uri: str) -> mlflow.MlflowClient:
-    """A client. A new SQLite database is made under another name and linked to its own once it is complete.
+    """A client of a server, or of a database that is there. Raises UserError for a database of something else."""
+    path = _database_file(uri)
+    if path is not None:
+        _make_database(path)
+    if uri.partition(":")[0].partition("+")[0] in DATABASE_ENGINES:
+        # MLflow itself repeats a failed connection for minutes, and makes its tables in any database.
+        engine = create_sqlalchemy_engine(uri)
+        try:
+            tables = {name for name in sqlalchemy.inspect(engine).get_table_names() if not name.startswith("alembic_")}
+        finally:
+            engine.dispose()
+        if tables and "experiments" not in tables:
+            rule = "the tracking database must be MLflow's own"
+            raise UserError(f"{rule}; {without_secrets(uri)} holds other tables: pass another --tracking-uri")
+    if path is not None:
+        with contextlib.suppress(sqlite3.Error):
+            follow_move(path)
+    return mlflow.MlflowClient(tracking_uri=uri)
+
+
+def _make_database(path: Path) -> None:
+    """Make a new SQLite database under another name, and link it to its own once it is complete.
 
     MLflow makes its tables in about fifty migrations, and cannot open a database whose process was killed in the middle
     of them.
     """
-    path = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:///") and not path.exists():
-        for leftover in path.parent.glob(f".{path.name}.*.new*"):
-            if time.time() - leftover.stat().st_mtime > 600:
-                leftover.unlink(missing_ok=True)
-        new = path.with_name(f".{path.name}.{os.getpid()}.new")
-        SqlAlchemyStore(f"sqlite:///{new}", "./mlruns").engine.dispose()
-        fault_point("tracking.database")
-        with contextlib.suppress(FileExistsError):  # another study was quicker
-            os.link(new, path)
-        new.unlink()
-    return mlflow.MlflowClient(tracking_uri=uri)
+    if path.exists() and path.stat().st_size > 0:
+        return
+    for leftover in path.parent.glob(f".{path.name}.*.new*"):
+        if time.time() - leftover.stat().st_mtime > 600:
+            leftover.unlink(missing_ok=True)
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    SqlAlchemyStore(f"sqlite:///{new}", "./mlruns").engine.dispose()
+    fault_point("tracking.database")
+    if path.exists() and path.stat().st_size == 0:  # SQLite makes this in the place of a file that was deleted
+        path.unlink()
+    with contextlib.suppress(FileExistsError):  # another study was quicker
+        os.link(new, path)
+    new.unlink()
 
 
 def _search(client: mlflow.MlflowClient, experiment_id: str, query: str) -> list[Run]:
@@ -414,12 +634,12 @@ def _search(client: mlflow.MlflowClient, experiment_id: str, query: str) -> list
     return runs
 
 
-def _oldest(client: mlflow.MlflowClient, runs: list[Run]) -> Run:
-    """The oldest of several runs of one trial; deletes the others.
+def _only(client: mlflow.MlflowClient, runs: list[Run], worth: Callable[[Run], int]) -> Run:
+    """The run of most worth among several of one trial or study, the oldest of equals; deletes the others.
 
     A call that timed out may still have created a run, and then its repetition creates a second one.
     """
-    kept, *others = sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
+    kept, *others = sorted(runs, key=lambda run: (-worth(run), run.info.start_time, run.info.run_id))
     for run in others:
         client.delete_run(run.info.run_id)
     return kept

@@ -19,11 +19,12 @@ PACKAGES = ("ramcore", "study", "analysis")
 HEAVY = ("ray", "optuna", "mlflow", "pandas", "jinja2", "tyro", "matplotlib", "study", "analysis")
 
 # Plain data that more than one package reads.
-SHARED_BY_STUDY = ("study.designs", "study.schema", "study.search_space")
+SHARED_BY_STUDY = ("study.designs", "study.moved", "study.schema", "study.search_space")
 SHARED_BY_RAMCORE = (
     "ramcore.config",
     "ramcore.cost",
     "ramcore.errors",
+    "ramcore.private",
     "ramcore.published",
     "ramcore.recipes",
     "ramcore.space",
@@ -219,3 +220,11 @@ def test_links_and_pictures_of_a_page_exist(page):
     text = (ROOT / page).read_text()
     targets = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'src="([^"]+)"', text)
     assert not [t for t in targets if not t.startswith("http") and not (ROOT / page).parent.joinpath(t).exists()]
+
+
+def test_readme_lists_every_exit_code():
+    found = re.findall(r"^[A-Z_]+ = (\d{1,3})(?:  #|$)", path_of("study.flags").read_text(), re.MULTILINE)
+    codes = {*found, "129", "130", "143"}
+    rows = re.findall(r"^\| ([\d, ]+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    listed = {code for row in rows for code in row.split(", ")}
+    assert {"0", "1", "2", "3", "4", "75"} <= codes <= listed

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -17,12 +21,17 @@ import mlflow
 import pytest
 import torch
 from clusters import free_port
+from servers import Proxy, Server
 
 from ramcore.config import Config
+from ramcore.errors import UserError, first_line
 from ramcore.evaluation import build_model
-from study import results
+from ramcore.private import without_secrets
+from study import results, submit
 from study.designs import TrialSpec
+from study.flags import USAGE, Flags
 from study.record import Epoch, TrialRecord
+from study.run import main
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -143,6 +152,95 @@ def test_tracking_server_refuses_forged_host_and_origin(server):
     assert answer(server, create, "evil.example", b'{"name": "x"}') == 403
     # A page of another origin that posts to loopback by its right name.
     assert answer(server, create, f"127.0.0.1:{server}", b'{"name": "x"}', Origin="http://evil.example") == 403
+
+
+# Secrets.
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://alice:s3cret@host:5000/a", "http://***@host:5000/a"),
+        ("to postgresql://user:p/w@d@host/db?x=1, then", "to postgresql://***@host/db?x=1, then"),
+        ("s3://KEY:s3cret@bucket/folder", "s3://***@bucket/folder"),
+        ("https://token@host", "https://***@host"),
+        ("mysql://host/db?user=a&password=s3cret&x=1", "mysql://host/db?user=a&password=***&x=1"),
+        ("mssql+pyodbc:///?odbc_connect=DRIVER%3Dx%3BPWD%3Ds3cret", "mssql+pyodbc:///?odbc_connect=***"),
+        ("https://host/f?X-Amz-Signature=s3cret&sig=s3cret", "https://host/f?X-Amz-Signature=***&sig=***"),
+        ("sqlite:///mlflow.db", "sqlite:///mlflow.db"),
+        ("write to me@example.org", "write to me@example.org"),
+    ],
+)
+def test_secrets_of_a_uri_are_hidden(text, shown):
+    assert without_secrets(text) == shown
+    assert without_secrets({"a": [text, 1], "b": (text, None)}) == {"a": [shown, 1], "b": (shown, None)}
+
+
+def test_error_is_cut_after_its_secrets_are_hidden():
+    error = ValueError("http://alice:" + 300 * "s3cret" + "@host failed")
+    assert first_line(error) == "http://***@host failed"
+
+
+def test_messages_and_logs_show_no_secret(capsys):
+    uri = "http://alice:s3cret@127.0.0.1:9"
+    assert main(Flags(data="digits", task="original", tracking_uri=uri)) == USAGE
+    logging.getLogger("study.tracking").warning("no answer from %s", uri)
+    captured = capsys.readouterr()
+    assert "http://***@127.0.0.1:9" in captured.err and "s3cret" not in captured.err + captured.out
+
+
+def test_job_with_a_secret_is_not_submitted(monkeypatch):
+    monkeypatch.setattr(submit, "_connect", lambda address: None)
+    with pytest.raises(UserError, match="must hold no password") as refused:
+        submit.submit(Flags(tracking_uri="http://alice:s3cret@host"), "http://127.0.0.1:9")
+    assert "s3cret" not in str(refused.value)
+
+
+def command_lines(pids: set[int]) -> list[bytes]:
+    lines = []
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it has ended
+            lines.append(Path(f"/proc/{pid}/cmdline").read_bytes())
+    return lines
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_nothing_that_a_study_leaves_or_shows_holds_a_secret(tmp_path):
+    study = ["--data", "digits", "--task", "original", "--trials", "4", "--epochs", "1", "--seeds-per-trial", "1"]
+    (tmp_path / "server").mkdir()
+    ray = Path(tempfile.mkdtemp(prefix="r"))  # a short path: Ray has sockets there
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "RAM_", "MLFLOW_"))}
+    env |= {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(ray)}
+    seen: list[bytes] = []
+
+    def run(*command: str, code: int = 0, **variables: str) -> None:
+        with (tmp_path / "output").open("a") as out:
+            line = [sys.executable, "-m", *command]
+            process = subprocess.Popen(line, cwd=tmp_path, env=env | variables, stdout=out, stderr=subprocess.STDOUT)
+            time.sleep(5)  # until it has replaced itself
+            while process.poll() is None:
+                seen.extend(command_lines(descendants(process.pid)))
+                time.sleep(0.5)
+        assert process.returncode == code, (tmp_path / "output").read_text()
+
+    try:
+        with Server(tmp_path / "server") as server, Proxy(server.port, user="alice:s3cret") as proxy:
+            uri = f"http://alice:s3cret@{proxy.address}"
+            run("study.run", *study, "--storage", "s", "--tracking-uri", uri)
+            run("study.run", *study, "--storage", "t", MLFLOW_TRACKING_URI=uri)
+            run("study.run", *study, "--storage", "t", "--dry-run", MLFLOW_TRACKING_URI=uri)
+            run("study.run", *study, "--storage", "u", "--tracking-uri", uri.replace("s3cret", "s3cretly"), code=2)
+            run("analysis.export", "--tracking-uri", uri, "--out", "exported")
+            studies = mlflow.MlflowClient(server.uri).search_runs(["1"], "tags.`ram.kind` = 'study'")
+        assert len(studies) == 2 and {run.info.status for run in studies} == {"FINISHED"}
+        files = [path for folder in (tmp_path, ray) for path in folder.rglob("*") if path.is_file()]
+        assert len(files) > 50 and any(b"study.run" in line for line in seen)
+        for secret in (b"s3cret", b"alice"):
+            assert not [path for path in files if secret in path.read_bytes()]
+            assert not [line for line in seen if secret in line]
+    finally:
+        shutil.rmtree(ray)
 
 
 # Files that carry code.

@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import mlflow
@@ -20,10 +22,10 @@ from rich.console import Console
 
 from ramcore.config import TASKS, Config
 from ramcore.sources import load_task
-from study import designs, driver, pool, results
+from study import designs, driver, pool, results, tracking
 from study.checkpoints import Checkpoints
 from study.display import Display, duration, percent, time_left
-from study.flags import DONE, SOME_FAILED, STOPPED, USAGE, Flags, signals_caught
+from study.flags import DONE, SOME_FAILED, STOPPED, UNTRACKED, USAGE, Flags, signals_caught
 from study.record import Epoch, Record, TrialRecord, read_study
 from study.results import pareto_trials
 from study.run import main
@@ -321,7 +323,8 @@ def test_full_disk_stops_study_and_same_command_continues(fragile, monkeypatch, 
     with monkeypatch.context() as patch:
         patch.setattr(pool, "run_trials", full)
         assert main(SMALL) == STOPPED
-    assert "No space left on device" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "No space left on device" in err and "; once that is mended, the same command continues" in err
     assert main(SMALL) == DONE
 
 
@@ -332,7 +335,7 @@ def test_unreadable_best_weights_finish_study_and_next_run_reads_test_accuracy(f
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "load_best", unreadable)
         patch.setattr("study.tracking._BACKOFF", (0.1,))
-        assert main(SMALL) == DONE
+        assert main(SMALL) == UNTRACKED
     captured = capsys.readouterr()
     assert "2 trials finished" in captured.out and "test accuracy is read by the next run" in captured.err
     assert "MLflow lacks the best model ([Errno 5] Input/output error" in captured.err
@@ -341,9 +344,52 @@ def test_unreadable_best_weights_finish_study_and_next_run_reads_test_accuracy(f
     assert "test accuracy" in captured.out and captured.err == ""
 
 
+def test_signal_ends_the_wait_for_tracking_at_the_end(fragile, monkeypatch, capsys):
+    finish = tracking.Tracker.finish
+
+    def signalled(self, status, **arguments):
+        threading.Timer(1, signal.raise_signal, [signal.SIGINT]).start()
+        return finish(self, status, **arguments)
+
+    def away(*_):
+        raise OSError("no route to MLflow")
+
+    monkeypatch.setattr(tracking.Tracker, "finish", signalled)
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking.Tracker, "_sync", away)
+        began = time.monotonic()
+        assert main(dataclasses.replace(SMALL, trials=1)) == UNTRACKED
+        assert time.monotonic() - began < 20  # without the signal it waits half a minute
+    captured = capsys.readouterr()
+    assert "MLflow lacks 1 epochs of 1 trials (no route to MLflow) in sqlite:///" in captured.err
+    assert "tracked in" not in captured.out and "python -m analysis" not in captured.out
+
+
+def test_failure_of_tracking_alone_has_an_exit_code_of_its_own_and_next_run_completes_it(fragile, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking.Tracker, "_log_description", lambda *_: 1 / 0)
+        patch.setattr("study.tracking._BACKOFF", (0.1,))
+        assert main(dataclasses.replace(SMALL, trials=1)) == UNTRACKED
+    assert "MLflow lacks study.json and space.json (ZeroDivisionError: division by zero) in" in capsys.readouterr().err
+    assert main(dataclasses.replace(SMALL, trials=1)) == DONE
+    assert capsys.readouterr().err == ""
+
+
+def test_copied_study_says_how_to_continue_it(fragile, here, capsys):
+    assert main(dataclasses.replace(SMALL, trials=1)) == DONE
+    shutil.copytree(here / "runs" / "s", here / "runs" / "t")
+    capsys.readouterr()
+    line = refused(capsys, study="t")
+    assert f"{here}/runs/t holds s, copied or renamed" in line and "move it to OTHER/s and pass --study s" in line
+    shutil.move(here / "runs" / "t", here / "other" / "s")
+    flags = dataclasses.replace(SMALL, storage="other", tracking_uri=f"sqlite:///{here}/other/mlflow.db")
+    assert main(flags) == DONE
+
+
 def test_money_budget_stops_study_and_same_command_continues(fragile, capsys):
     assert main(dataclasses.replace(SMALL, money_budget=1e-9, price_per_hour=100.0)) == STOPPED
-    assert "the money budget of 1e-09 is used up" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "stopped (the money budget of 1e-09 is used up); the same command continues" in err
     assert main(SMALL) == DONE
 
 

@@ -5,12 +5,19 @@ import json
 import shutil
 import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
+import warnings
+from pathlib import Path
 
 import mlflow
+import optuna
 import pytest
+from servers import Proxy, Server
 
+from analysis import load
 from ramcore.config import Config
 from ramcore.errors import UserError
 from study import tracking
@@ -18,7 +25,7 @@ from study.designs import TrialSpec
 from study.record import Record, StudySettings
 from study.search_space import configuration, search_space
 from study.sobol import SobolSequence
-from study.tracking import Provenance, Publish, Tracker, check_reachable, tracking_uri
+from study.tracking import Provenance, Publish, Tracker, check_server, tracking_uri
 
 SPACE = search_space(Config(data="digits", task="original", epochs=3))
 SETTINGS = StudySettings(
@@ -141,8 +148,8 @@ def test_tracker_that_logs_everything_again_changes_nothing(record, uri, monkeyp
     before = {name: (r.data.metrics, r.data.params) for name, r in runs(uri).items()}
     # A tracker that believes that MLflow holds nothing logs everything again.
     monkeypatch.setattr(tracking._ChildRun, "holds", lambda *_: False)
-    found = tracking._oldest
-    monkeypatch.setattr(tracking, "_oldest", lambda client, all_runs: _forgetful(found(client, all_runs)))
+    found = tracking._only
+    monkeypatch.setattr(tracking, "_only", lambda client, runs, worth: _forgetful(found(client, runs, worth)))
     track(record, uri)
     assert {name: (r.data.metrics, r.data.params) for name, r in runs(uri).items()} == before
     child = runs(uri)["trial 0000"]
@@ -181,6 +188,60 @@ def test_trial_with_two_runs_keeps_the_older_one(record, uri):
     assert client.get_run(twin.info.run_id).info.lifecycle_stage == "deleted"
 
 
+@pytest.mark.parametrize("worth_less", ["older", "newer"])
+def test_parent_made_twice_keeps_the_one_with_trials(record, uri, worth_less):
+    trial(record, (0.2, 0.4), end=None)
+    track(record, uri, "stopped")
+    client = mlflow.MlflowClient(uri)
+    parent = runs(uri)["a study"]
+    tags = {k: v for k, v in parent.data.tags.items() if k in ("ram.kind", "ram.uid", "ram.study", "ram.schema")}
+    start = record.created - 1 if worth_less == "older" else record.created + 1
+    twin = client.create_run(parent.info.experiment_id, start_time=start, run_name="a study", tags=tags)
+    studies = load.list_studies(load.connect(uri))  # before the next run has mended it
+    assert [study.run_id for study in studies] == [parent.info.run_id]
+    track(record, uri, "stopped")
+    found = runs(uri)
+    assert found["a study"].info.run_id == parent.info.run_id
+    assert found["trial 0000"].data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert client.get_run(twin.info.run_id).info.lifecycle_stage == "deleted"
+
+
+def test_trials_of_a_deleted_parent_are_nested_below_the_new_one(record, uri):
+    trial(record, (0.2, 0.4))
+    track(record, uri, "stopped")
+    old = runs(uri)["a study"]
+    mlflow.MlflowClient(uri).delete_run(old.info.run_id)
+    trial(record, (0.1, 0.1))
+    track(record, uri)
+    found = runs(uri)
+    assert sorted(found) == ["a study", "trial 0000", "trial 0001"]
+    new = found.pop("a study").info.run_id
+    assert new != old.info.run_id
+    assert {child.data.tags["mlflow.parentRunId"] for child in found.values()} == {new}
+
+
+def test_trials_are_read_by_their_study_whatever_parent_they_name(record, uri):
+    trial(record, (0.2, 0.4))
+    track(record, uri)
+    client = mlflow.MlflowClient(uri)
+    client.set_tag(runs(uri)["trial 0000"].info.run_id, "mlflow.parentRunId", "0" * 32)
+    (study,) = load.list_studies(client)
+    assert list(load.load_study(client, study).trials.index) == [0]
+
+
+def test_run_deleted_during_the_study_is_made_again(record, uri):
+    trial(record, (0.2, 0.4), end=None)
+    tracker = Tracker(record, uri, PROVENANCE, {"schema": 1})
+    tracker.start()
+    until(lambda: tracker._children and tracker._children[0].epochs == 1)
+    client = mlflow.MlflowClient(uri)
+    for run in runs(uri).values():
+        client.delete_run(run.info.run_id)
+    record.add_epoch(0, 2, metrics(2, 0.5, 0.7))
+    assert tracker.finish("stopped") is None
+    assert [step for step, _ in history(uri, runs(uri)["trial 0000"], "val_accuracy")] == [1, 2]
+
+
 def test_outage_is_reported_and_ends_after_the_patience(record, caplog):
     trial(record, (0.2, 0.4), (0.3, 0.3))
     trial(record, (0.2, 0.4))
@@ -192,6 +253,87 @@ def test_outage_is_reported_and_ends_after_the_patience(record, caplog):
     assert time.monotonic() - started < 6
     assert untracked is not None and untracked.startswith("3 epochs of 2 trials (")
     assert "training goes on" in caplog.text
+
+
+def until(fulfilled, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not fulfilled():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_database_that_can_be_read_only_ends_the_wait_and_next_run_completes_it(record, uri, tmp_path):
+    trial(record, (0.2, 0.4), end=None)
+    tracker = Tracker(record, uri, PROVENANCE, {"schema": 1})
+    tracker.start()
+    until(lambda: tracker._children and tracker._children[0].epochs == 1)
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)) as foreign:
+        foreign.execute("begin immediate")
+        record.add_epoch(0, 2, metrics(2, 0.5, 0.7))
+        started = time.monotonic()
+        untracked = tracker.finish("stopped", patience=2)
+        assert untracked is not None and untracked.startswith("1 epochs of 1 trials (")
+        assert time.monotonic() - started < 10
+        until(lambda: tracker.outage)  # SQLite itself waits for 20 s
+        assert tracker.outage == "database is locked"
+        foreign.execute("rollback")
+    assert track(record, uri, "stopped") is None
+    assert [step for step, _ in history(uri, runs(uri)["trial 0000"], "val_accuracy")] == [1, 2]
+
+
+def test_description_written_again_and_again_is_no_progress(record, uri, monkeypatch):
+    trial(record, (0.2, 0.4))
+    tracked = tracking.Tracker._sync_study
+
+    def fails_late(self, client):
+        tracked(self, client)
+        raise OSError("full")
+
+    monkeypatch.setattr(tracking.Tracker, "_sync_study", fails_late)
+    started = time.monotonic()
+    assert track(record, uri, patience=3) is not None
+    assert time.monotonic() - started < 12
+
+
+def test_database_deleted_during_a_run_is_made_again_with_everything(record, uri, tmp_path):
+    trial(record, (0.2, 0.4), (0.5, 0.7))
+    tracker = Tracker(record, uri, PROVENANCE, {"schema": 1})
+    tracker.start()
+    until(lambda: tracker._children and tracker._children[0].ended)
+    (tmp_path / "mlflow.db").unlink()
+    trial(record, (0.1, 0.1))
+    assert tracker.finish("finished") is None
+    found = runs(uri)
+    assert sorted(found) == ["a study", "trial 0000", "trial 0001"]
+    assert [step for step, _ in history(uri, found["trial 0000"], "val_accuracy")] == [1, 2]
+
+
+def test_artifacts_that_cannot_be_written_hold_no_metric_back(record, uri, monkeypatch):
+    monkeypatch.setattr(tracking, "_BACKOFF", (0.1,))
+    trial(record, (0.2, 0.4))
+
+    def unwritable(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "/artifacts")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "log_text", unwritable)
+        untracked = track(record, uri)
+    assert untracked == "study.json and space.json ([Errno 13] Permission denied: '/artifacts')"
+    found = runs(uri)
+    assert found["a study"].info.status == "FINISHED" and found["trial 0000"].data.metrics["val_accuracy"] > 0
+    assert track(record, uri) is None
+    client = mlflow.MlflowClient(uri)
+    assert {a.path for a in client.list_artifacts(found["a study"].info.run_id)} == {"study.json", "space.json"}
+
+
+def test_signal_ends_the_wait_during_an_outage(record):
+    trial(record, (0.2, 0.4))
+    tracker = Tracker(record, "http://127.0.0.1:9", PROVENANCE, {"schema": 1})
+    tracker.start()
+    until(lambda: tracker.outage)
+    started = time.monotonic()
+    assert tracker.finish("stopped", hurry=lambda: True) is not None
+    assert time.monotonic() - started < 2
 
 
 def test_study_ends_when_its_model_cannot_be_published_and_next_run_publishes_it(record, uri, monkeypatch):
@@ -302,16 +444,148 @@ def test_tracking_uri_comes_from_flag_then_environment_then_default(monkeypatch)
     assert tracking_uri(None) == "sqlite:///mlflow.db"
 
 
+# The conversation before the start.
+
+
+def refused(uri: str, *, known: bool = False) -> str:
+    """The one line with which a tracking server is refused."""
+    started = time.monotonic()
+    with pytest.raises(UserError) as error:
+        check_server(uri, known=known)
+    assert "\n" not in str(error.value) and time.monotonic() - started < 15
+    return str(error.value)
+
+
 def test_unreachable_tracking_is_refused_within_seconds(tmp_path):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{unused.getsockname()[1]}"
         for bad in (address, "./mlruns", f"sqlite:///{tmp_path}/no/such/folder/mlflow.db"):
-            started = time.monotonic()
-            with pytest.raises(UserError) as error:
-                check_reachable(bad)
-            assert "\n" not in str(error.value) and time.monotonic() - started < 6
-    check_reachable(f"sqlite:///{tmp_path}/mlflow.db")
+            refused(bad)
+        check_server(address, known=True)  # an outage: a study that continues can be tracked later
+    check_server(f"sqlite:///{tmp_path}/mlflow.db")
+
+
+def change(path, statement: str) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute(statement)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_tracking_that_will_never_work_is_refused_with_the_remedy(uri, tmp_path, monkeypatch, known):
+    database = tmp_path / "mlflow.db"
+    (tmp_path / "noise.db").write_bytes(bytes(range(256)) * 40)
+    optuna.create_study(storage=f"sqlite:///{tmp_path}/optuna.db")
+    shutil.copy(database, tmp_path / "later.db")
+    change(tmp_path / "later.db", "update alembic_version set version_num = 'later'")
+    shutil.copy(database, tmp_path / "unwritable.db")
+    change(
+        tmp_path / "unwritable.db",
+        "insert into experiments (name, artifact_location, lifecycle_stage, experiment_id) "
+        "values ('ram-study', '/proc/nope/a', 'active', 7)",
+    )
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    for bad, said in (
+        ("ftp://nope/x", "unsupported URI"),
+        ("sqlite://", "must be a file"),
+        (f"sqlite:///{tmp_path}/noise.db", "file is not a database"),
+        (f"sqlite:///{tmp_path}/optuna.db", "holds other tables"),
+        (f"sqlite:///{tmp_path}/later.db", "mlflow db upgrade"),
+        (f"sqlite:///{tmp_path}/unwritable.db", "/proc/nope/a could not be written"),
+        ("postgresql://somebody:s3cret@127.0.0.1:1/x", "install psycopg"),
+    ):
+        line = refused(bad, known=known)
+        assert said in line and "s3cret" not in line
+    client = mlflow.MlflowClient(uri)
+    client.delete_experiment(client.create_experiment("ram-study"))
+    assert "mlflow experiments restore -x" in refused(uri, known=known)
+
+
+def test_database_locked_by_another_process_is_an_outage(uri, tmp_path, monkeypatch):
+    check_server(uri)
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)) as foreign:
+        foreign.execute("begin exclusive")
+        check_server(uri, known=True)
+
+
+def test_probe_leaves_no_file(uri, tmp_path):
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    check_server(uri)
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with Server(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def cert(tmp_path_factory):
+    """A certificate that signs itself, with its key."""
+    path = tmp_path_factory.mktemp("cert") / "both.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(path), "-out", f"{path}.crt"]
+    subprocess.run(command, check=True, capture_output=True)
+    with path.open("a") as file:
+        file.write(Path(f"{path}.crt").read_text())
+    return path
+
+
+def test_password_in_the_uri_is_used_and_a_wrong_one_refused_without_showing_it(server):
+    with Proxy(server.port, user="alice:s3cret") as proxy:
+        check_server(f"http://alice:s3cret@{proxy.address}")
+        for known in (False, True):
+            line = refused(f"http://alice:wr0ng@{proxy.address}", known=known)
+            assert "401" in line and "MLFLOW_TRACKING_PASSWORD" in line and "wr0ng" not in line and "alice" not in line
+
+
+def test_password_and_token_of_mlflows_environment_are_used(server, monkeypatch):
+    with Proxy(server.port, user="alice:s3cret") as proxy:
+        refused(f"http://{proxy.address}")
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "alice")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "s3cret")
+        check_server(f"http://{proxy.address}")
+
+
+def test_tls_settings_of_mlflow_are_used(server, cert, monkeypatch):
+    with Proxy(server.port, cert=cert) as proxy:
+        uri = f"https://{proxy.address}"
+        assert "MLFLOW_TRACKING_SERVER_CERT_PATH" in refused(uri, known=True)
+        with monkeypatch.context() as patch:
+            patch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(cert))
+            check_server(uri)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of urllib3, that this is insecure
+            monkeypatch.setenv("MLFLOW_TRACKING_INSECURE_TLS", "true")
+            check_server(uri)
+
+
+def test_prefix_of_a_server_is_used(server):
+    with Proxy(server.port, prefix="/tracking") as proxy:
+        check_server(f"http://{proxy.address}")
+        assert "404" in refused(f"http://{proxy.address.removesuffix('/tracking')}/other", known=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["study", "trial"])
+def test_run_that_a_slow_server_makes_twice_is_kept_once_with_everything(record, server, monkeypatch, kind):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    trial(record, (0.2, 0.4))
+    with Proxy(server.port) as proxy:
+        proxy.held[kind] = 10.0  # until after its repetition
+        tracker = Tracker(record, f"http://{proxy.address}", PROVENANCE, {"schema": 1})
+        tracker.start()
+        until(lambda: tracker._children and tracker._children[0].ended, seconds=120)
+        assert tracker.finish("finished", patience=90) is None
+    client = mlflow.MlflowClient(server.uri)
+    experiment = client.get_experiment_by_name("ram-study")
+    found = client.search_runs([experiment.experiment_id], f"tags.`ram.uid` = '{record.uid}'")
+    child, parent = sorted(found, key=lambda run: run.data.tags["ram.kind"], reverse=True)
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert parent.info.status == "FINISHED" and parent.data.metrics["trials_finished"] == 1
+    assert history(server.uri, child, "val_accuracy") == [(1, pytest.approx(0.3))]
 
 
 def test_settings_are_logged_as_study_json(record, uri):

@@ -1,0 +1,47 @@
+"""Nothing secret is kept or shown: `without_secrets` goes over all that a study records, tracks, exports or says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from typing import TypeVar
+
+HIDDEN = "***"
+_ARGUMENTS = "RAM_STUDY_ARGUMENTS"  # environment variable: the real arguments, as JSON
+
+# The user information of a URI, up to the last @: a password may hold one, and a slash.
+_USER = re.compile(r"(?<=://)\S*@")
+# Parameters of a URI that name a secret; ODBC's holds a whole connection string.
+_PARAMETER = re.compile(
+    r"([?&;][\w.-]*(?:pass|pwd|secret|token|key|sig|credential|odbc_connect)[\w.-]*=)[^&\s'\"]+", re.IGNORECASE
+)
+
+T = TypeVar("T")
+
+
+def without_secrets(value: T) -> T:
+    """A text, or plain data that holds texts, with `***` for the user, password and other secrets of every URI."""
+    if isinstance(value, str):
+        return _PARAMETER.sub(rf"\1{HIDDEN}", _USER.sub(f"{HIDDEN}@", value))  # pyright: ignore[reportReturnType]
+    if isinstance(value, dict):
+        return {key: without_secrets(item) for key, item in value.items()}  # pyright: ignore[reportReturnType]
+    if isinstance(value, list | tuple):
+        return type(value)(map(without_secrets, value))  # pyright: ignore[reportCallIssue, reportReturnType]
+    return value
+
+
+def private_arguments() -> list[str]:
+    """The arguments of this command; every user of the machine sees them in its process list, but for their secrets.
+
+    If there is a secret, the process replaces itself by one whose command line shows `***` in its place. The real
+    arguments go through its environment, which only its own user can read.
+    """
+    if _ARGUMENTS in os.environ:
+        return json.loads(os.environ.pop(_ARGUMENTS))
+    shown = without_secrets(sys.orig_argv[1:])
+    if shown != sys.orig_argv[1:]:
+        os.environ[_ARGUMENTS] = json.dumps(sys.argv[1:])
+        os.execv(sys.executable, [sys.executable, *shown])
+    return sys.argv[1:]

@@ -1,0 +1,67 @@
+"""Where the artifacts of a tracking database lie after both were moved or copied together.
+
+MLflow stores the absolute path of every artifact. This module needs no MLflow: the analysis uses it, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+
+from study import schema
+
+_PLACES = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location"))
+
+
+def follow_move(database: Path) -> None:
+    """Set the artifact paths of the studies in an MLflow SQLite file to where the artifacts are now.
+
+    They are looked for beside the database and in the folders above it, by their old path's last parts. Nothing is
+    changed if they are not there, or if the paths are right. Raises sqlite3.Error if the file cannot be used.
+    """
+    with contextlib.closing(sqlite3.connect(database.absolute().as_uri() + "?mode=rw", uri=True)) as connection:
+        query = "select experiment_id, artifact_location from experiments where name = ?"
+        row = connection.execute(query, (schema.EXPERIMENT,)).fetchone()
+        if row is None or row[1] is None:
+            return
+        experiment, stored = row
+        old = _path(stored)
+        if old is None:
+            return
+        runs = {
+            run for (run,) in connection.execute("select run_uuid from runs where experiment_id = ?", (experiment,))
+        }
+        new = next((folder for folder in _candidates(database.absolute(), old) if _holds(folder, runs)), old)
+        if new == old:
+            return
+        with connection:
+            for table, column in _PLACES:
+                connection.execute(
+                    f"update {table} set {column} = ? || substr({column}, ?) "
+                    f"where {column} = ? or substr({column}, 1, ?) = ?",
+                    (str(new), len(stored) + 1, stored, len(stored) + 1, f"{stored}/"),
+                )
+
+
+def _path(place: str) -> Path | None:
+    """A stored place as a path; None if it is a URI of something else."""
+    if place.startswith("file:"):
+        return Path(urllib.parse.unquote(urllib.parse.urlsplit(place).path))
+    return None if ":" in place else Path(place)
+
+
+def _candidates(database: Path, old: Path) -> Iterator[Path]:
+    for folder in database.parents:
+        for i in range(1, len(old.parts)):
+            yield folder.joinpath(*old.parts[i:])
+
+
+def _holds(folder: Path, runs: set[str]) -> bool:
+    """Whether a folder holds the artifacts of a run."""
+    try:
+        return not runs.isdisjoint(entry.name for entry in folder.iterdir())
+    except OSError:  # no such folder, or one of somebody else
+        return False
