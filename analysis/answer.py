@@ -25,6 +25,8 @@ def answer(analysis: Analysis, verdicts: Sequence[Verdict]) -> list[str]:
 def _no_ranking(analysis: Analysis, runs: str) -> list[str]:
     fit = analysis.trust.fit
     help_ = "What would help: more trials spread over the whole space."
+    if analysis.trust.trials_needed:
+        help_ += f" About {analysis.trust.trials_needed} trials in all would probably do."
     if fit.ceiling < MIN_R2:
         help_ += " Seed noise alone hides most differences: more seeds per trial would help more than more trials."
     best = span(analysis.configurations.best_accuracy)

@@ -99,7 +99,7 @@ class Along(NamedTuple):
 
 def space_points(dimensions: Sequence[Dimension], count: int, seed: int) -> Array:
     """Quasi-random unit coordinates over the whole space (N, D)."""
-    uniform = qmc.Sobol(len(dimensions), rng=seed).random(count)
+    uniform = qmc.Sobol(len(dimensions), rng=seed).random_base2(max(count - 1, 1).bit_length())[:count]
     return np.column_stack([d.quantile(uniform[:, i]) for i, d in enumerate(dimensions)])
 
 

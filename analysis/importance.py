@@ -28,7 +28,14 @@ from analysis.sampler import CHAINS, diagnose
 from analysis.selection import select
 from analysis.surrogate import Surface
 from analysis.training import Attempts, fit_training
-from analysis.trust import cross_validate, estimated_seed_noise, extrapolation_share, late_epochs, measured_seed_noise
+from analysis.trust import (
+    cross_validate,
+    estimated_seed_noise,
+    extrapolation_share,
+    late_epochs,
+    measured_seed_noise,
+    trials_needed,
+)
 
 HYPERDRAWS, DRAWS_EACH = 160, 3
 ROUNDS = 4  # of sampling, each as long as all before it, if it has not converged
@@ -119,6 +126,7 @@ def analyse(
             rhat=rhat,
             ess=ess,
             modes=posterior.modes,
+            trials_needed=None if fit.r2 >= MIN_R2 else trials_needed(selection, surface, posterior, points[:128]),
             seed_sd=interval(seed_sd),
             seed_sd_measured=measured is not None,
             infeasible_share=outside,

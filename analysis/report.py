@@ -91,6 +91,7 @@ def diagnostics(analysis: Analysis, crosschecks: pd.DataFrame | None) -> dict[st
         "rhat_max": trust.rhat,
         "ess_min": trust.ess,
         "modes": trust.modes,
+        "trials_needed": trust.trials_needed,
         "trials_of_other_studies": data.others,
         "runs_that_did_not_train": data.untrained[0],
         "runs": data.untrained[1],

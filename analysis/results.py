@@ -199,6 +199,7 @@ class Trust(NamedTuple):
     rhat: float  # the largest R-hat of any effect or total index; 1 is converged
     ess: float  # the smallest effective sample size of any
     modes: int  # of the hyperparameters' posterior
+    trials_needed: int | None  # rough number of trials, in all, for R2 = MIN_R2; None: reached, or out of reach
     seed_sd: Interval  # standard deviation between seeds, averaged over trials
     seed_sd_measured: bool  # False: the surface's own estimate
     infeasible_share: float  # of the space

@@ -79,8 +79,8 @@ def combine(records: StudyData, others: Sequence[StudyData]) -> tuple[StudyData,
 def _runs(space: Space, trials: pd.DataFrame) -> set[tuple[tuple[object, ...], int]]:
     """(values, seed) of every run."""
     names = [name for name in space.names if name in trials]
-    values = zip(*(trials[name].tolist() for name in names), strict=True)
-    return {(value, seed) for value, seeds in zip(values, trials["seeds"], strict=True) for seed in seeds}
+    rows = trials.to_dict(orient="records")
+    return {(tuple(row[name] for name in names), seed) for row in rows for seed in row["seeds"]}
 
 
 def _of_space(space: Space, row: Mapping[str, object]) -> bool:

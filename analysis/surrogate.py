@@ -313,6 +313,33 @@ class Surface:
                 levels.append((prior_level[at_index] + level[at_index][:, row_index] @ pull).numpy())
         return np.stack(weights), np.stack(levels)
 
+    def explained(self, theta: Array, observations: Observations, points: Array, extra: Array, seeds: float) -> float:
+        """Expected R2 over the space if `extra` configurations (M, D) were run to the full budget as well.
+
+        What a Gaussian process will not know does not depend on what will be measured, only on where. theta: draws of
+        the hyperparameters (S, H), over which the mean is taken; points: the space (N, D).
+        """
+        first, count = len(observations.trials), len(extra)
+        y = np.resize(observations.y[observations.last], count)  # any, of the same size: only the noise looks at them
+        more = observations._replace(
+            trials=np.arange(first + count), x=np.concatenate([observations.x, extra]),
+            trial_of=np.concatenate([observations.trial_of, first + np.arange(count)]),
+            u=np.append(observations.u, np.ones(count)), y=np.append(observations.y, y),
+            seeds=np.append(observations.seeds, np.full(count, seeds)),
+            epochs=np.append(observations.epochs, np.ones(count)),
+        )  # fmt: skip
+        data, at = self._prepare(more), torch.as_tensor(self.features(points))
+        shares = []
+        with torch.no_grad():
+            for one in torch.as_tensor(theta):
+                scaled = at * self.variances(one)
+                time = self._time_kernel(one, torch.cat([torch.ones(1, dtype=torch.float64), data.u]))[0]
+                reach = (scaled @ data.features.T)[:, data.trial_of] * time[1:]
+                factor = torch.linalg.cholesky(self.covariance(one, data))
+                known = torch.linalg.solve_triangular(factor, reach.T, upper=False) ** 2
+                shares.append(float(known.sum() / (scaled * at).sum()))
+        return float(np.mean(shares))
+
     def _held_out(self, theta: Tensor, data: _Tensors) -> HeldOut:
         """Every trial's last row, predicted from the other trials."""
         with torch.no_grad():

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pandas as pd
 from scipy.special import gammaln
 
-from analysis.effects import Predictor
+from analysis.effects import Predictor, space_points
 from analysis.observations import Observations, log_epoch
-from analysis.results import MIN_RANKED, CrossValidation
+from analysis.results import MIN_R2, MIN_RANKED, CrossValidation
 from analysis.sampler import weights_without
 from analysis.selection import Selection
-from analysis.surrogate import HeldOut
+from analysis.surrogate import HeldOut, Posterior, Surface
 from analysis.training import Attempts
 from ramcore.space import Array
 
@@ -56,6 +58,24 @@ def cross_validate(selection: Selection, predictor: Predictor, held_out: HeldOut
         predicted=predicted[targets],
         predicted_sd=spread[targets],
     )
+
+
+def trials_needed(selection: Selection, surface: Surface, posterior: Posterior, points: Array) -> int | None:
+    """A rough number of Sobol trials, in all, with which R2 would come to MIN_R2; None if eight times as many as there
+    are would not do, or if the model expects that there are enough.
+    """
+    observations, dimensions = selection.observations, selection.data.dimensions
+    theta, seeds = posterior.theta[:: max(1, len(posterior.theta) // 8)], float(selection.data.counts.seeds)
+    have = len(selection.attempts.u)
+    for factor in (1.5, 2, 3, 4, 6, 8):
+        extra = space_points(dimensions, math.ceil((factor - 1) * have), 1)
+        if surface.explained(theta, observations, points, extra, seeds) >= MIN_R2:
+            return (
+                None
+                if factor == 1.5 and surface.explained(theta, observations, points, extra[:0], seeds) > MIN_R2
+                else have + len(extra)
+            )
+    return None
 
 
 def _within(own: Observations, held_out: HeldOut, predictor: Predictor) -> float:

@@ -79,7 +79,7 @@ def study() -> tuple[StudyData, Analysis]:
     records = records._replace(
         study=records.study._replace(name=HOSTILE, params={"task": "<b>t</b>", "data": "digits"})
     )
-    return records, analyse(records, hyperdraws=20)
+    return records, analyse(records, hyperdraws=80)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_page_opens_with_three_sentences_then_forest_plot_then_tables(
     for label in ESTIMATES:
         assert str(escape(label)) in page
     ess = f"{analysis.trust.ess:.0f}"
-    assert f"<td>smallest effective sample size of the surrogate&#39;s hyperparameters</td><td>{ess}</td>" in page
+    assert f"<td>smallest effective sample size of any</td><td>{ess}</td>" in page
     for name, (value, _) in THRESHOLDS.items():
         assert f"<td>{name}</td><td>{value}</td>" in page
     assert "<h2>One factor at a time</h2>" in page and "<h2>Replicates</h2>" in page
@@ -156,7 +156,7 @@ def test_poor_fit_and_biased_sample_are_said_before_the_numbers(study: tuple[Stu
     poor = analysis._replace(
         ranked=False,
         data=data._replace(biased=True),
-        trust=trust._replace(seed_sd_measured=False, fit=trust.fit._replace(r2=0.2, coverage=0.5, trials_needed=60)),
+        trust=trust._replace(seed_sd_measured=False, trials_needed=60, fit=trust.fit._replace(r2=0.2, coverage=0.5)),
     )
     said = " ".join(cautions(poor))
     for words_ in ("No ranking", "Biased sample", "too narrow", "could not be measured"):

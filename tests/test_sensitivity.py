@@ -61,7 +61,7 @@ def test_importing_the_command_loads_no_ray_and_only_plain_data_of_study() -> No
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     loaded = set(eval(shown.stdout))
     assert "ray" not in loaded
-    assert loaded <= {"study", "study.designs", "study.schema", "study.search_space"}
+    assert loaded <= {"study", "study.designs", "study.moved", "study.schema", "study.search_space"}
 
 
 def one_trial(records: StudyData) -> StudyData:

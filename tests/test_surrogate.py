@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from analysis.basis import MAIN, basis
 from analysis.effects import sobol_indices
-from analysis.observations import logit, observe
+from analysis.observations import Observations, logit, observe
 from analysis.sampler import Chain, diagnose, find_modes, weights_without
 from analysis.surrogate import PAIR, TRIPLE, Surface, _Powers
 from analysis.training import Attempts, fit_training
@@ -138,6 +140,30 @@ def test_prediction_without_a_trial_equals_a_fit_to_the_others() -> None:
         solved = np.linalg.solve(covariance[np.ix_(rest, rest)], covariance[rest, row])
         assert mean[trial] == pytest.approx(solved @ data.y.numpy()[rest])
         assert variance[trial] == pytest.approx(covariance[row, row] - solved @ covariance[rest, row])
+
+
+def test_expected_r2_of_more_trials_is_what_they_bring() -> None:
+    study = Synthetic(
+        truth=lambda x, u: 2 * x[:, 0] + x[:, 1] + 0 * u,
+        dimensions=unit_dimensions(2),
+        trials=10,
+        epochs=3,
+        trial_sd=0.5,
+    )
+    surface, rng = Surface(study.dimensions), np.random.default_rng(0)
+
+    def fitted(trials: int) -> tuple[Observations, np.ndarray]:
+        records = simulate(dataclasses.replace(study, trials=trials))
+        observations = observe(records.epochs, records.trials[["x1", "x2"]], 3, 1_000_000)
+        return observations, surface.sample(observations, np.ones(1), hyperdraws=20, draws_each=1, rng=rng).theta
+
+    points = rng.random((100, 2))
+    few, theta = fitted(10)
+    many, _ = fitted(40)
+    now = surface.explained(theta, few, points, points[:0], 2)
+    then = surface.explained(theta, few, points, many.x[10:], 2)
+    truly = surface.explained(theta, many, points, points[:0], 2)
+    assert now < then == pytest.approx(truly, abs=0.05)
 
 
 def failing(x: np.ndarray, failed: np.ndarray) -> Attempts:
