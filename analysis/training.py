@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.linalg import block_diag
 
 from analysis.basis import Basis
-from analysis.sampler import CHAINS, Chain, find_modes
+from analysis.results import SETTLED
+from analysis.sampler import CHAINS, Chain, diagnose, find_modes
 from ramcore.space import Array
 
 STARTS, STEPS = 8, 800  # of the search for modes, and of a chain
@@ -50,8 +52,12 @@ class Training(NamedTuple):
         return 1 / (1 + np.exp(-(others[None, :, :] + own[:, None, :])))
 
 
-def fit_training(bases: Sequence[Basis], attempts: Attempts, draws: int, rng: np.random.Generator) -> Training | None:
+def fit_training(
+    bases: Sequence[Basis], attempts: Attempts, draws: int, rng: np.random.Generator, *, rounds: int = 1
+) -> Training | None:
     """Draws of the model, `draws` at least; None if every run trained.
+
+    The chains are doubled, at most rounds - 1 times, until the log-odds at the ends of every range have settled.
 
     The log-odds are a sum of a smooth function of each dimension, whose scale is its own and small unless the data ask
     for more, so that two failures in fifty trials do not implicate every parameter. A run that was stopped has had less
@@ -84,10 +90,17 @@ def fit_training(bases: Sequence[Basis], attempts: Attempts, draws: int, rng: np
 
     size = 2 + functions + dimensions
     modes = find_modes(density, list(rng.standard_normal((STARTS, size))), np.ones(size))
-    thin = max(1, STEPS // math.ceil(draws / CHAINS))
     chains = [Chain(density, modes, k, child, step=0.3, leaps=12) for k, child in enumerate(rng.spawn(CHAINS))]
-    states = np.concatenate([chain.run(STEPS // 4 + STEPS)[STEPS // 4 :: thin] for chain in chains])
-    every = [parts(state) for state in states]
+    paths = [chain.run(STEPS // 4)[:0] for chain in chains]
+    ends = block_diag(*(base(np.array([0.0, 1.0]))[:, :size] for base, size in zip(bases, sizes, strict=True))) * shape
+    for _ in range(rounds):
+        steps = max(STEPS, len(paths[0]))
+        paths = [np.concatenate([path, chain.run(steps)]) for path, chain in zip(paths, chains, strict=True)]
+        reported = [[ends @ parts(state)[2] for state in path[:: len(path) // 200]] for path in paths]
+        if diagnose(np.array(reported))[0] <= SETTLED:
+            break
+    chosen = np.linspace(0, len(paths[0]) - 1, math.ceil(draws / CHAINS)).astype(int)
+    every = [parts(state) for path in paths for state in path[chosen]]
     return Training(tuple(bases), np.stack([np.concatenate([[c], shape * weights]) for c, _, weights, _ in every]))
 
 
