@@ -69,7 +69,7 @@ def analyse(
     rounds = ROUNDS if hyperdraws >= HYPERDRAWS else 1  # with fewer draws, R-hat is mostly chance
     posterior = surface.sample(observations, at, hyperdraws=hyperdraws, draws_each=DRAWS_EACH, rng=rng, rounds=rounds)
     draws = len(posterior.weights)
-    training = fit_training(surface.bases, selection.attempts, hyperdraws, rng, rounds=rounds)
+    training = fit_training(surface.bases, selection.attempts, draws, rng, rounds=rounds)
     failures = None
     if any(data.counts[place] for place in FAILED):
         lost = selection.failed.astype(float)
