@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from ray.exceptions import RayError
 from ray.tune.error import TuneError
 from ray.tune.search import ConcurrencyLimiter
 
+from ramcore import machine
 from ramcore.errors import UserError, first_line
-from study import cluster
+from study import cluster, ray_folder
 from study.cluster import Growth, TrialResources
-from study.ray_internals import ray_reason
+from study.ray_internals import dead_service, lacks_memory, ray_reason
 from study.scheduler import StudyScheduler
 from study.trainable import SharedData, tune_trial
 from study.tune_adapters import MAX_WORKER_DEATHS, TuneScheduler, TuneSearcher, TuneStopper
@@ -40,11 +42,16 @@ _SETTINGS = {
     "TUNE_MAX_PENDING_TRIALS_PG": "1000",  # trials that wait for a place; Tune's default grows a cluster node by node
 }
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+_LOOK_SECONDS = 2.0  # between two looks at Ray's services
 _OBJECT_STORE = 512 * 2**20  # bytes on a single machine: the images of any task, with room
 
 
 class PoolLost(RuntimeError):
     """Ray or Tune broke down. Its trials can be continued in a new one."""
+
+
+class ShortOfMemory(PoolLost):
+    """Workers were killed because a machine ran out of memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +83,8 @@ class Pool:
 
 
 def local_resources() -> dict[str, float]:
-    """CPUs and GPUs of this machine."""
-    return {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}
+    """CPUs and GPUs of this machine, within the limits of a container. A part of a CPU counts as one."""
+    return {"CPU": float(max(1, int(machine.cpus()))), "GPU": float(torch.cuda.device_count())}
 
 
 def count_slots(resources: Mapping[str, float], pool: Pool) -> int:
@@ -103,21 +110,23 @@ def ray_running(address: str | None) -> Iterator[None]:
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    if address is None:
-        _start_ray()
-    else:
-        _join_ray(address)
-    try:
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray replaces it with one that ends the process at once
-        yield
-    finally:
-        ray.shutdown()
+    with ray_folder.private_folder() if address is None else nullcontext() as folder:
+        if address is None:
+            _start_ray(str(folder))
+        else:
+            _join_ray(address)
+        try:
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray replaces it with one that ends the process at once
+            yield
+        finally:
+            ray.shutdown()
 
 
-def _start_ray() -> None:
+def _start_ray(folder: str) -> None:
     cpus = int(local_resources()["CPU"])
+    own: dict[str, Any] = {"num_cpus": cpus, "object_store_memory": _OBJECT_STORE, "_temp_dir": folder}
     try:
-        ray.init(address="local", num_cpus=cpus, object_store_memory=_OBJECT_STORE, include_dashboard=False, **_QUIET)
+        ray.init(address="local", include_dashboard=False, **own, **_QUIET)
     except Exception as error:
         if type(error) is not Exception:
             raise
@@ -149,8 +158,8 @@ def run_trials(
     """Train the scheduler's trials with `work`; returns when it has no more or wants to stop.
 
     Ray copies the data to each node once. `look` is called every few seconds and returns the current number of slots,
-    so that workers that join get trials. Raises PoolLost if Ray or Tune broke down, or the error that stopped the
-    scheduler.
+    so that workers that join get trials. Raises PoolLost if Ray or Tune broke down (ShortOfMemory: because there was too
+    little memory), or the error that stopped the scheduler.
     """
     slots = pool.slots
     limiter = ConcurrencyLimiter(TuneSearcher(scheduler), max_concurrent=slots)
@@ -162,15 +171,14 @@ def run_trials(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # its errors come to us as results
     work = partial(work, cpus=pool.trial.cpus, gpus=pool.trial.gpus)
     resources = {"cpu": pool.trial.cpus, "gpu": pool.trial.gpus}
-    search = tune.TuneConfig(
-        num_samples=-1, search_alg=limiter, scheduler=TuneScheduler(scheduler, slots), reuse_actors=True
-    )
+    tune_scheduler = TuneScheduler(scheduler, slots)
+    search = tune.TuneConfig(num_samples=-1, search_alg=limiter, scheduler=tune_scheduler, reuse_actors=True)
     with tempfile.TemporaryDirectory(prefix="ram-study-tune-") as scratch:
         run = tune.RunConfig(
             name="tune",
             storage_path=scratch,  # Tune's own files; see study.checkpoints for why they are not kept
             failure_config=tune.FailureConfig(max_failures=MAX_WORKER_DEATHS),
-            stop=TuneStopper(scheduler),
+            stop=TuneStopper(scheduler, _breakdown_check(tune_scheduler)),
             verbose=0,
         )
         trainable = tune.with_resources(tune.with_parameters(work, data=data), resources)
@@ -178,8 +186,31 @@ def run_trials(
         try:
             with cluster.called_regularly(grow) if look else nullcontext():
                 tuner.fit()
+        except PoolLost:
+            raise
         except (RuntimeError, TuneError, RayError) as error:
             # Tune survives most deaths of a worker, but not when Ray kills the worker for lack of memory.
-            raise PoolLost(ray_reason(str(error))) from error
+            reason = ray_reason(str(error))
+            raise (ShortOfMemory if lacks_memory(reason) else PoolLost)(reason) from error
     if scheduler.error is not None:
         raise scheduler.error
+
+
+def _breakdown_check(tune_scheduler: TuneScheduler) -> Callable[[], None]:
+    """A check that raises PoolLost when a service of Ray's has died, or ShortOfMemory when that killed a process."""
+    kills, looked = machine.memory_kills(), 0.0
+
+    def check() -> None:
+        nonlocal looked
+        if tune_scheduler.memory_lack is not None:
+            raise ShortOfMemory(tune_scheduler.memory_lack)
+        if time.monotonic() - looked < _LOOK_SECONDS:
+            return
+        looked = time.monotonic()
+        dead = dead_service()
+        if machine.memory_kills() > kills and (dead or tune_scheduler.worker_died):
+            raise ShortOfMemory("the system killed a process for lack of memory")
+        if dead:
+            raise PoolLost(f"its {dead} died")
+
+    return check
