@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 
 from ramcore.config import TASKS, Config
+from ramcore.errors import UserError
 from ramcore.sources import load_task
 from study import designs, driver, pool, results
 from study.checkpoints import Checkpoints
@@ -476,4 +477,42 @@ def test_published_model_loads_and_reproduces_test_accuracy(finished, monkeypatc
     hits = probabilities.argmax(-1) == data.test.labels.numpy()[:, None]
     assert hits.mean(0).tolist() == pytest.approx(best["test"]["accuracy"])
     assert model.metadata.signature is not None
+
+    canvases = images.numpy()[:20]
+    expected = probabilities[:20]
+    for taken in (canvases, canvases / 255, (canvases / 255).tolist()):  # uint8, float64, as from JSON
+        assert np.allclose(model.predict(taken), expected, atol=1e-6)
+    assert model.predict(canvases[:0]).shape == (0, *expected.shape[1:])
+    wrong = np.where(canvases == 0, np.nan, canvases / 255)
+    for refused_input, said in (
+        (canvases.astype(np.float32), r"must be floating-point numbers in \[0, 1\], or uint8; got 0 to 255"),
+        (canvases / 255 - 0.1, "got -0.1 to 0.9"),
+        (wrong, "some are not finite"),
+        (canvases.astype(np.int64), "got int64"),
+        (canvases[0], r"must have shape \(images, 28, 28\), canvases of task original; got \(28, 28\)"),
+        (canvases[:, :27], r"got \(20, 27, 28\)"),
+        ([[[0.0]], [[0.0, 1.0]]], "images must be one array"),
+    ):
+        with pytest.raises(UserError, match=said) as refusal:
+            model.predict(refused_input)
+        assert "\n" not in str(refusal.value)
     mlflow.set_tracking_uri(None)
+
+
+def test_published_model_loads_without_this_project_and_needs_only_what_pypi_has(finished, tmp_path):
+    folder, _ = finished
+    (model,) = folder.glob("mlruns/*/models/*/artifacts")
+    requirements = (model / "requirements.txt").read_text().splitlines()
+    assert {line.partition("==")[0] for line in requirements} == {"torch", "numpy", "mlflow"}
+    assert not [line for line in requirements if "+" in line or "file:" in line]
+    program = f"""
+import importlib.util, sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+assert importlib.util.find_spec("ramcore") is None and importlib.util.find_spec("study") is None
+import mlflow, numpy
+model = mlflow.pyfunc.load_model({str(model)!r})
+print(model.predict(numpy.zeros((3, 28, 28), numpy.uint8)).shape)
+"""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("(3, "), done.stderr
