@@ -19,7 +19,7 @@ from ramcore.errors import UserError, say
 from study import cluster, pool, results, schema, tracking
 from study.designs import DESIGNS
 from study.display import Display
-from study.dry_run import dry_run_lines
+from study.dry_run import dry_run_lines, planned_configurations
 from study.flags import BROKEN, DONE, SOME_FAILED, STOPPED, Flags, command, signals_caught, stopped, working_tree
 from study.prepare import Prepared
 from study.probe import versions
@@ -39,11 +39,14 @@ def run_study(flags: Flags, prepared: Prepared) -> int:
     Raises RecordLost if the record cannot be opened.
     """
     uri = tracking.tracking_uri(flags.tracking_uri)
+    on_cluster = flags.address is not None
     ray_pool = pool.Pool(
-        trial=cluster.TrialResources(cpus=flags.cpus_per_trial, gpus=flags.gpus_per_trial or 0.0),
+        trial=pool.trial_resources(
+            flags.cpus_per_trial, flags.gpus_per_trial or 0.0, planned_configurations(prepared), on_cluster=on_cluster
+        ),
         max_concurrent=flags.max_concurrent,
-        on_cluster=flags.address is not None,
-        growth=cluster.Growth.declared() if flags.address is not None else None,
+        on_cluster=on_cluster,
+        growth=cluster.Growth.declared() if on_cluster else None,
     )
     if flags.address is None:
         pool.count_slots(pool.local_resources(), ray_pool)
@@ -168,7 +171,9 @@ class _Run:
             self.scheduler.requeue_running()
             return
         running = [trial.number for trial in self.record.trials.values() if trial.state == "running"]
-        if self.trained and len(running) == 1 and not (short and not self.record.epochs):  # no other trial can be the cause
+        if (
+            self.trained and len(running) == 1 and not (short and not self.record.epochs)
+        ):  # no other trial can be the cause
             self.scheduler.report(running[0], {"error": f"Ray broke down {self.breakdowns} times over it; {error}"})
             self.breakdowns = 0
         else:

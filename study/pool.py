@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,8 @@ from ray.tune.error import TuneError
 from ray.tune.search import ConcurrencyLimiter
 
 from ramcore import machine
+from ramcore.config import Config
+from ramcore.cost import check_memory, memory
 from ramcore.errors import UserError, first_line
 from study import cluster, ray_folder
 from study.cluster import Growth, TrialResources
@@ -43,7 +46,11 @@ _SETTINGS = {
 }
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 _LOOK_SECONDS = 2.0  # between two looks at Ray's services
-_OBJECT_STORE = 512 * 2**20  # bytes on a single machine: the images of any task, with room
+# Bytes, as measured on Linux without a GPU.
+_USABLE = 0.95  # share of the memory that Ray lets its workers fill before it kills them
+_OVERHEAD = 850e6  # of the driver and of Ray's services
+_WORKER = 320e6  # of a worker before it trains
+_OBJECT_STORE = 512 * 2**20  # on a single machine: the images of any task, with room
 
 
 class PoolLost(RuntimeError):
@@ -71,7 +78,7 @@ class Pool:
         cluster does not declare its growth, --max-concurrent counts as its size.
         """
         if not self.on_cluster:
-            return count_slots(ray.cluster_resources(), self)
+            return count_slots(local_resources(), self)
         if self.growth is None and self.max_concurrent is not None:
             return self.max_concurrent
         return max(1, min(cluster.capacity(cluster.nodes(), self.growth, self.trial), self.max_concurrent or 2**31))
@@ -83,13 +90,40 @@ class Pool:
 
 
 def local_resources() -> dict[str, float]:
-    """CPUs and GPUs of this machine, within the limits of a container. A part of a CPU counts as one."""
-    return {"CPU": float(max(1, int(machine.cpus()))), "GPU": float(torch.cuda.device_count())}
+    """CPUs, GPUs and bytes that trials may use here, within a container's limits. A part of a CPU counts as one."""
+    return {
+        "CPU": float(max(1, int(machine.cpus()))),
+        "GPU": float(torch.cuda.device_count()),
+        "memory": max(0.0, _USABLE * machine.memory() - _OVERHEAD),
+    }
+
+
+def trial_resources(
+    cpus: float, gpus: float, planned: Iterable[tuple[Config, int]], *, on_cluster: bool
+) -> TrialResources:
+    """What a trial takes, given the (configuration, seeds) of all. On a cluster, memory is not known beforehand.
+
+    Raises UserError if the largest does not fit on this machine's GPU.
+    """
+    if on_cluster:
+        return TrialResources(cpus=cpus, gpus=gpus)
+    config, seeds = max(planned, key=lambda trial: memory(*trial))
+    if gpus == 0:
+        return TrialResources(cpus=cpus, gpus=gpus, memory=_WORKER + memory(config, seeds))
+    if torch.cuda.is_available():
+        check_memory(config, seeds, torch.cuda.get_device_properties(0).total_memory)
+    return TrialResources(cpus=cpus, gpus=gpus, memory=_WORKER)
 
 
 def count_slots(resources: Mapping[str, float], pool: Pool) -> int:
     """How many trials fit on this machine at a time. Raises UserError if none fits."""
     slots = pool.trial.fits(resources)
+    if resources.get("memory", math.inf) < pool.trial.memory:
+        needed, there = ((size / 2**30) for size in ((_OVERHEAD + pool.trial.memory) / _USABLE, machine.memory()))
+        raise UserError(
+            f"a trial must fit in memory; with Ray and the study itself it takes {needed:,.1f} GiB, and this machine "
+            f"or container has {there:,.1f}: give it more, or train smaller networks"
+        )
     if slots < 1:
         kind, asked = "CPU", pool.trial.cpus
         if asked <= resources.get("CPU", 0.0):
@@ -158,8 +192,8 @@ def run_trials(
     """Train the scheduler's trials with `work`; returns when it has no more or wants to stop.
 
     Ray copies the data to each node once. `look` is called every few seconds and returns the current number of slots,
-    so that workers that join get trials. Raises PoolLost if Ray or Tune broke down (ShortOfMemory: because there was too
-    little memory), or the error that stopped the scheduler.
+    so that workers that join get trials. Raises PoolLost if Ray or Tune broke down (ShortOfMemory: because there was
+    too little memory), or the error that stopped the scheduler.
     """
     slots = pool.slots
     limiter = ConcurrencyLimiter(TuneSearcher(scheduler), max_concurrent=slots)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ramcore.errors import UserError, first_line
+from ramcore.errors import UserError
 
 _LONGEST = 107 if sys.platform.startswith("linux") else 103  # bytes: the longest path of a socket
 _NAME = "ram-{}"  # with six hexadecimal digits

@@ -78,7 +78,7 @@ def dead_service() -> str | None:
     """
     from ray._private import worker  # puts off Ray
 
-    node = worker._global_node
+    node: Any = worker._global_node
     if node is None:
         return None
     host, _, port = node.gcs_address.rpartition(":")

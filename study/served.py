@@ -3,10 +3,10 @@
     model = mlflow.pyfunc.load_model("runs:/<parent run>/model")
     probabilities = model.predict(images)
 
-images: (B, S, S), canvases of the model's task: floating-point numbers in [0, 1], or uint8 from 0 to 255. probabilities:
-    (B, R, 10) float32, one network for each training seed. A study reports the mean over seeds of each network's
-    accuracy: see `accuracy`. Weights are read with weights_only=True, so they cannot carry pickled code. The model
-    carries `ramcore`, so it loads where this project is not installed.
+images: (B, S, S), canvases of the model's task: floating-point numbers in [0, 1], or uint8 from 0 to 255.
+    probabilities: (B, R, 10) float32, one network for each training seed. A study reports the mean over seeds of each
+    network's accuracy: see `accuracy`. Weights are read with weights_only=True, so they cannot carry pickled code. The
+    model carries `ramcore`, so it loads where this project is not installed.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def _eight_bit(model_input: Any, config: Config) -> np.ndarray:
         raise UserError(f"images must be one array; they are none ({first_line(error)}): stack them") from error
     if images.ndim != 3 or images.shape[1:] != (side, side):
         raise UserError(
-            f"images must have shape (images, {side}, {side}), canvases of task {task}; got {images.shape}: reshape them"
+            f"images must have shape (images, {side}, {side}), canvases of task {task}; got {images.shape}: "
+            "reshape them"
         )
     if images.dtype == np.uint8:
         return np.array(images)  # a copy, since torch takes no read-only array

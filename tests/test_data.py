@@ -193,7 +193,9 @@ def test_named_folder_that_lacks_files_is_refused_with_the_folders_searched(idx_
         load_source("mnist", named if by == "flag" else None)
     assert not isinstance(refusal.value, DataMissing)  # for which --data auto takes the digits
     flag = "--data-dir" if by == "flag" else "$RAM_DATA_DIR"
-    assert str(refusal.value).startswith(f"{flag} must hold mnist's four IDX files, plain or .gz; not found in {named}/")
+    assert str(refusal.value).startswith(
+        f"{flag} must hold mnist's four IDX files, plain or .gz; not found in {named}/"
+    )
     assert f"{named}/MNIST/raw, " in str(refusal.value)
     assert f"; {named} lacks t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte: put them there" in str(refusal.value)
 
