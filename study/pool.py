@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -27,6 +28,7 @@ from ramcore.cost import check_memory, memory
 from ramcore.errors import UserError, first_line
 from study import cluster, ray_folder
 from study.cluster import Growth, TrialResources
+from study.flags import stopped
 from study.ray_internals import dead_service, lacks_memory, ray_reason
 from study.scheduler import StudyScheduler
 from study.trainable import SharedData, tune_trial
@@ -41,11 +43,14 @@ _SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours also handles SIGTERM and leaves trials to be continued
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # for a trial's thread to end; after its default of 2 s Tune loses a trial
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # Tune's experiment state is not used
+    "TUNE_STATE_REFRESH_PERIOD": "1000000",  # only its console needs what it reads, and a dead GCS blocks it
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TUNE_MAX_PENDING_TRIALS_PG": "1000",  # trials that wait for a place; Tune's default grows a cluster node by node
 }
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 _LOOK_SECONDS = 2.0  # between two looks at Ray's services
+# For the driver to leave a Ray whose service died. A little later, Ray ends the driver's process without a word.
+_LEAVE_SECONDS = {"raylet": 7.0, "GCS": 40.0}
 # Bytes, as measured on Linux without a GPU.
 _USABLE = 0.95  # share of the memory that Ray lets its workers fill before it kills them
 _OVERHEAD = 850e6  # of the driver and of Ray's services
@@ -149,11 +154,32 @@ def ray_running(address: str | None) -> Iterator[None]:
             _start_ray(str(folder))
         else:
             _join_ray(address)
-        try:
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray replaces it with one that ends the process at once
-            yield
-        finally:
-            ray.shutdown()
+        with _never_stuck():
+            try:
+                signal.signal(signal.SIGTERM, on_sigterm)  # Ray replaces it with one that ends the process at once
+                yield
+            finally:
+                ray.shutdown()
+
+
+@contextmanager
+def _never_stuck() -> Iterator[None]:
+    """End the process as stopped if a service of Ray's has died and the block does not end soon.
+
+    A call into Ray may block then, which nothing can interrupt.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_LOOK_SECONDS):
+            if (dead := dead_service()) and not over.wait(_LEAVE_SECONDS[dead]):
+                os._exit(stopped(f"Ray broke down: its {dead} died"))
+
+    threading.Thread(target=watch, name="ray", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def _start_ray(folder: str) -> None:
