@@ -2,8 +2,8 @@
 # The commands that cluster.yaml and cluster-local.yaml run on the machines of a cluster:
 #
 #   cluster.sh node      on every machine: install the project and write the environment
-#   cluster.sh folder    on machines that others use too: make Ray's temporary folder, or refuse one that others can enter
-#   cluster.sh head      on the head: make Ray's token and MLflow's password; add the addresses of both to the environment
+#   cluster.sh folder    on machines that others use too: make Ray's temporary folder; refuse one that others can enter
+#   cluster.sh head      on the head: make Ray's token and MLflow's password; add the addresses to the environment
 #   cluster.sh mlflow    on the head: (re)start the MLflow server, which ends when Ray ends
 #   cluster.sh watch     on workers: when the head is gone, end Ray's processes; then run the rest of the command line
 set -euo pipefail
