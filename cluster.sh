@@ -103,6 +103,7 @@ serve() { # on loopback; other machines reach it through SSH
     trap 'exit 0' TERM
     local login=()
     if [ -n "${RAM_MLFLOW_LOGIN-}" ]; then
+        umask 077 # it keeps its users beside
         printf '%s\n' '[mlflow]' 'default_permission = NO_PERMISSIONS' 'admin_username = admin' \
             "database_uri = sqlite:///$HOME/.mlflow-users.db" > ~/.mlflow-users.ini
         MLFLOW_AUTH_ADMIN_PASSWORD=$(cat "$PASSWORD")

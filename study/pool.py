@@ -66,6 +66,13 @@ class ShortOfMemory(PoolLost):
     """Workers were killed because a machine ran out of memory."""
 
 
+class _Left(BaseException):
+    """Carries a PoolLost past Tune. For an Exception, Tune would clean up first, and wait for the dead service."""
+
+    def __init__(self, lost: PoolLost) -> None:
+        self.lost = lost
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pool:
     """The resources of a running Ray and of one trial."""
@@ -154,17 +161,19 @@ def ray_running(address: str | None) -> Iterator[None]:
             _start_ray(str(folder))
         else:
             _join_ray(address)
-        with _never_stuck():
+        with _never_stuck() as over:
             try:
                 signal.signal(signal.SIGTERM, on_sigterm)  # Ray replaces it with one that ends the process at once
                 yield
             finally:
+                if dead_service() is None:
+                    over.set()  # from here on, services end as they should
                 ray.shutdown()
 
 
 @contextmanager
-def _never_stuck() -> Iterator[None]:
-    """End the process as stopped if a service of Ray's has died and the block does not end soon.
+def _never_stuck() -> Iterator[threading.Event]:
+    """End the process as stopped if a service of Ray's dies and neither the block nor the event that it gets ends soon.
 
     A call into Ray may block then, which nothing can interrupt.
     """
@@ -177,7 +186,7 @@ def _never_stuck() -> Iterator[None]:
 
     threading.Thread(target=watch, name="ray", daemon=True).start()
     try:
-        yield
+        yield over
     finally:
         over.set()
 
@@ -246,8 +255,8 @@ def run_trials(
         try:
             with cluster.called_regularly(grow) if look else nullcontext():
                 tuner.fit()
-        except PoolLost:
-            raise
+        except _Left as left:
+            raise left.lost from left
         except (RuntimeError, TuneError, RayError) as error:
             # Tune survives most deaths of a worker, but not when Ray kills the worker for lack of memory.
             reason = ray_reason(str(error))
@@ -257,20 +266,20 @@ def run_trials(
 
 
 def _breakdown_check(tune_scheduler: TuneScheduler) -> Callable[[], None]:
-    """A check that raises PoolLost when a service of Ray's has died, or ShortOfMemory when that killed a process."""
+    """A check that raises _Left when a service of Ray's has died, or a process was killed for lack of memory."""
     kills, looked = machine.memory_kills(), 0.0
 
     def check() -> None:
         nonlocal looked
         if tune_scheduler.memory_lack is not None:
-            raise ShortOfMemory(tune_scheduler.memory_lack)
+            raise _Left(ShortOfMemory(tune_scheduler.memory_lack))
         if time.monotonic() - looked < _LOOK_SECONDS:
             return
         looked = time.monotonic()
         dead = dead_service()
         if machine.memory_kills() > kills and (dead or tune_scheduler.worker_died):
-            raise ShortOfMemory("the system killed a process for lack of memory")
+            raise _Left(ShortOfMemory("the system killed a process for lack of memory"))
         if dead:
-            raise PoolLost(f"its {dead} died")
+            raise _Left(PoolLost(f"its {dead} died"))
 
     return check

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,9 @@ import boto3
 import jsonschema
 import kubernetes_validate
 import pytest
+import requests
 import yaml
+from clusters import free_port
 from moto.server import ThreadedMotoServer
 from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -475,3 +478,25 @@ def test_mlflows_password_is_made_once_in_a_file_of_its_user_alone(machine):
     assert made[0] == made[1] and len(made[0]) >= 32
     for name in (".mlflow-password", ".ram-study.env"):
         assert (machine / name).stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.slow
+def test_mlflow_with_a_login_answers_only_to_the_password(machine, tmp_path):
+    pytest.importorskip("flask_wtf", reason="mlflow[auth] is not installed: make setup")
+    port = free_port()
+    path = machine / "ram-study" / "cluster.sh"
+    text = path.read_text().replace("MLFLOW_PORT=5001", f"MLFLOW_PORT={port}")
+    path.write_text(text.replace("pgrep --euid", "true pgrep --euid"))  # it ends with Ray, and none runs here
+    settings = {"RAM_MLFLOW_LOGIN": "1", "RAM_STORAGE": str(tmp_path / "storage")}
+    settings["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
+    for command in ("node", "head", "mlflow"):
+        done = script(machine, command, **settings)
+        assert done.returncode == 0, done.stdout + done.stderr
+    try:
+        password = (machine / ".mlflow-password").read_text().strip()
+        url = f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/search?max_results=1"
+        answers = [requests.get(url, auth=auth).status_code for auth in (None, ("admin", "x"), ("admin", password))]
+        assert answers == [401, 401, 200]
+        assert (machine / ".mlflow-users.db").stat().st_mode & 0o077 == 0
+    finally:
+        os.kill(int((machine / ".mlflow.pid").read_text()), signal.SIGTERM)
