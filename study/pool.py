@@ -173,7 +173,7 @@ def ray_running(address: str | None) -> Iterator[None]:
 
 @contextmanager
 def _never_stuck() -> Iterator[threading.Event]:
-    """End the process as stopped if a service of Ray's dies and neither the block nor the event that it gets ends soon.
+    """End the process as stopped if a service of Ray's dies and the block does not end soon, or set the event.
 
     A call into Ray may block then, which nothing can interrupt.
     """

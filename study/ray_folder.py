@@ -27,6 +27,7 @@ _NAME = "ram-{}"  # with six hexadecimal digits
 _SOCKET = "session_2026-01-31_00-00-00_000000_4194304/sockets/plasma_store"  # Ray's longest, in its folder
 _ROOM = 100 * 2**20  # bytes: of Ray's logs, and more than it writes in a day
 _LOCK = "driver.lock"
+_RAYS = "r"  # the folder inside that Ray gets, because Ray opens it to everybody
 _FIX = "set RAY_TMPDIR to a folder of your own with a short name"
 
 
@@ -42,7 +43,7 @@ def check() -> None:
     if (free := shutil.disk_usage(parent).free) < _ROOM:
         fact = f"{parent} has {free / 2**20:.0f}"
         raise UserError(f"{rule} have {_ROOM / 2**20:.0f} MB free for Ray; {fact}: free some, or {_FIX}")
-    longest = _LONGEST - len(f"/{_NAME.format('000000')}/{_SOCKET}")
+    longest = _LONGEST - len(f"/{_NAME.format('000000')}/{_RAYS}/{_SOCKET}")
     if len(os.fsencode(parent)) > longest:
         raise UserError(f"{rule} have a path of at most {longest} bytes for Ray's sockets; got {parent}: {_FIX}")
     for folder in (parent, *parent.parents):
@@ -55,11 +56,11 @@ def check() -> None:
 
 @contextmanager
 def private_folder() -> Iterator[Path]:
-    """A folder for one run of Ray, which others cannot enter. Raises OSError."""
+    """A folder for one run of Ray, inside of one that others cannot enter. Raises OSError."""
     parent = _parent()
     _remove_left(parent)
     with _made(parent) as folder, FileLock(folder / _LOCK):
-        yield folder
+        yield folder / _RAYS
 
 
 def _parent() -> Path:

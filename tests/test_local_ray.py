@@ -20,6 +20,8 @@ from test_security import descendants
 from study import ray_folder
 from study.record import read_study
 
+pytestmark = pytest.mark.timeout(1500)
+
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["--data", "digits", "--task", "original", "--seeds-per-trial", "1", "--storage", "s", "--study", "s",
          "--tracking-uri", "sqlite:///m.db"]  # fmt: skip
@@ -44,7 +46,7 @@ def started(folder: Path, *flags: str, **env: str) -> Iterator[subprocess.Popen[
             command(*flags), cwd=folder, env=environment(**env), stdout=out, stderr=subprocess.STDOUT, text=True
         )
     try:
-        end = time.monotonic() + 200
+        end = time.monotonic() + 600
         while not list(folder.glob("s/s/trials/*/epoch_*.pt")):
             assert study.poll() is None and time.monotonic() < end, (folder / "out").read_text()
             time.sleep(0.2)
@@ -71,7 +73,7 @@ def process(study: subprocess.Popen[str], name: str) -> int:
 def test_death_of_a_service_of_rays_starts_ray_again_and_the_study_finishes(tmp_path, name, service):
     with started(tmp_path, "--trials", "2", "--epochs", "15") as study:
         os.kill(process(study, name), signal.SIGKILL)
-        code = study.wait(250)
+        code = study.wait(1000)
     said = (tmp_path / "out").read_text()
     assert code == 0 and f"Ray broke down and is started again: its {service} died" in said, said
     known = read_study(tmp_path / "s" / "s" / "study.db")
@@ -85,7 +87,7 @@ def test_death_of_a_clusters_gcs_stops_the_study_and_the_same_command_continues(
         settings = {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
         with started(tmp_path, *flags, **settings) as study:
             cluster.head_node.kill_gcs_server()
-            code = study.wait(200)
+            code = study.wait(1000)
         said = (tmp_path / "out").read_text()
     assert code == 75 and "the same command continues" in said, said
     assert "--address must be that of a running Ray cluster" in said
@@ -97,7 +99,7 @@ def test_death_of_a_clusters_gcs_stops_the_study_and_the_same_command_continues(
 @pytest.fixture
 def place(monkeypatch) -> Iterator[Path]:
     """A temporary folder whose path is as long as it may be."""
-    path = Path("/tmp") / secrets.token_hex(20)[: ray_folder._LONGEST - 75 - len("/tmp/")]
+    path = Path("/tmp") / secrets.token_hex(20)[: ray_folder._LONGEST - 77 - len("/tmp/")]
     path.mkdir()
     yield path
     shutil.rmtree(path)
@@ -107,8 +109,8 @@ def place(monkeypatch) -> Iterator[Path]:
 def test_study_in_the_longest_temporary_folder_leaves_nothing_there(place, tmp_path):
     before = set(Path("/tmp").glob("ram-*")) | set(Path("/tmp/ray").glob("session_2*"))
     with started(tmp_path, "--trials", "1", "--epochs", "2", RAY_TMPDIR=str(place)) as study:
-        assert [path.name for path in place.glob("ram-*/session_latest/sockets/*")]
-        assert study.wait(200) == 0
+        assert [path.name for path in place.glob("ram-*/r/session_latest/sockets/*")]
+        assert study.wait(1000) == 0
     assert not list(place.iterdir())
     assert not (set(Path("/tmp").glob("ram-*")) | set(Path("/tmp/ray").glob("session_2*"))) - before
 
@@ -162,7 +164,7 @@ def container(controller: str, **limits: int) -> Iterator[list[str]]:
 
 
 def run(line: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(line, cwd=folder, env=environment(), capture_output=True, text=True, timeout=280)
+    return subprocess.run(line, cwd=folder, env=environment(), capture_output=True, text=True, timeout=1000)
 
 
 VERSION2 = Path("/sys/fs/cgroup/cgroup.controllers").exists()
