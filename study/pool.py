@@ -53,8 +53,8 @@ _LOOK_SECONDS = 2.0  # between two looks at Ray's services
 _LEAVE_SECONDS = {"raylet": 7.0, "GCS": 40.0}
 # Bytes, as measured on Linux without a GPU.
 _USABLE = 0.95  # share of the memory that Ray lets its workers fill before it kills them
-_OVERHEAD = 850e6  # of the driver and of Ray's services
-_WORKER = 320e6  # of a worker before it trains
+_OVERHEAD = 900e6  # of the driver and of Ray's services
+_WORKER = 350e6  # of a worker before it trains
 _OBJECT_STORE = 512 * 2**20  # on a single machine: the images of any task, with room
 
 

@@ -117,7 +117,7 @@ def test_slots_are_what_cpus_and_memory_allow(monkeypatch):
     monkeypatch.setattr(machine, "cpus", lambda: 7.9)
     config = Config(task="original", data="digits")
     trial = pool.trial_resources(1.0, 0.0, [(config, 1)], on_cluster=False)
-    for gib, slots in ((64, 7), (3, 6), (1.5, 1)):
+    for gib, slots in ((64, 7), (3, 5), (1.5, 1)):
         monkeypatch.setattr(machine, "memory", lambda gib=gib: int(gib * 2**30))
         assert pool.count_slots(pool.local_resources(), pool.Pool(trial=trial, max_concurrent=None)) == slots
     monkeypatch.setattr(machine, "cpus", lambda: 0.5)
