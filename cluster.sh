@@ -2,7 +2,8 @@
 # The commands that cluster.yaml and cluster-local.yaml run on the machines of a cluster:
 #
 #   cluster.sh node      on every machine: install the project and write the environment
-#   cluster.sh head      on the head: make Ray's token; add the addresses of Ray and MLflow to the environment
+#   cluster.sh folder    on machines that others use too: make Ray's temporary folder; refuse one that others can enter
+#   cluster.sh head      on the head: make Ray's token and MLflow's password; add the addresses to the environment
 #   cluster.sh mlflow    on the head: (re)start the MLflow server, which ends when Ray ends
 #   cluster.sh watch     on workers: when the head is gone, end Ray's processes; then run the rest of the command line
 set -euo pipefail
@@ -10,6 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 ENVIRONMENT=~/.ram-study.env # every shell reads it, and so do Ray, its job server and all trials
 MLFLOW_PORT=5001             # not 5000, which macOS uses: the port is forwarded to laptops
+PASSWORD=~/.mlflow-password  # of MLflow's user admin, if RAM_MLFLOW_LOGIN is set
 MLFLOW=http://127.0.0.1:$MLFLOW_PORT
 
 node() {
@@ -24,10 +26,24 @@ node() {
     fi
     chmod 600 ~/cluster.yaml # it may hold the keys of the storage
     (umask 077 && environment > "$ENVIRONMENT")
+    # shellcheck disable=SC1090
+    . "$ENVIRONMENT"
+    folder
     # The first line of the file, because the usual ~/.bashrc ends early in shells without a terminal.
     local line="[ ! -f $ENVIRONMENT ] || . $ENVIRONMENT" bashrc=""
     [ ! -f ~/.bashrc ] || bashrc=$(cat ~/.bashrc)
     [[ $bashrc == "$line"* ]] || printf '%s\n%s\n' "$line" "$bashrc" > ~/.bashrc
+}
+
+folder() { # Ray keeps its sockets there, and the code that workers load
+    [ -n "${RAY_TMPDIR-}" ] || return 0
+    mkdir -p -m 700 "$RAY_TMPDIR"
+    if [ -L "$RAY_TMPDIR" ] || [ ! -O "$RAY_TMPDIR" ] || [ -n "$(find "$RAY_TMPDIR" -prune -perm /077)" ]; then
+        local fact
+        fact="$RAY_TMPDIR on $(hostname) is $(stat -c '%A, of %U' "$RAY_TMPDIR")"
+        echo "error: RAY_TMPDIR must be a folder that only $(id -un) can enter; $fact: remove it, or name another" >&2
+        exit 1
+    fi
 }
 
 environment() { # metadata: environment: of the cluster's yaml, then what is the same for all clusters
@@ -47,6 +63,11 @@ head() {
         (umask 077 && .venv/bin/ray get-auth-token --generate > /dev/null)
     fi
     chmod 600 ~/.ray/auth_token
+    if [ -n "${RAM_MLFLOW_LOGIN-}" ]; then
+        [ -s "$PASSWORD" ] ||
+            (umask 077 && .venv/bin/python -c 'import secrets; print(secrets.token_urlsafe(24))' > "$PASSWORD")
+        echo "export MLFLOW_TRACKING_USERNAME=admin MLFLOW_TRACKING_PASSWORD=$(cat "$PASSWORD")" >> "$ENVIRONMENT"
+    fi
     echo "export RAY_ADDRESS=auto MLFLOW_TRACKING_URI=$MLFLOW" >> "$ENVIRONMENT"
 }
 
@@ -80,10 +101,20 @@ answers() {
 serve() { # on loopback; other machines reach it through SSH
     trap 'trap "" TERM; kill -- -$$; wait' EXIT # the whole session that `mlflow` above made
     trap 'exit 0' TERM
+    local login=()
+    if [ -n "${RAM_MLFLOW_LOGIN-}" ]; then
+        umask 077 # it keeps its users beside
+        printf '%s\n' '[mlflow]' 'default_permission = NO_PERMISSIONS' 'admin_username = admin' \
+            "database_uri = sqlite:///$HOME/.mlflow-users.db" > ~/.mlflow-users.ini
+        MLFLOW_AUTH_ADMIN_PASSWORD=$(cat "$PASSWORD")
+        export MLFLOW_AUTH_CONFIG_PATH=~/.mlflow-users.ini MLFLOW_AUTH_ADMIN_PASSWORD
+        export MLFLOW_FLASK_SERVER_SECRET_KEY=$MLFLOW_AUTH_ADMIN_PASSWORD
+        login=(--app-name basic-auth)
+    fi
     MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false .venv/bin/mlflow server --host 127.0.0.1 --port $MLFLOW_PORT --workers 2 \
         --allowed-hosts "127.0.0.1:$MLFLOW_PORT,localhost:$MLFLOW_PORT" \
         --backend-store-uri "sqlite:///$HOME/mlflow.db" \
-        --artifacts-destination "${RAM_STORAGE%/}/mlflow-artifacts" &
+        --artifacts-destination "${RAM_STORAGE%/}/mlflow-artifacts" "${login[@]}" &
     while kill -0 $! 2> /dev/null && pgrep --euid "$(id -u)" --exact gcs_server > /dev/null; do
         sleep 2
     done
@@ -104,6 +135,6 @@ when_alone() {
 }
 
 case ${1-} in
-node | head | mlflow | serve | watch | when_alone) "$@" ;;
-*) sed -n '2,7s/^# \{0,1\}//p' "$0" && exit 2 ;;
+node | folder | head | mlflow | serve | watch | when_alone) "$@" ;;
+*) sed -n '2,8s/^# \{0,1\}//p' "$0" && exit 2 ;;
 esac

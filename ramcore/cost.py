@@ -1,4 +1,4 @@
-"""The cost of a configuration: parameters, and multiply-accumulates an image at evaluation.
+"""The cost of a configuration: parameters, multiply-accumulates an image at evaluation, and memory.
 
 A multiply-accumulate (MAC) is one term of a matrix product or convolution. Additions, activations and the retina are
 not counted (the retina does num_scales * patch_size**2 multiplications a glimpse). RAM's MACs do not depend on the size
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ramcore.config import NUM_CLASSES, Config
+from ramcore.errors import UserError
 
 
 class Cost(NamedTuple):
@@ -35,6 +36,34 @@ def cost(config: Config) -> Cost:
     else:
         layers = [(canvas**2, hidden, 1), (hidden, hidden, 1), (hidden, NUM_CLASSES, 1)]
     return Cost(sum((i + 1) * o for i, o, _ in layers), sum(i * o * places for i, o, places in layers))
+
+
+_FLOAT = 4  # bytes
+_EVALUATED = 500  # images of a batch at evaluation: `ramcore.evaluation.BATCH_SIZE`, which needs torch
+
+
+def memory(config: Config, replicates: int) -> int:
+    """Bytes that training takes at least: weights with gradients and moments, box sums, and what a step keeps."""
+    weights = cost(config).parameters * replicates * 5 * _FLOAT  # with gradient, two moments, and the best epoch's
+    images = replicates * config.batch_size
+    if not config.is_recurrent:
+        return weights + images * (config.canvas_size**2 + 2 * config.hidden_size) * _FLOAT
+    # As `ramcore.retina` lays them out: a level for each scale and one more to add into, of 16 or 32 bits.
+    ring = config.scale_factor ** (config.num_scales - 1)
+    levels = (config.num_scales + 1) * (config.canvas_size + ring) ** 2
+    sums = max(images, _EVALUATED) * levels * (2 if 255 * ring**2 < 2**15 else 4)
+    kept = config.glimpse_pixels + 2 * config.glimpse_size + 2 * config.hidden_size
+    return weights + sums + images * config.num_glimpses * kept * _FLOAT
+
+
+def check_memory(config: Config, replicates: int, available: float) -> None:
+    """Raises UserError if training needs more memory than these bytes."""
+    if (needed := memory(config, replicates)) > available:
+        sizes = "num_scales, scale_factor, patch_size, glimpse_size" if config.is_recurrent else "hidden_size"
+        raise UserError(
+            f"a network must fit in memory; {replicates} at a time with batches of {config.batch_size} images take "
+            f"{needed / 2**30:,.1f} GiB and there are {available / 2**30:,.1f}: lower {sizes}, the batch or the seeds"
+        )
 
 
 def _ram_cost(config: Config) -> Cost:

@@ -82,12 +82,13 @@ _DIGITS_SPLIT = (1_197, 300, 300)  # images for training, validation and test
 def load_source(name: Data, data_dir: Path | None = None) -> dict[SplitName, Split]:
     """Load the 28x28 images of a source and split them.
 
-    The IDX files may be plain or .gz, and lie in the folder or in a subfolder with the source's name. The search order
-    is data_dir, $RAM_DATA_DIR, the per-user cache; then public mirrors, from which the files go into the cache.
+    The IDX files may be plain or .gz, and lie in the folder, in a subfolder with the source's name, or where
+    torchvision puts them. They are read from data_dir or $RAM_DATA_DIR if one of these is given; else from the per-user
+    cache, or from public mirrors, from which they go into the cache.
 
     Raises:
-        DataMissing: no folder holds the files, and no mirror answers.
-        UserError: a file is damaged, truncated or not the source's; data_dir is not a folder.
+        DataMissing: no folder was given, the cache lacks the files, and no mirror answers.
+        UserError: a file is damaged, truncated or not the source's; the folder that was given is none or lacks files.
     """
     if name == "digits":
         return _load_digits()
@@ -121,24 +122,36 @@ def _load_digits() -> dict[SplitName, Split]:
 
 
 def _find(name: str, source: _IdxSource, data_dir: Path | None) -> list[Path]:
-    """The paths of a source's four files; they are downloaded if no folder holds all of them."""
-    cache = Path(pooch.os_cache("ram-study"))
-    folders: list[Path] = []
-    for flag, given in (("--data-dir", data_dir), ("$RAM_DATA_DIR", os.environ.get("RAM_DATA_DIR"))):
-        if given and not Path(given).is_dir():
-            raise UserError(f"{flag} must be a folder; {given} is not one: create it or name another")
-        folders += [Path(given)] if given else []
+    """The paths of a source's four files; if no folder was named, they are downloaded where the cache lacks them."""
+    given = {"--data-dir": data_dir, "$RAM_DATA_DIR": os.environ.get("RAM_DATA_DIR")}
+    named = {flag: Path(folder) for flag, folder in given.items() if folder}
+    for flag, folder in named.items():
+        if not folder.is_dir():
+            raise UserError(f"{flag} must be a folder; {folder} is not one: create it or name another")
     # A folder for several sources has a subfolder for each. The cache's own files could only be MNIST's.
-    places = [place for folder in [*folders, cache] for place in (folder / name, folder)]
+    cache = Path(pooch.os_cache("ram-study"))
+    torchvision = Path({"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}[name]) / "raw"
+    places = [f / sub for f in named.values() for sub in (name, torchvision, "raw", "")]
+    places = places or [cache / name, *([cache] if name == "mnist" else [])]
+    lacking: dict[Path, list[str]] = {}
     for place in places:
         paths = [_existing(place, file.name) for file in source.files]
-        if all(paths) and (place != cache or name == "mnist"):
+        if all(paths):
             return [path for path in paths if path]
-    return [_download(name, source, file, cache / name) for file in source.files]
+        lacking[place] = [file.name for file, path in zip(source.files, paths, strict=True) if not path]
+    if not named:
+        return [_download(name, source, file, cache / name) for file in source.files]
+    nearest = min(places, key=lambda place: len(lacking[place]))
+    missing = f"; {nearest} lacks {', '.join(lacking[nearest])}" if len(lacking[nearest]) < len(source.files) else ""
+    raise UserError(
+        f"{' or '.join(named)} must hold {name}'s four IDX files, plain or .gz; not found in "
+        f"{', '.join(map(str, places))}{missing}: put them there, or name no folder to have them downloaded"
+    )
 
 
 def _existing(folder: Path, name: str) -> Path | None:
-    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+    names = (name, name.replace("-idx", ".idx"))  # as published, and as some archives have them
+    return next((path for n in names for path in (folder / n, folder / f"{n}.gz") if path.is_file()), None)
 
 
 def _download(name: str, source: _IdxSource, file: _IdxFile, folder: Path) -> Path:

@@ -172,12 +172,19 @@ class Dimension:
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """The dimensions that are searched, their defaults, the fixed value of every other field, and one rule."""
+    """The dimensions that are searched, their defaults, the fixed value of every other field, and one rule.
+
+    Raises UserError if a field is searched twice.
+    """
 
     dimensions: tuple[Dimension, ...]
     default: Mapping[str, Any] = field(default_factory=dict)  # of the dimensions
     fixed: Mapping[str, Any] = field(default_factory=dict)  # of the other fields
     widest_scale: int | None = None  # pixels along a side that the coarsest scale of a glimpse may cover; None: any
+
+    def __post_init__(self) -> None:
+        if len(set(self.names)) < len(self.names):
+            raise UserError(f"a field can be searched once; the dimensions are {', '.join(self.names)}")
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -13,8 +13,9 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
+from ramcore import machine
 from ramcore.config import Config
-from ramcore.cost import cost
+from ramcore.cost import check_memory, cost
 from ramcore.data import TaskData
 from ramcore.errors import UserError, say
 from ramcore.pictures import draw_glimpses, glimpse_paths
@@ -84,6 +85,7 @@ def _check(args: Arguments) -> None:
         raise UserError(f"--device must be cpu or cuda; got {args.device!r}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda needs a GPU that torch can use; it finds none: use --device cpu")
+    check_memory(args.config, len(args.seeds), _memory(args.device))
     if args.threads < 0:
         raise UserError(f"--threads must be at least 0; got {args.threads}")
     if args.threads:
@@ -92,6 +94,11 @@ def _check(args: Arguments) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out must be a folder that can be written; {args.out}: {error.strerror}") from error
+
+
+def _memory(device: str) -> int:
+    """Bytes of memory where a device trains."""
+    return torch.cuda.get_device_properties(0).total_memory if device == "cuda" else machine.memory()
 
 
 def _train_epochs(trainer: Trainer) -> None:

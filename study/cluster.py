@@ -47,6 +47,7 @@ class TrialResources:
 
     cpus: float
     gpus: float
+    memory: float = 0.0  # bytes of the machine's; 0: not known
 
     def fits(self, resources: Mapping[str, float]) -> int:
         """How many trials fit on a node with these resources at a time."""
@@ -58,6 +59,8 @@ class TrialResources:
             counts.append(math.floor(gpus) * math.floor(1 / self.gpus))
         elif self.gpus > 0:
             counts.append(math.floor(gpus / self.gpus))
+        if self.memory > 0 and "memory" in resources:
+            counts.append(math.floor(resources["memory"] / self.memory))
         return min(counts, default=0)
 
 

@@ -244,14 +244,16 @@ def _first_points(space: Space) -> list[tuple[str, Values]]:
 
 
 def search_origins(totals: Sequence[int], num_published: int, sobol_share: float = DEFAULT_SOBOL_SHARE) -> list[str]:
-    """The origin of every trial of a search that was asked for totals[0] trials, then extended to totals[1], ...
+    """The origin of every trial of a search that was asked for totals[0] trials, then for totals[1] in all, ...
 
     Of the first total, an eighth (at least one, at most num_published) are the default and published configurations.
     Sobol points follow until `sobol_share` of the total and at least 16 are such; but a fifth of the total (at least
-    one trial, from four on) is kept for TPE. An extension starts with the Sobol points that the new total lacks.
+    one trial, from four on) is kept for TPE. An extension starts with the Sobol points that the new total lacks. A
+    smaller total takes back the last trials.
     """
     origins: list[str] = []
     for total in totals:
+        del origins[total:]
         if not origins:
             origins += ["published"] * min(num_published, max(1, total // 8))
         for_tpe = max(1, total // 5) - origins.count("tpe") if total >= 4 else 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import platform
 import signal
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ramcore.private import without_secrets
 from study import cluster, pool, results, schema, tracking
 from study.designs import DESIGNS
 from study.display import Display
-from study.dry_run import dry_run_lines
+from study.dry_run import dry_run_lines, planned_configurations
 from study.flags import (
     BROKEN,
     DONE,
@@ -51,11 +51,14 @@ def run_study(flags: Flags, prepared: Prepared) -> int:
     Raises RecordLost if the record cannot be opened.
     """
     uri = tracking.tracking_uri(flags.tracking_uri)
+    on_cluster = flags.address is not None
     ray_pool = pool.Pool(
-        trial=cluster.TrialResources(cpus=flags.cpus_per_trial, gpus=flags.gpus_per_trial or 0.0),
+        trial=pool.trial_resources(
+            flags.cpus_per_trial, flags.gpus_per_trial or 0.0, planned_configurations(prepared), on_cluster=on_cluster
+        ),
         max_concurrent=flags.max_concurrent,
-        on_cluster=flags.address is not None,
-        growth=cluster.Growth.declared() if flags.address is not None else None,
+        on_cluster=on_cluster,
+        growth=cluster.Growth.declared() if on_cluster else None,
     )
     if flags.address is None:
         pool.count_slots(pool.local_resources(), ray_pool)
@@ -165,17 +168,30 @@ class _Run:
                 raise pool.PoolLost("Ray Tune ended with trials to go")
 
     def _after_breakdown(self, error: pool.PoolLost) -> None:
-        """Continue the lost trials. After too many breakdowns, fail the trial if it ran alone, else stop the study."""
+        """Continue the lost trials. After too many breakdowns, fail the trial if it ran alone, else stop the study.
+
+        If memory was short, fewer trials run at a time from then on.
+        """
+        short, slots = isinstance(error, pool.ShortOfMemory), self.display.slots
+        if short and self.trained and slots > 1:
+            self.ray_pool = replace(self.ray_pool, max_concurrent=slots // 2)
+            self.breakdowns = 0
+            self.display.note(f"memory ran short with {slots} trials at a time, so from now on {slots // 2}: {error}")
+            self.scheduler.requeue_running()
+            return
         if self.breakdowns < _BREAKDOWNS:
             self.display.note(f"Ray broke down and is started again: {error}")
             self.scheduler.requeue_running()
             return
         running = [trial.number for trial in self.record.trials.values() if trial.state == "running"]
-        if self.trained and len(running) == 1:  # no other trial can be the cause
+        if (
+            self.trained and len(running) == 1 and not (short and not self.record.epochs)
+        ):  # no other trial can be the cause
             self.scheduler.report(running[0], {"error": f"Ray broke down {self.breakdowns} times over it; {error}"})
             self.breakdowns = 0
         else:
-            self.scheduler.stop(f"Ray broke down {self.breakdowns} times without an epoch between: {error}")
+            remedy = "; one trial at a time needs more: give this machine or container more memory" if short else ""
+            self.scheduler.stop(f"Ray broke down {self.breakdowns} times without an epoch between: {error}{remedy}")
 
     def _look(self) -> int:
         """Count and check the nodes that have joined or left the cluster; returns the slots. Runs in a thread."""

@@ -87,21 +87,36 @@ def dry_run_lines(flags: Flags, prepared: Prepared, uri: str, ray_pool: pool.Poo
     ]
 
 
-def _trials(prepared: Prepared) -> _Trials:
+def planned_configurations(prepared: Prepared) -> list[tuple[Config, int]]:
+    """The configurations of the study's trials and their numbers of seeds; of a search, those of points all over it."""
+    if (rows := _rows(prepared)) is not None:
+        return [(spec.config, len(spec.seeds)) for spec in rows]
+    assert prepared.space is not None
+    points = SobolSequence(prepared.space, prepared.settings.seed)
+    seeds = prepared.settings.seeds_per_trial
+    return [(configuration(prepared.space, points[i]), seeds) for i in range(_POINTS)]
+
+
+def _rows(prepared: Prepared) -> list[TrialSpec] | None:
+    """The rows of a fixed design, as many as are asked for."""
     known = prepared.known
-    recorded = known.trials if known else []
     rows = known.rows if known else prepared.rows() if prepared.rows else None
+    return None if rows is None else rows[: prepared.total]
+
+
+def _trials(prepared: Prepared) -> _Trials:
+    known, rows = prepared.known, _rows(prepared)
+    recorded = known.trials if known else []
+    configs = [config for config, _ in planned_configurations(prepared)]
     if rows is not None:
-        rows = rows[: prepared.total]
-        return _Trials(recorded, rows, [spec.config for spec in rows], [spec.origin for spec in rows])
+        return _Trials(recorded, rows, configs, [spec.origin for spec in rows])
     space, settings, total = prepared.space, prepared.settings, prepared.total or 0
     assert space is not None
-    points = SobolSequence(space, settings.seed)
     totals = known.totals if known else []
-    if total > max(totals, default=0):
+    if total != (totals or [0])[-1]:
         totals = [*totals, total]
     origins = search_origins(totals, len(published(space)), settings.sobol_share)
-    return _Trials(recorded, None, [configuration(space, points[i]) for i in range(_POINTS)], origins)
+    return _Trials(recorded, None, configs, origins)
 
 
 def _typical(configs: list[Config]) -> list[Config]:
@@ -117,7 +132,8 @@ def _search_lines(prepared: Prepared, trials: _Trials) -> list[str]:
     lines = [f"  trials     {len(origins)}: {counts} (only tpe trials are stopped early)"]
     for d in prepared.space.dimensions:
         scale = ", log" if d.log else ""
-        lines.append(f"  {d.name:17s} {d.type} {d.low:g} to {d.high:g}{scale} ({d.unit}): {d.reason}")
+        values = ", ".join(map(str, d.choices)) if d.type == "categorical" else f"{d.low:g} to {d.high:g}{scale}"
+        lines.append(f"  {d.name:17s} {d.type} {values} ({d.unit}): {d.reason}")
     parameters, macs = zip(*(cost(config) for config in trials.configs), strict=True)
     size = f"{min(parameters):,} to {max(parameters):,} parameters, {min(macs):,} to {max(macs):,} multiply-adds"
     return [*lines, f"  size       {size} an image ({_POINTS} points)"]

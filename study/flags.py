@@ -132,6 +132,11 @@ def check(flags: Flags) -> None:
     _require(flags, "cpus_per_trial", f"at least {RAY_STEP}", lambda v: v >= RAY_STEP, "pass a larger number")
     _require(flags, "gpus_per_trial", "at least 0", lambda v: 0 <= v < math.inf, "pass 0, a fraction or a count")
     _require(flags, "gpus_per_trial", "whole above 1", lambda v: v <= 1 or v == int(v), "pass a fraction or a count")
+    if re.match(r"([a-z][a-z0-9+.-]+:(?!//)|(s3|gs|gcs|abfss?|hdfs|file)//)", flags.storage):
+        raise UserError(
+            f"--storage must be a folder or a URI such as s3://bucket/folder; got {flags.storage}, which is neither: "
+            "write :// after the kind, or ./ before a folder's name"
+        )
     if flags.study is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", flags.study):
         raise UserError(
             "a study's name is a folder's name: up to 100 letters, digits, and . _ + - after the first; "

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -19,10 +22,14 @@ from ray.exceptions import RayError
 from ray.tune.error import TuneError
 from ray.tune.search import ConcurrencyLimiter
 
+from ramcore import machine
+from ramcore.config import Config
+from ramcore.cost import check_memory, memory
 from ramcore.errors import UserError, first_line
-from study import cluster
+from study import cluster, ray_folder
 from study.cluster import Growth, TrialResources
-from study.ray_internals import ray_reason
+from study.flags import stopped
+from study.ray_internals import dead_service, lacks_memory, ray_reason
 from study.scheduler import StudyScheduler
 from study.trainable import SharedData, tune_trial
 from study.tune_adapters import MAX_WORKER_DEATHS, TuneScheduler, TuneSearcher, TuneStopper
@@ -36,15 +43,34 @@ _SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours also handles SIGTERM and leaves trials to be continued
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # for a trial's thread to end; after its default of 2 s Tune loses a trial
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # Tune's experiment state is not used
+    "TUNE_STATE_REFRESH_PERIOD": "1000000",  # only its console needs what it reads, and a dead GCS blocks it
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TUNE_MAX_PENDING_TRIALS_PG": "1000",  # trials that wait for a place; Tune's default grows a cluster node by node
 }
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-_OBJECT_STORE = 512 * 2**20  # bytes on a single machine: the images of any task, with room
+_LOOK_SECONDS = 2.0  # between two looks at Ray's services
+# For the driver to leave a Ray whose service died. A little later, Ray ends the driver's process without a word.
+_LEAVE_SECONDS = {"raylet": 7.0, "GCS": 40.0}
+# Bytes, as measured on Linux without a GPU.
+_USABLE = 0.95  # share of the memory that Ray lets its workers fill before it kills them
+_OVERHEAD = 900e6  # of the driver and of Ray's services
+_WORKER = 350e6  # of a worker before it trains
+_OBJECT_STORE = 512 * 2**20  # on a single machine: the images of any task, with room
 
 
 class PoolLost(RuntimeError):
     """Ray or Tune broke down. Its trials can be continued in a new one."""
+
+
+class ShortOfMemory(PoolLost):
+    """Workers were killed because a machine ran out of memory."""
+
+
+class _Left(BaseException):
+    """Carries a PoolLost past Tune. For an Exception, Tune would clean up first, and wait for the dead service."""
+
+    def __init__(self, lost: PoolLost) -> None:
+        self.lost = lost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +90,7 @@ class Pool:
         cluster does not declare its growth, --max-concurrent counts as its size.
         """
         if not self.on_cluster:
-            return count_slots(ray.cluster_resources(), self)
+            return count_slots(local_resources(), self)
         if self.growth is None and self.max_concurrent is not None:
             return self.max_concurrent
         return max(1, min(cluster.capacity(cluster.nodes(), self.growth, self.trial), self.max_concurrent or 2**31))
@@ -76,13 +102,40 @@ class Pool:
 
 
 def local_resources() -> dict[str, float]:
-    """CPUs and GPUs of this machine."""
-    return {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}
+    """CPUs, GPUs and bytes that trials may use here, within a container's limits. A part of a CPU counts as one."""
+    return {
+        "CPU": float(max(1, int(machine.cpus()))),
+        "GPU": float(torch.cuda.device_count()),
+        "memory": max(0.0, _USABLE * machine.memory() - _OVERHEAD),
+    }
+
+
+def trial_resources(
+    cpus: float, gpus: float, planned: Iterable[tuple[Config, int]], *, on_cluster: bool
+) -> TrialResources:
+    """What a trial takes, given the (configuration, seeds) of all. On a cluster, memory is not known beforehand.
+
+    Raises UserError if the largest does not fit on this machine's GPU.
+    """
+    if on_cluster:
+        return TrialResources(cpus=cpus, gpus=gpus)
+    config, seeds = max(planned, key=lambda trial: memory(*trial))
+    if gpus == 0:
+        return TrialResources(cpus=cpus, gpus=gpus, memory=_WORKER + memory(config, seeds))
+    if torch.cuda.is_available():
+        check_memory(config, seeds, torch.cuda.get_device_properties(0).total_memory)
+    return TrialResources(cpus=cpus, gpus=gpus, memory=_WORKER)
 
 
 def count_slots(resources: Mapping[str, float], pool: Pool) -> int:
     """How many trials fit on this machine at a time. Raises UserError if none fits."""
     slots = pool.trial.fits(resources)
+    if resources.get("memory", math.inf) < pool.trial.memory:
+        needed, there = ((size / 2**30) for size in ((_OVERHEAD + pool.trial.memory) / _USABLE, machine.memory()))
+        raise UserError(
+            f"a trial must fit in memory; with Ray and the study itself it takes {needed:,.1f} GiB, and this machine "
+            f"or container has {there:,.1f}: give it more, or train smaller networks"
+        )
     if slots < 1:
         kind, asked = "CPU", pool.trial.cpus
         if asked <= resources.get("CPU", 0.0):
@@ -103,21 +156,46 @@ def ray_running(address: str | None) -> Iterator[None]:
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    if address is None:
-        _start_ray()
-    else:
-        _join_ray(address)
+    with ray_folder.private_folder() if address is None else nullcontext() as folder:
+        if address is None:
+            _start_ray(str(folder))
+        else:
+            _join_ray(address)
+        with _never_stuck() as over:
+            try:
+                signal.signal(signal.SIGTERM, on_sigterm)  # Ray replaces it with one that ends the process at once
+                yield
+            finally:
+                if dead_service() is None:
+                    over.set()  # from here on, services end as they should
+                ray.shutdown()
+
+
+@contextmanager
+def _never_stuck() -> Iterator[threading.Event]:
+    """End the process as stopped if a service of Ray's dies and the block does not end soon, or set the event.
+
+    A call into Ray may block then, which nothing can interrupt.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_LOOK_SECONDS):
+            if (dead := dead_service()) and not over.wait(_LEAVE_SECONDS[dead]):
+                os._exit(stopped(f"Ray broke down: its {dead} died"))
+
+    threading.Thread(target=watch, name="ray", daemon=True).start()
     try:
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray replaces it with one that ends the process at once
-        yield
+        yield over
     finally:
-        ray.shutdown()
+        over.set()
 
 
-def _start_ray() -> None:
+def _start_ray(folder: str) -> None:
     cpus = int(local_resources()["CPU"])
+    own: dict[str, Any] = {"num_cpus": cpus, "object_store_memory": _OBJECT_STORE, "_temp_dir": folder}
     try:
-        ray.init(address="local", num_cpus=cpus, object_store_memory=_OBJECT_STORE, include_dashboard=False, **_QUIET)
+        ray.init(address="local", include_dashboard=False, **own, **_QUIET)
     except Exception as error:
         if type(error) is not Exception:
             raise
@@ -149,8 +227,8 @@ def run_trials(
     """Train the scheduler's trials with `work`; returns when it has no more or wants to stop.
 
     Ray copies the data to each node once. `look` is called every few seconds and returns the current number of slots,
-    so that workers that join get trials. Raises PoolLost if Ray or Tune broke down, or the error that stopped the
-    scheduler.
+    so that workers that join get trials. Raises PoolLost if Ray or Tune broke down (ShortOfMemory: because there was
+    too little memory), or the error that stopped the scheduler.
     """
     slots = pool.slots
     limiter = ConcurrencyLimiter(TuneSearcher(scheduler), max_concurrent=slots)
@@ -162,15 +240,14 @@ def run_trials(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # its errors come to us as results
     work = partial(work, cpus=pool.trial.cpus, gpus=pool.trial.gpus)
     resources = {"cpu": pool.trial.cpus, "gpu": pool.trial.gpus}
-    search = tune.TuneConfig(
-        num_samples=-1, search_alg=limiter, scheduler=TuneScheduler(scheduler, slots), reuse_actors=True
-    )
+    tune_scheduler = TuneScheduler(scheduler, slots)
+    search = tune.TuneConfig(num_samples=-1, search_alg=limiter, scheduler=tune_scheduler, reuse_actors=True)
     with tempfile.TemporaryDirectory(prefix="ram-study-tune-") as scratch:
         run = tune.RunConfig(
             name="tune",
             storage_path=scratch,  # Tune's own files; see study.checkpoints for why they are not kept
             failure_config=tune.FailureConfig(max_failures=MAX_WORKER_DEATHS),
-            stop=TuneStopper(scheduler),
+            stop=TuneStopper(scheduler, _breakdown_check(tune_scheduler)),
             verbose=0,
         )
         trainable = tune.with_resources(tune.with_parameters(work, data=data), resources)
@@ -178,8 +255,31 @@ def run_trials(
         try:
             with cluster.called_regularly(grow) if look else nullcontext():
                 tuner.fit()
+        except _Left as left:
+            raise left.lost from left
         except (RuntimeError, TuneError, RayError) as error:
             # Tune survives most deaths of a worker, but not when Ray kills the worker for lack of memory.
-            raise PoolLost(ray_reason(str(error))) from error
+            reason = ray_reason(str(error))
+            raise (ShortOfMemory if lacks_memory(reason) else PoolLost)(reason) from error
     if scheduler.error is not None:
         raise scheduler.error
+
+
+def _breakdown_check(tune_scheduler: TuneScheduler) -> Callable[[], None]:
+    """A check that raises _Left when a service of Ray's has died, or a process was killed for lack of memory."""
+    kills, looked = machine.memory_kills(), 0.0
+
+    def check() -> None:
+        nonlocal looked
+        if tune_scheduler.memory_lack is not None:
+            raise _Left(ShortOfMemory(tune_scheduler.memory_lack))
+        if time.monotonic() - looked < _LOOK_SECONDS:
+            return
+        looked = time.monotonic()
+        dead = dead_service()
+        if machine.memory_kills() > kills and (dead or tune_scheduler.worker_died):
+            raise _Left(ShortOfMemory("the system killed a process for lack of memory"))
+        if dead:
+            raise _Left(PoolLost(f"its {dead} died"))
+
+    return check

@@ -20,7 +20,7 @@ from study import designs
 from study.designs import DESIGNS, DesignInputs, TrialSpec
 from study.flags import Flags, check_design
 from study.record import RecordLost, StoredStudy, StudySettings, best_trial, read_study
-from study.search_space import search_space
+from study.search_space import checked, search_space
 from study.snapshots import fetch
 from study.sobol import SobolSequence
 from study.storage import RECORD, Storage
@@ -87,12 +87,12 @@ def prepare(flags: Flags) -> Prepared:
     epochs = flags.epochs or (followed.settings.epochs if followed else design.epochs)
     seeds = flags.seeds_per_trial or (known.settings.seeds_per_trial if known else design.seeds_per_trial)
     total = flags.trials or (designs.DEFAULT_TRIALS if design.rows is None else None)
-    if known:  # a study never has fewer than it was asked for
-        total = max(flags.trials or 0, known.totals[-1])
+    if known:
+        total = _total(flags.trials, known, warnings)
 
     recipe = DIGITS if data.data == "digits" else {}
     base = dataclasses.replace(TUNED, data=data.data, task=tasks[0], epochs=epochs, **recipe)
-    space = search_space(base) if design.has_space else None
+    space = checked(search_space(base)) if design.has_space else None
     inputs = DesignInputs(base=base, tasks=tasks, seeds_per_trial=seeds, space=space)
     if source:
         inputs = _around_best(inputs, source)
@@ -122,6 +122,16 @@ def prepare(flags: Flags) -> Prepared:
         known=known,
         warnings=tuple(warnings),
     )
+
+
+def _total(asked: int | None, known: StoredStudy, warnings: list[str]) -> int:
+    """The trials that a study is to have from now on: those asked for, but never fewer than have begun."""
+    begun, before = len(known.trials), known.totals[-1]
+    total = before if asked is None else max(asked, begun)
+    if asked is not None and asked < before:
+        fact = f"--trials {asked} is fewer than the {before} that {known.settings.study} was asked for"
+        warnings.append(f"{fact}, and {begun} have begun: it ends with {total}")
+    return total
 
 
 def _find_study(

@@ -6,6 +6,7 @@ tests/test_ray_internals.py fails if another Ray has moved one of them.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+_ANSWER_SECONDS = 2.0
 _TELLING = ("killed due to", "exit detail", "Error")  # marks of the line that matters in Ray's messages, best first
 
 
@@ -58,6 +60,42 @@ def ray_reason(text: str) -> str:
     marked = ([line for line in lines if mark in line] for mark in _TELLING)
     best = next((found for found in marked if found), lines)
     return best[-1].removeprefix("Caught unexpected exception: ")[:300]
+
+
+def lacks_memory(message: str) -> bool:
+    """Whether Ray's message says that it killed a worker because a machine ran out of memory.
+
+    Reads Ray's wording. Without it: the study does not lower its concurrency, and Ray breaks down again.
+    """
+    return "running low on memory" in message
+
+
+def dead_service() -> str | None:
+    """The service of Ray's that has died: this node's raylet (also when its agents die), or the cluster's GCS.
+
+    Ray ends the driver's process 10 to 60 seconds after such a death, without an exception. This connects to the
+    sockets of `ray._private.worker._global_node`. Without it: the study ends with 1, and says nothing.
+    """
+    from ray._private import worker  # puts off Ray
+
+    node: Any = worker._global_node
+    if node is None:
+        return None
+    host, _, port = node.gcs_address.rpartition(":")
+    services: list[tuple[str, int, Any]] = [
+        ("raylet", socket.AF_UNIX, node.raylet_socket_name),
+        ("GCS", socket.AF_INET6 if ":" in host else socket.AF_INET, (host.strip("[]"), int(port))),
+    ]
+    for name, family, address in services:
+        with socket.socket(family, socket.SOCK_STREAM) as connection:
+            connection.settimeout(_ANSWER_SECONDS)
+            try:
+                connection.connect(address)
+            except (ConnectionRefusedError, FileNotFoundError):
+                return name
+            except OSError:  # busy, or out of reach for a moment
+                continue
+    return None
 
 
 def cluster_address(address: str) -> str:

@@ -9,7 +9,7 @@ A trial enters the record with its whole configuration in one commit. It ends in
 final state. If a crash comes in between, `Record.open` completes what was begun.
 
 In the storage:
-  study user attributes   settings (StudySettings), totals (trials asked for, as it grew), rows (of a fixed design),
+  study user attributes   settings (StudySettings), totals (trials asked for, as it changed), rows (of a fixed design),
                           uid, created, "run 0007" (of one run of the command: commit, versions, devices, ...),
                           "test 0007" (of a trial whose test images were read after its end)
   trial user attributes   plan (TrialSpec.to_dict); run (the number of the run that started it); origin, row, seeds (for
@@ -163,7 +163,7 @@ class Record:
         self.created: int = study.user_attrs["created"]  # ms since 1970
         self.uid: str = study.user_attrs["uid"]  # tells two studies of one name apart in MLflow
         self.runs = [attrs[name] for name in sorted(attrs) if name.startswith("run ")]  # see `begin_run`
-        self.totals: list[int] = []  # trials asked for, as it grew
+        self.totals: list[int] = []  # trials asked for, as it changed
         self.rows: list[TrialSpec] | None = None  # of a fixed design
         self.snapshots: Snapshots | None = None  # of a record in a remote storage
         self._dirty: set[int] = set()  # numbers of the trials that changed; see `take_changed`
@@ -203,7 +203,7 @@ class Record:
             raise
 
     def _ask_for(self, total: int | None, rows: MakeRows | None) -> None:
-        """Enter which trials the study is asked for; a continued study can only grow."""
+        """Enter which trials the study is asked for; a continued study keeps those that have begun."""
         is_new = "settings" not in self.study.user_attrs
         if rows is not None and is_new:
             self.study.set_user_attr("rows", [spec.to_dict() for spec in rows()])
@@ -211,9 +211,11 @@ class Record:
         attrs = self.study.user_attrs
         self.rows = _rows(attrs)
         self.totals = [] if is_new else attrs["totals"]
-        if total is None and self.rows is not None:
+        if total is None and self.rows is not None and is_new:
             total = len(self.rows)
-        if total is not None and total > max(self.totals, default=0):
+        if total is not None and self.totals:
+            total = max(total, len(self.study.get_trials(deepcopy=False)))
+        if total is not None and total != (self.totals or [0])[-1]:
             self.totals = [*self.totals, total]
             self.study.set_user_attr("totals", self.totals)
         assert self.totals, "a new study is asked for some trials"
@@ -413,7 +415,7 @@ class StoredStudy(NamedTuple):
     """A study as its record holds it."""
 
     settings: StudySettings
-    totals: list[int]  # trials asked for, as the study grew
+    totals: list[int]  # trials asked for, as this changed
     rows: list[TrialSpec] | None  # of a fixed design
     trials: list[TrialRecord]
 
@@ -431,6 +433,11 @@ def read_study(path: Path) -> StoredStudy | None:
     try:
         attrs = study.user_attrs if study is not None else {}
         if study is None or "settings" not in attrs:
+            if study is not None and (study.study_name != path.parent.name or study.get_trials(deepcopy=False)):
+                raise UserError(
+                    f"a study's record must be made by this project; {path} holds the Optuna study {study.study_name}, "
+                    "made by something else: pass another --study, or move the file away"
+                )
             return None
         trials = [_from_storage(frozen) for frozen in study.get_trials(deepcopy=False)]
         return StoredStudy(StudySettings(**attrs["settings"]), attrs["totals"], _rows(attrs), trials)

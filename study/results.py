@@ -20,6 +20,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 from torch import Tensor
 
+import ramcore
 from ramcore.config import NUM_CLASSES, Config
 from ramcore.cost import cost, pareto_front
 from ramcore.data import TaskData
@@ -134,7 +135,6 @@ def _log_model(run_id: str, trial: TrialRecord, weights: dict[str, Tensor], scra
     config = trial.spec.config
     torch.save({"weights": weights}, scratch / "weights.pt")
     (scratch / "config.json").write_text(json.dumps({"config": asdict(config), "seeds": trial.spec.seeds}, indent=1))
-    canvas = TensorSpec(np.dtype(np.float32), (-1, config.canvas_size, config.canvas_size))
     classes = TensorSpec(np.dtype(np.float32), (-1, len(trial.spec.seeds), NUM_CLASSES))
     with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*An input example was not provided", category=UserWarning)
@@ -142,8 +142,11 @@ def _log_model(run_id: str, trial: TrialRecord, weights: dict[str, Tensor], scra
             name=schema.MODEL,
             python_model=Path(__file__).with_name("served.py"),
             artifacts={"weights": str(scratch / "weights.pt"), "config": str(scratch / "config.json")},
-            signature=ModelSignature(inputs=Schema([canvas]), outputs=Schema([classes])),
-            pip_requirements=[f"{name}=={version(name)}" for name in ("torch", "numpy", "mlflow")],
+            code_paths=[str(Path(ramcore.__path__[0]))],
+            # No inputs: MLflow would take a single type of number. The model itself says what it does not take.
+            signature=ModelSignature(outputs=Schema([classes])),
+            # PyPI has no local versions such as 2.13.0+cpu.
+            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "numpy", "mlflow")],
         )
 
 

@@ -17,7 +17,7 @@ import tyro
 
 from ramcore.errors import UserError, first_line, say
 from ramcore.private import private_arguments, without_secrets
-from study import cluster
+from study import cluster, ray_folder
 from study.flags import USAGE, Flags, check, stopped
 from study.storage import Storage
 
@@ -35,6 +35,8 @@ def main(flags: Flags) -> int:
         if flags.money_budget is not None and flags.price_per_hour is None:
             raise UserError("a money budget needs a price; got --money-budget alone: pass --price-per-hour too")
         Storage.parse(flags.storage).check_writable()
+        if flags.address is None:
+            ray_folder.check()
         return _run(flags)
     except UserError as error:
         say(f"error: {error}")

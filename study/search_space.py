@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from ramcore.config import Config
+from ramcore.errors import UserError
 from ramcore.space import Dimension, Space
 
 
@@ -58,3 +59,25 @@ def search_space(base: Config) -> Space:
 def configuration(space: Space, values: Mapping[str, object]) -> Config:
     """The whole configuration of a point of a space."""
     return Config(**{**space.fixed, **space.default, **values})
+
+
+def checked(space: Space) -> Space:
+    """The space, if a search can try it: every value must make a configuration. Raises UserError if it cannot."""
+    own = ("data", "task", "epochs")  # of the study as a whole
+    fields = [field.name for field in dataclasses.fields(Config) if field.name not in own]
+    if not space.dimensions:
+        raise UserError("a search needs at least one dimension; study/search_space.py has none: add one")
+    for dimension in space.dimensions:
+        if dimension.name not in fields:
+            raise UserError(
+                f"a dimension must be a field of Config other than {', '.join(own)}; got {dimension.name}: "
+                "mend study/search_space.py"
+            )
+        for value in dimension.choices or dimension.from_unit((0.0, 1.0)):
+            try:
+                configuration(space, {dimension.name: value})
+            except UserError as error:
+                raise UserError(f"the dimension {dimension.name} needs another range; {error}") from error
+    if not space.feasible({d.name: d.from_unit((0.0,))[0] for d in space.dimensions}):
+        raise UserError(f"some of the space must obey {space.rule}; its lowest corner does not: lower its ranges")
+    return space

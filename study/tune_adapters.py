@@ -15,19 +15,19 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from study.ray_internals import forget_worker_deaths, keep_idle_workers, last_message
+from study.ray_internals import forget_worker_deaths, keep_idle_workers, lacks_memory, last_message
 from study.scheduler import StudyScheduler, guarded
 
 MAX_WORKER_DEATHS = 5  # of one trial; a sixth makes it a failed trial (its configuration may be what kills workers)
 
 
 class _Unpickled:
-    """Leaves the study's scheduler out when Tune pickles an adapter into its experiment state, which is not used."""
+    """Leaves the study's own objects out when Tune pickles an adapter into its experiment state, which is not used."""
 
     _scheduler: StudyScheduler
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_scheduler"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_scheduler", "_check")}
 
 
 class TuneSearcher(_Unpickled, Searcher):
@@ -63,6 +63,8 @@ class TuneScheduler(_Unpickled, FIFOScheduler):
         self._keeps_workers = False
         self._release_workers: Callable[[], None] | None = None
         self._epochs_at_death: dict[int, int] = {}  # by trial number: recorded epochs when its worker last died
+        self.worker_died = False
+        self.memory_lack: str | None = None  # Ray's line about a worker that it killed for lack of memory
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Have idle workers kept for the next trials, one for each slot."""
@@ -88,14 +90,17 @@ class TuneScheduler(_Unpickled, FIFOScheduler):
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """Start a trial again whose worker died or never started, on another node if need be; fail it at last."""
         with guarded(self._scheduler):
-            number = trial.config["number"]
+            number, message = trial.config["number"], last_message(trial)
+            self.worker_died = True
+            if lacks_memory(message):
+                self.memory_lack = message
             tune_restarts = trial.status == Trial.ERROR  # Tune has stopped it by now, and has queued it again
             epochs = len(self._scheduler.record.trials[number].epochs)
             if epochs > self._epochs_at_death.get(number, 0):  # it makes progress, so it does not kill its workers
                 forget_worker_deaths(trial)
             self._epochs_at_death[number] = epochs
             if not trial.should_recover():
-                error = f"its worker died {trial.num_failures} times; {last_message(trial)}"
+                error = f"its worker died {trial.num_failures} times; {message}"
                 self._scheduler.report(number, {"error": error})
                 return
             # Tune does not restart a trial that had not begun, nor one whose worker died often, whatever its progress.
@@ -105,15 +110,17 @@ class TuneScheduler(_Unpickled, FIFOScheduler):
 
 
 class TuneStopper(_Unpickled, tune.Stopper):
-    """Ends Tune's experiment when the study stops: on a signal, a spent budget or an error."""
+    """Ends Tune's experiment when the study stops: on a signal, a spent budget or an error; or when Ray broke down."""
 
-    def __init__(self, scheduler: StudyScheduler) -> None:
-        self._scheduler = scheduler
+    def __init__(self, scheduler: StudyScheduler, check: Callable[[], None]) -> None:
+        """`check` raises the error that is to end the experiment, if there is one."""
+        self._scheduler, self._check = scheduler, check
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Stops no single trial."""
         return False
 
     def stop_all(self) -> bool:
-        """Whether to stop everything."""
+        """Whether to stop everything. Tune asks in each step."""
+        self._check()
         return self._scheduler.should_stop()

@@ -170,6 +170,36 @@ def test_files_are_found_in_data_dir_the_variable_a_subfolder_or_the_cache(idx_f
     load_source("mnist")
 
 
+@pytest.mark.parametrize("folder", ["MNIST/raw", "raw", "mnist", ""])
+def test_torchvisions_layout_is_found(idx_folder, tmp_path, folder):
+    place = tmp_path / "root" / folder
+    shutil.copytree(idx_folder, place)
+    assert len(load_source("mnist", tmp_path / "root")["train"].labels) == 1000
+    for path in place.iterdir():  # as some archives have it
+        path.rename(path.with_name(path.name.replace("-idx", ".idx")))
+    assert len(load_source("mnist", tmp_path / "root")["train"].labels) == 1000
+
+
+@pytest.mark.parametrize("by", ["flag", "variable"])
+def test_named_folder_that_lacks_files_is_refused_with_the_folders_searched(idx_folder, monkeypatch, tmp_path, by):
+    named = tmp_path / "named"
+    shutil.copytree(idx_folder, named)
+    shutil.copytree(idx_folder, tmp_path / "cache" / "ram-study" / "mnist")  # not asked for
+    for path in sorted(named.iterdir())[:2]:
+        path.unlink()
+    if by == "variable":
+        monkeypatch.setenv("RAM_DATA_DIR", str(named))
+    with pytest.raises(UserError) as refusal:
+        load_source("mnist", named if by == "flag" else None)
+    assert not isinstance(refusal.value, DataMissing)  # for which --data auto takes the digits
+    flag = "--data-dir" if by == "flag" else "$RAM_DATA_DIR"
+    assert str(refusal.value).startswith(
+        f"{flag} must hold mnist's four IDX files, plain or .gz; not found in {named}/"
+    )
+    assert f"{named}/MNIST/raw, " in str(refusal.value)
+    assert f"; {named} lacks t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte: put them there" in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,9 @@ import boto3
 import jsonschema
 import kubernetes_validate
 import pytest
+import requests
 import yaml
+from clusters import free_port
 from moto.server import ThreadedMotoServer
 from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -401,3 +404,99 @@ def test_ray_up_launches_the_head_and_ray_down_ends_it(aws, stack, tmp_path):
     assert down.returncode == 0, down.stdout + down.stderr
     states = {m["State"]["Name"] for r in ec2.describe_instances()["Reservations"] for m in r["Instances"]}
     assert states <= {"terminated", "shutting-down"}
+
+
+# cluster.sh on a machine of its own home.
+
+
+@pytest.fixture
+def machine(tmp_path) -> Path:
+    """A home with the project installed, as far as cluster.sh looks."""
+    project = tmp_path / "ram-study"
+    (project / ".venv").mkdir(parents=True)
+    (project / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
+    for name in ("cluster.sh", "pyproject.toml", "constraints.txt"):
+        (project / name).write_bytes((ROOT / name).read_bytes())
+    files = ["pyproject.toml", "constraints.txt"]
+    sums = subprocess.run(["sha256sum", *files], cwd=project, capture_output=True, text=True, check=True).stdout
+    (project / ".venv" / "installed").write_text(sums)
+    return tmp_path
+
+
+def script(machine: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run cluster.sh there, with this environment in the cluster's yaml and in ours."""
+    (machine / "cluster.yaml").write_text(json.dumps({"metadata": {"environment": environment}}))
+    env = {"HOME": str(machine), "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", **environment}
+    line = ["bash", str(machine / "ram-study" / "cluster.sh"), *words]
+    return subprocess.run(line, env=env, capture_output=True, text=True)
+
+
+def test_node_makes_rays_temporary_folder_for_its_user_alone(machine):
+    folder = machine / "tmp" / "ray"
+    done = script(machine, "node", RAY_TMPDIR=str(folder))
+    assert done.returncode == 0, done.stderr
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert script(machine, "folder", RAY_TMPDIR=str(folder)).returncode == 0
+    assert script(machine, "folder").returncode == 0  # none is named: the machine is the cluster's alone
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o755, 0o750])
+@pytest.mark.parametrize("command", ["node", "folder"])
+def test_temporary_folder_that_others_can_enter_is_refused(machine, command, mode):
+    folder = machine / "shared"
+    folder.mkdir()
+    folder.chmod(mode)
+    done = script(machine, command, RAY_TMPDIR=str(folder))
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith("error: RAY_TMPDIR must be a folder that only ")
+    assert str(folder) in line and line.endswith("remove it, or name another")
+
+
+def test_temporary_folder_that_is_a_link_is_refused(machine):
+    (machine / "own").mkdir(mode=0o700)
+    (machine / "link").symlink_to(machine / "own")
+    assert script(machine, "folder", RAY_TMPDIR=str(machine / "link")).returncode == 1
+
+
+def test_own_machines_have_a_private_temporary_folder_made_before_each_start_of_ray():
+    read = config("cluster-local.yaml")
+    assert read["metadata"]["environment"]["RAY_TMPDIR"]
+    for kind in ("head", "worker"):
+        assert read[f"{kind}_start_ray_commands"][0].endswith("cluster.sh folder")
+
+
+def test_mlflows_password_is_made_once_in_a_file_of_its_user_alone(machine):
+    assert script(machine, "node").returncode == 0 and script(machine, "head").returncode == 0
+    assert "PASSWORD" not in (machine / ".ram-study.env").read_text()
+    made = []
+    for _ in range(2):
+        assert script(machine, "node", RAM_MLFLOW_LOGIN="1").returncode == 0
+        assert script(machine, "head", RAM_MLFLOW_LOGIN="1").returncode == 0
+        made.append((machine / ".mlflow-password").read_text().strip())
+        settings = (machine / ".ram-study.env").read_text()
+        assert f"MLFLOW_TRACKING_USERNAME=admin MLFLOW_TRACKING_PASSWORD={made[-1]}" in settings
+    assert made[0] == made[1] and len(made[0]) >= 32
+    for name in (".mlflow-password", ".ram-study.env"):
+        assert (machine / name).stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.slow
+def test_mlflow_with_a_login_answers_only_to_the_password(machine, tmp_path):
+    pytest.importorskip("flask_wtf", reason="mlflow[auth] is not installed: make setup")
+    port = free_port()
+    path = machine / "ram-study" / "cluster.sh"
+    text = path.read_text().replace("MLFLOW_PORT=5001", f"MLFLOW_PORT={port}")
+    path.write_text(text.replace("pgrep --euid", "true pgrep --euid"))  # it ends with Ray, and none runs here
+    settings = {"RAM_MLFLOW_LOGIN": "1", "RAM_STORAGE": str(tmp_path / "storage")}
+    settings["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
+    for command in ("node", "head", "mlflow"):
+        done = script(machine, command, **settings)
+        assert done.returncode == 0, done.stdout + done.stderr
+    try:
+        password = (machine / ".mlflow-password").read_text().strip()
+        url = f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/search?max_results=1"
+        answers = [requests.get(url, auth=auth).status_code for auth in (None, ("admin", "x"), ("admin", password))]
+        assert answers == [401, 401, 200]
+        assert (machine / ".mlflow-users.db").stat().st_mode & 0o077 == 0
+    finally:
+        os.kill(int((machine / ".mlflow.pid").read_text()), signal.SIGTERM)

@@ -122,15 +122,20 @@ def test_test_accuracy_of_ended_trial_is_kept(folder):
         assert record.trials[0].test == {"accuracy": [0.5]}
 
 
-def test_larger_total_extends_study_and_smaller_one_changes_nothing(folder):
+def test_larger_total_extends_study_and_smaller_one_keeps_the_trials_that_have_begun(folder):
     with open_record(folder, total=5) as record:
-        assert record.totals == [5]
-    with open_record(folder, total=3) as record:
-        assert record.totals == [5]
+        record.start(plan(), SPACE)
+        record.start(plan(), SPACE)
     with open_record(folder, total=9) as record:
         assert record.totals == [5, 9]
     with open_record(folder, total=None) as record:
         assert record.totals == [5, 9]
+    with open_record(folder, total=1) as record:
+        assert record.totals == [5, 9, 2]
+    with open_record(folder, total=1) as record:
+        assert record.totals == [5, 9, 2]
+    with open_record(folder, total=4) as record:
+        assert record.totals == [5, 9, 2, 4]
 
 
 @pytest.mark.parametrize(

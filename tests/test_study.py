@@ -20,9 +20,12 @@ import pytest
 import torch
 from rich.console import Console
 
+from ramcore import machine
 from ramcore.config import TASKS, Config
+from ramcore.errors import UserError
 from ramcore.sources import load_task
-from study import designs, driver, pool, results, tracking
+from ramcore.space import Dimension
+from study import designs, driver, pool, prepare, ray_folder, results, tracking
 from study.checkpoints import Checkpoints
 from study.display import Display, duration, percent, time_left
 from study.flags import DONE, SOME_FAILED, STOPPED, UNTRACKED, USAGE, Flags, signals_caught
@@ -69,6 +72,9 @@ def refused(capsys, **flags) -> str:
         ({"gpus_per_trial": -0.5}, "--gpus-per-trial must be at least 0; got -0.5"),
         ({"time_budget": 0.0}, "--time-budget must be above 0; got 0"),
         ({"money_budget": 5.0}, "a money budget needs a price"),
+        ({"storage": "gs//nope"}, "--storage must be a folder or a URI such as s3://bucket/folder; got gs//nope"),
+        ({"storage": "s3:bucket/runs"}, "--storage must be a folder or a URI"),
+        ({"seeds_per_trial": 10**6}, "a trial must fit in memory; with Ray and the study itself it takes"),
         ({"study": "../escape"}, "a study's name is a folder's name"),
         ({"task": "nope"}, f"--task must be one of {', '.join(TASKS)}; got 'nope'"),
         ({"data": "nope"}, "--data must be one of auto, mnist, fashion-mnist, digits; got 'nope'"),
@@ -93,6 +99,39 @@ def refused(capsys, **flags) -> str:
 def test_bad_flags_are_refused_in_one_line_and_nothing_is_written(here, capsys, flags, said):
     assert said in refused(capsys, **flags)
     assert not list(here.iterdir())
+
+
+def test_foreign_optuna_study_is_refused_and_left_as_it_is(here, capsys):
+    (here / "runs" / "s").mkdir(parents=True)
+    storage = f"sqlite:///{here}/runs/s/study.db"
+    optuna.create_study(study_name="theirs", storage=storage).ask()
+    assert "holds the Optuna study theirs, made by something else" in refused(capsys, study="s", task="original")
+    assert optuna.get_all_study_names(storage) == ["theirs"]
+
+
+def test_container_with_less_memory_than_a_trial_needs_is_refused(here, capsys, monkeypatch):
+    monkeypatch.setattr(machine, "memory", lambda: 2**30)
+    assert "and this machine or container has 1.0: give it more, or train smaller networks" in refused(capsys)
+    assert not list(here.iterdir())
+
+
+def test_slots_are_what_cpus_and_memory_allow(monkeypatch):
+    monkeypatch.setattr(machine, "cpus", lambda: 7.9)
+    config = Config(task="original", data="digits")
+    trial = pool.trial_resources(1.0, 0.0, [(config, 1)], on_cluster=False)
+    for gib, slots in ((64, 7), (3, 5), (1.5, 1)):
+        monkeypatch.setattr(machine, "memory", lambda gib=gib: int(gib * 2**30))
+        assert pool.count_slots(pool.local_resources(), pool.Pool(trial=trial, max_concurrent=None)) == slots
+    monkeypatch.setattr(machine, "cpus", lambda: 0.5)
+    assert pool.count_slots(pool.local_resources(), pool.Pool(trial=trial, max_concurrent=None)) == 1
+
+
+def test_unsafe_temporary_folder_is_refused(here, capsys, monkeypatch):
+    (here / "open").mkdir()
+    (here / "open").chmod(0o777)
+    monkeypatch.setenv("RAY_TMPDIR", "open")
+    monkeypatch.setattr(ray_folder, "_LONGEST", 4096)
+    assert "the temporary folder must be safe from other users" in refused(capsys, task="original")
 
 
 def test_unwritable_storage_is_refused(here, capsys):
@@ -137,6 +176,71 @@ def test_dry_run_prints_plan_and_writes_nothing(here, capsys):
     assert "Study translated-digits-search: new" in out
     assert "40: 5 published, 16 sobol, 19 tpe" in out
     assert "patch_size" in out and "multiply-adds an image" in out and "sqlite:///mlflow.db" in out
+    assert not list(here.iterdir())
+
+
+def edited(monkeypatch, edit) -> None:
+    """Have the study search a space with other dimensions."""
+
+    def search(base):
+        space = search_space(base)
+        dimensions = tuple(edit(list(space.dimensions)))
+        values, names = dataclasses.asdict(base), [d.name for d in dimensions]
+        default = {name: values[name] for name in names if name in values}
+        fixed = {name: value for name, value in values.items() if name not in names}
+        return dataclasses.replace(space, dimensions=dimensions, default=default, fixed=fixed)
+
+    monkeypatch.setattr(prepare, "search_space", search)
+
+
+CORE = Dimension(name="core", type="categorical", choices=("rnn", "gru"), unit="kind", reason="why not")
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda dimensions: [*dimensions, CORE], "core              categorical rnn, gru (kind): why not"),
+        (lambda dimensions: [d for d in dimensions if d.name != "patch_size"], "num_glimpses      int 2 to 8"),
+        (lambda dimensions: [d for d in dimensions if d.name != "num_scales"], "patch_size        int 4 to"),
+        (lambda _: [CORE], "core              categorical rnn, gru"),
+    ],
+)
+def test_dry_run_of_an_edited_space_prints_its_dimensions(here, capsys, monkeypatch, edit, said):
+    edited(monkeypatch, edit)
+    assert main(Flags(data="digits", task="original", dry_run=True)) == DONE
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("dimension", "said"),
+    [
+        (None, "a search needs at least one dimension"),
+        (
+            {"name": "num_glimpses", "low": 2, "high": 3},
+            "a field can be searched once; the dimensions are num_glimpses",
+        ),
+        (
+            {"name": "glimpses", "low": 2, "high": 3},
+            "a dimension must be a field of Config other than data, task, epochs",
+        ),
+        (
+            {"name": "epochs", "low": 2, "high": 3},
+            "a dimension must be a field of Config other than data, task, epochs",
+        ),
+        ({"name": "scale_factor", "low": 1, "high": 3}, "the dimension scale_factor needs another range"),
+        ({"name": "hidden_size", "low": 16, "high": 2**20}, "a trial must fit in memory"),
+        ({"name": "location_hidden", "type": "float", "low": 16, "high": 20}, "location_hidden must be a whole number"),
+        ({"name": "layer_norm", "low": 0, "high": 1}, "layer_norm must be true or false; got 0"),
+        ({"name": "core", "type": "categorical", "choices": ("rnn", "cnn")}, "core must be one of rnn, gru, lstm"),
+        ({"name": "patch_size", "low": 28, "high": 28}, "a field can be searched once"),
+    ],
+)
+def test_space_that_makes_no_configurations_is_refused(here, capsys, monkeypatch, dimension, said):
+    more = [] if dimension is None else [Dimension(**{"type": "int", **dimension})]
+    edited(monkeypatch, lambda dimensions: [*dimensions, *more] if more else [])
+    assert main(Flags(data="digits", task="original", trials=4)) == USAGE
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: "))
+    assert line.startswith("error: ") and said in line
     assert not list(here.iterdir())
 
 
@@ -282,6 +386,44 @@ def test_only_running_trial_fails_after_ray_breaks_down_three_times(fragile, cap
     assert "failed: trial 0000: error: Ray broke down 3 times over it; out of memory" in capsys.readouterr().out
 
 
+@pytest.fixture
+def short_of_memory(fragile, monkeypatch) -> list[int]:
+    """Memory that is short with more than one trial at a time; returns the numbers at a time that were tried."""
+    run_trials, tried = pool.run_trials, []
+    monkeypatch.setattr(pool.Pool, "slots", property(lambda self: min(5, self.max_concurrent or 5)))
+
+    def short(scheduler, data, ray_pool, look=None):
+        tried.append(ray_pool.slots)
+        if ray_pool.slots > 1:
+            while scheduler.next_job():
+                pass
+            raise pool.ShortOfMemory("a worker was killed due to the node running low on memory")
+        run_trials(scheduler, data, ray_pool, look)
+
+    monkeypatch.setattr(pool, "run_trials", short)
+    return tried
+
+
+def test_worker_killed_for_lack_of_memory_halves_the_trials_at_a_time_until_they_fit(short_of_memory, capsys):
+    assert main(SMALL) == DONE
+    assert short_of_memory == [5, 2, 1]
+    err = capsys.readouterr().err
+    assert "memory ran short with 5 trials at a time, so from now on 2: a worker was killed" in err
+    assert "memory ran short with 2 trials at a time, so from now on 1: a worker was killed" in err
+
+
+def test_memory_too_short_for_any_trial_stops_study_and_names_the_remedy(fragile, monkeypatch, capsys):
+    def short(scheduler, data, ray_pool, look=None):
+        scheduler.next_job()
+        raise pool.ShortOfMemory("killed")
+
+    monkeypatch.setattr(pool, "run_trials", short)
+    assert main(SMALL) == STOPPED
+    captured = capsys.readouterr()
+    assert "one trial at a time needs more: give this machine or container more memory" in captured.err
+    assert "0 failed, 1 to be continued" in captured.out
+
+
 def test_ray_that_does_not_start_stops_study_and_fails_no_trial(fragile, monkeypatch, capsys):
     fragile.extend(["killed"])
     running = pool.ray_running
@@ -314,6 +456,27 @@ def test_tune_that_ends_early_is_started_again(fragile, monkeypatch, capsys):
     assert main(SMALL) == DONE
     captured = capsys.readouterr()
     assert "Ray Tune ended with trials to go" in captured.err and "2 trials finished" in captured.out
+
+
+def test_fewer_trials_than_before_keep_those_that_have_begun_and_say_so(fragile, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "run_trials", lambda scheduler, *_, **__: scheduler.next_job() and scheduler.stop("enough"))
+        assert main(dataclasses.replace(SMALL, trials=6)) == STOPPED
+    capsys.readouterr()
+    assert main(dataclasses.replace(SMALL, trials=3, dry_run=True)) == DONE
+    captured = capsys.readouterr()
+    assert "  trials     3: " in captured.out
+    assert "--trials 3 is fewer than the 6 that s was asked for, and 1 have begun: it ends with 3" in captured.err
+    assert main(dataclasses.replace(SMALL, trials=3)) == DONE
+    assert "3 trials finished" in capsys.readouterr().out
+    assert main(dataclasses.replace(SMALL, trials=2)) == DONE  # all three have begun
+    captured = capsys.readouterr()
+    assert "and 3 have begun: it ends with 3" in captured.err and "3 trials finished" in captured.out
+    assert main(dataclasses.replace(SMALL, trials=None)) == DONE
+    captured = capsys.readouterr()
+    assert captured.err == "" and "3 trials finished" in captured.out
+    assert main(dataclasses.replace(SMALL, trials=5)) == DONE
+    assert "5 trials finished" in capsys.readouterr().out
 
 
 def test_full_disk_stops_study_and_same_command_continues(fragile, monkeypatch, capsys):
@@ -522,4 +685,42 @@ def test_published_model_loads_and_reproduces_test_accuracy(finished, monkeypatc
     hits = probabilities.argmax(-1) == data.test.labels.numpy()[:, None]
     assert hits.mean(0).tolist() == pytest.approx(best["test"]["accuracy"])
     assert model.metadata.signature is not None
+
+    canvases = images.numpy()[:20]
+    expected = probabilities[:20]
+    for taken in (canvases, canvases / 255, (canvases / 255).tolist()):  # uint8, float64, as from JSON
+        assert np.allclose(model.predict(taken), expected, atol=1e-6)
+    assert model.predict(canvases[:0]).shape == (0, *expected.shape[1:])
+    wrong = np.where(canvases == 0, np.nan, canvases / 255)
+    for refused_input, said in (
+        (canvases.astype(np.float32), r"must be floating-point numbers in \[0, 1\], or uint8; got 0 to 255"),
+        (canvases / 255 - 0.1, "got -0.1 to 0.9"),
+        (wrong, "some are not finite"),
+        (canvases.astype(np.int64), "got int64"),
+        (canvases[0], r"must have shape \(images, 28, 28\), canvases of task original; got \(28, 28\)"),
+        (canvases[:, :27], r"got \(20, 27, 28\)"),
+        ([[[0.0]], [[0.0, 1.0]]], "images must be one array"),
+    ):
+        with pytest.raises(UserError, match=said) as refusal:
+            model.predict(refused_input)
+        assert "\n" not in str(refusal.value)
     mlflow.set_tracking_uri(None)
+
+
+def test_published_model_loads_without_this_project_and_needs_only_what_pypi_has(finished, tmp_path):
+    folder, _ = finished
+    (model,) = folder.glob("mlruns/*/models/*/artifacts")
+    requirements = (model / "requirements.txt").read_text().splitlines()
+    assert {line.partition("==")[0] for line in requirements} == {"torch", "numpy", "mlflow"}
+    assert not [line for line in requirements if "+" in line or "file:" in line]
+    program = f"""
+import importlib.util, sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+assert importlib.util.find_spec("ramcore") is None and importlib.util.find_spec("study") is None
+import mlflow, numpy
+model = mlflow.pyfunc.load_model({str(model)!r})
+print(model.predict(numpy.zeros((3, 28, 28), numpy.uint8)).shape)
+"""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("(3, "), done.stderr

@@ -37,6 +37,7 @@ def test_command_trains_tests_and_draws_the_glimpses(tmp_path):
         ("--epochs -1", "epochs must be"),
         ("--recipe best", "--recipe must be one of tuned, paper; got 'best'"),
         ("--device tpu", "--device must be cpu or cuda"),
+        ("--num-scales 6 --scale-factor 8", "a network must fit in memory; 1 at a time"),
         ("--threads -1", "--threads must be at least 0"),
         ("--data mnist --data-dir /nowhere", "--data-dir must be a folder"),
         ("--data digits --seeds 1 1", "seeds must be different"),
