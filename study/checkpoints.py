@@ -67,6 +67,13 @@ class Checkpoints:
                 self.folder.delete(f"{self.name}/{name}")
         self.folder.delete_folder(self.name)
 
+    def identity(self) -> dict[str, Any] | None:
+        """Whose checkpoints these are, by the newest undamaged file; None if there is no such file."""
+        for name in [*reversed(self._epochs()), "best.pt"]:
+            if content := self._read(name):
+                return content.get("identity")
+        return None
+
     def _epochs(self) -> list[str]:
         return [name for name in self.folder.names(self.name) if _EPOCH_FILE.fullmatch(name)]
 
@@ -81,6 +88,11 @@ class Checkpoints:
             return None
         # weights_only: a checkpoint that contains code is refused.
         return torch.load(io.BytesIO(body), weights_only=True, map_location="cpu")
+
+
+def numbers_present(folder: Folder) -> list[int]:
+    """The numbers of the trials of which a study's folder holds files."""
+    return sorted(int(name) for name in folder.folders("trials") if name.isdecimal())
 
 
 def _pack(content: dict[str, Any]) -> bytes:
