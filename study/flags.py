@@ -114,6 +114,9 @@ class Flags:
     money_budget: float | None = None
     """Most that the machines of this run may cost, in the currency of --price-per-hour. A cluster's head is not
     counted. Default: no limit."""
+    repair: bool = False
+    """Rebuild a damaged or lost record from its backups, the checkpoints and MLflow, say what could not be, and go
+    on."""
     dry_run: bool = False
     """Print the plan, with an estimate of its time and cost, and exit. On a cluster, no machine is started."""
 
@@ -131,6 +134,8 @@ def check(flags: Flags) -> None:
     _require(flags, "cpus_per_trial", f"at least {RAY_STEP}", lambda v: v >= RAY_STEP, "pass a larger number")
     _require(flags, "gpus_per_trial", "at least 0", lambda v: 0 <= v < math.inf, "pass 0, a fraction or a count")
     _require(flags, "gpus_per_trial", "whole above 1", lambda v: v <= 1 or v == int(v), "pass a fraction or a count")
+    if flags.repair and flags.dry_run:
+        raise UserError("--dry-run writes nothing, and --repair does: pass one of them")
     if flags.study is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", flags.study):
         raise UserError(
             "a study's name is a folder's name: up to 100 letters, digits, and . _ + - after the first; "

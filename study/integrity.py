@@ -2,14 +2,16 @@
 
 SQLite checks its own structure, not the values, and it drops the end of a damaged write-ahead log in silence. So every
 row of the record has a checksum in the table `checksums`, which triggers write in the row's own commit, each with the
-next serial number. The file `study.commits` beside the record holds the newest serial number: a record that ends before
-it has lost commits. A record without checksums is an older one: it gets them when it is next opened for writing.
+next serial number. The file `study.commits` beside the record holds the newest serial number, and which file it is of:
+a record that ends before it has lost commits; another file is a copy that someone has put there. A record without
+checksums is an older one: it gets them when it is next opened for writing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import shutil
 import sqlite3
@@ -18,9 +20,11 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ramcore.errors import UserError, first_line
+
+logger = logging.getLogger(__name__)
 
 COMMITS = "study.commits"
 # The tables whose rows count. Optuna's dashboard may write to the others.
@@ -84,7 +88,9 @@ def adopt(path: Path) -> None:
         database.execute(
             "create table checksums (serial integer primary key autoincrement, entry text unique, checksum text)"
         )
-        rows = [(f"{table} {rowid}", _checksum(table, *row)) for table in _TABLES for rowid, row in _rows(database, table)]
+        rows = [
+            (f"{table} {rowid}", _checksum(table, *row)) for table in _TABLES for rowid, row in _rows(database, table)
+        ]
         database.executemany("insert into checksums (entry, checksum) values (?, ?)", rows)
         database.execute("commit")
 
@@ -110,7 +116,7 @@ class Commits:
         Raises RecordGone, sqlite3.Error.
         """
         self.check()
-        os.pwrite(self._witness, _line(self._serial()), 0)
+        os.pwrite(self._witness, _line(self._serial(), self._files[self._path]), 0)
 
     def check(self) -> None:
         """Raises RecordGone if the record is no longer where it was opened."""
@@ -133,16 +139,25 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return None
 
 
-def _line(serial: int) -> bytes:
-    return b"%012d %08x\n" % (serial, zlib.crc32(b"%012d" % serial))
+def _line(serial: int, file: tuple[int, int] | None) -> bytes:
+    text = b"%012d of file %d %d" % (serial, *(file or (0, 0)))
+    return b"%s %08x\n" % (text.ljust(64), zlib.crc32(text))
 
 
-def _witnessed(path: Path) -> int | None:
-    """The serial number in the file beside a record; None if there is none, or it is damaged itself."""
-    with contextlib.suppress(OSError, ValueError):
+class _Witness(NamedTuple):
+    """What the file beside a record says."""
+
+    serial: int
+    same_file: bool  # whether it speaks of the record that is there now
+
+
+def _witness(path: Path) -> _Witness | None:
+    """None if there is none, or it is damaged itself."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
         content = path.with_name(COMMITS).read_bytes()
-        serial = int(content[:12])
-        return serial if content == _line(serial) else None
+        serial, device, inode = (int(content.split()[n]) for n in (0, 3, 4))
+        if content == _line(serial, (device, inode)):
+            return _Witness(serial, _identity(path) == (device, inode))
     return None
 
 
@@ -160,21 +175,21 @@ def check(path: Path, trials: Sequence[int] = ()) -> None:
         RecordDamaged: an entry is not as it was written, commits are missing, or the whole record is.
         sqlite3.OperationalError: it cannot be read now (locked, no access, a failing disk).
     """
-    serial = _witnessed(path)  # first: a driver that is running commits before it notes so
+    witness = _witness(path)  # first: a driver that is running commits before it notes so
     is_there = path.exists()
     if not is_there or path.stat().st_size == 0:
         if trials:
             raise RecordDamaged(path, f"is missing or empty, and the checkpoints of {_named(trials)} are there")
-        if is_there and serial is not None:
-            raise RecordDamaged(path, f"is empty, and had {serial} entries")
+        if is_there and witness is not None:
+            raise RecordDamaged(path, f"is empty, and had {witness.serial} entries")
         return
     try:
         with connected(path) as database:
-            problem = _problem(database, serial, trials)
+            problem = _problem(database, witness, trials)
     except sqlite3.DatabaseError as error:
         if _passing(error):
             raise
-        if _code(error) == sqlite3.SQLITE_NOTADB and serial is None and not trials:
+        if _code(error) == sqlite3.SQLITE_NOTADB and witness is None and not trials:
             return  # never was a record: opening it says so
         problem = f"cannot be read ({first_line(error)})"
     if problem:
@@ -190,12 +205,12 @@ def problem_of(database: sqlite3.Connection) -> str | None:
         return f"cannot be read ({first_line(error)})"
 
 
-def _problem(database: sqlite3.Connection, serial: int | None, trials: Sequence[int]) -> str | None:
+def _problem(database: sqlite3.Connection, witness: _Witness | None, trials: Sequence[int]) -> str | None:
     database.execute("begin")  # one state, even while a driver writes
     if (answer := database.execute("pragma integrity_check(1)").fetchall()[0][0]) != "ok":
         return f"is damaged ({' '.join(str(answer).split())[:150]})"
     if not _has_checksums(database):
-        if serial is not None:
+        if witness is not None and witness.same_file:
             return "has lost its checksums"
     else:
         stored = dict(database.execute("select entry, checksum from checksums").fetchall())
@@ -208,8 +223,11 @@ def _problem(database: sqlite3.Connection, serial: int | None, trials: Sequence[
         if wrong := [*wrong, *stored]:
             return f"is damaged ({len(wrong)} entries differ from their checksums or are gone, first {wrong[0]!r})"
         newest = database.execute("select coalesce(max(serial), 0) from checksums").fetchall()[0][0]
-        if serial is not None and newest < serial:
-            return f"lacks its last {serial - newest} entries (its write-ahead log was damaged or deleted)"
+        if witness is not None and newest < witness.serial:
+            lacks = f"lacks the last {witness.serial - newest} entries"
+            if witness.same_file:
+                return f"{lacks} that were written (its write-ahead log was damaged or deleted)"
+            logger.warning("the record is an older copy that was put there: it %s", lacks)
     if trials:
         held = database.execute("select count(*) from trials").fetchall()[0][0] if _has(database, "trials") else 0
         if lost := [number for number in trials if number >= held]:

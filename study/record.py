@@ -28,7 +28,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import logging
 import math
 import os
@@ -458,6 +457,41 @@ def open_record(
     return record
 
 
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keep drivers out of a study's folder. Raises UserError if one is running; OSError."""
+    lock = _lock(folder / "driver.lock")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_anew(path: Path, study: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> None:
+    """Write a record from the user attributes of a study and of its trials, by number.
+
+    Values and states of trials are not written: `Record.open` completes them from the attributes.
+    """
+    settings = StudySettings(**study["settings"])
+    made, rdb = _open_database(path, settings.study)
+    assert made is not None
+    space = Space.from_dict(settings.space)
+    for attrs in trials:
+        spec = TrialSpec.from_dict(attrs["plan"])
+        values = {name: getattr(spec.config, name) for name in space.names}
+        ranges = distributions(space) if values and spec.config.is_recurrent and space.contains(values) else {}
+        template = optuna.trial.create_trial(
+            state=TrialState.RUNNING,
+            params={name: values[name] for name in ranges},
+            distributions=ranges,
+            user_attrs=dict(attrs),
+        )
+        rdb.create_new_trial(rdb.get_study_id_from_name(settings.study), template_trial=template)
+    for name in sorted(study, key=lambda name: name == "settings"):  # last: it says that the others are there
+        made.set_user_attr(name, study[name])
+    rdb.engine.dispose()
+
+
 class StoredStudy(NamedTuple):
     """A study as its record holds it."""
 
@@ -485,8 +519,8 @@ def read_study(path: Path, trials: Sequence[int] = ()) -> StoredStudy | None:
         attrs = study.user_attrs if study is not None else {}
         if study is None or "settings" not in attrs:
             return None
-        trials = [_from_storage(frozen) for frozen in study.get_trials(deepcopy=False)]
-        return StoredStudy(StudySettings(**attrs["settings"]), attrs["totals"], _rows(attrs), trials)
+        found = [_from_storage(frozen) for frozen in study.get_trials(deepcopy=False)]
+        return StoredStudy(StudySettings(**attrs["settings"]), attrs["totals"], _rows(attrs), found)
     finally:
         database.engine.dispose()
 
@@ -582,23 +616,24 @@ def _open_database(path: Path, name: str | None) -> tuple[optuna.Study | None, R
 
 def _lock(path: Path) -> FileLock:
     """Lock a file, which then holds the number of this process. Raises UserError if another one has it; OSError."""
-    lock = FileLock(path, blocking=False, thread_local=False)
+    held = FileLock(path, blocking=False, thread_local=False)
     try:
-        lock.acquire()
+        held.acquire()
     except Timeout:
         holder = path.read_text(errors="replace").strip() or "unknown"
         raise UserError(
             f"a study has one driver at a time; process {holder} is running {path.parent.name}: wait for it or end it"
         ) from None
     path.write_text(str(os.getpid()))
-    return lock
+    return held
 
 
 @contextlib.contextmanager
 def _marked(path: Path) -> Iterator[None]:
-    """Lock a byte of the record itself, in case someone deletes the lock file. Raises UserError if it is locked; OSError.
+    """Lock a byte of the record itself, in case someone deletes the lock file.
 
-    A lock of the open file, which SQLite's own locks do not touch. Only Linux has such locks.
+    A lock of the open file, which SQLite's own locks do not touch. Only Linux has such locks. Raises UserError if
+    another process has it; OSError.
     """
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:

@@ -4,8 +4,8 @@ Every minute, and soon after a trial has ended, a copy made by SQLite's own back
 two files in `backups/`. `study.repair` rebuilds a damaged record from them.
 
 SQLite needs a real file. So the driver of a study in an object store works on a copy in its cache, and writes the whole
-copy back: before it starts a new trial, and whenever a backup is made. If the driver's machine is lost for good, at most
-the epochs of the last minute are lost, and the trials' checkpoints report these again.
+copy back: before it starts a new trial, and whenever a backup is made. If the driver's machine is lost for good, at
+most the epochs of the last minute are lost, and the trials' checkpoints report these again.
 
 A lock file is seen by one machine only. So two things keep a second driver out of a study in an object store:
 
@@ -268,7 +268,7 @@ class Snapshots:
         self._wake.set()
 
     def check(self) -> None:
-        """Raises OSError if the record is damaged, its storage was out of reach for too long, or another driver has it."""
+        """Raises OSError if the record is damaged or another's, or its store was out of reach for too long."""
         if self._lost is not None:
             raise self._lost
 

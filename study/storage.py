@@ -137,7 +137,7 @@ class LocalFolder:
     def folders(self, folder: str) -> list[str]:
         """The base names of the folders right inside a folder that hold something; none if there is no such folder."""
         with contextlib.suppress(FileNotFoundError):
-            return sorted(e.name for e in os.scandir(self.root / folder) if e.is_dir() and any(os.scandir(e.path)))
+            return sorted(e.name for e in os.scandir(self.root / folder) if e.is_dir() and os.listdir(e.path))
         return []
 
     def delete(self, name: str) -> None:
