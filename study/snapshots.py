@@ -235,13 +235,13 @@ class Snapshots:
         self._sent.add(hashlib.sha256(content).hexdigest())
         try:
             self._version = folder.write_version(RECORD, content, self._version)
-        except VersionConflict as error:
+        except VersionConflict:
             try:
                 there, version = folder.read_version(RECORD)
             except FileNotFoundError:
-                raise LeaseHeld("the record was deleted in its storage: this driver stops") from error
+                raise LeaseHeld("the record was deleted in its storage: this driver stops") from None
             if hashlib.sha256(there).hexdigest() not in self._sent:
-                raise LeaseHeld("another driver has taken the study over: this one stops") from error
+                raise LeaseHeld("another driver has taken the study over: this one stops") from None
             self._version = folder.write_version(RECORD, content, version)
         (self._path.parent / _PUSHED).touch()
 
