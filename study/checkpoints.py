@@ -89,9 +89,9 @@ class Checkpoints:
         return self._read("best.pt")
 
     def drop_epochs(self, *, keep_best: bool) -> None:
-        """Delete the files that an ended trial no longer needs."""
+        """Delete the files that an ended trial no longer needs; what is not this class's stays."""
         for name in self.folder.names(self.name):
-            if not (keep_best and name == "best.pt"):
+            if _OUR_FILE.fullmatch(name) and not (keep_best and name == "best.pt"):
                 self.folder.delete(f"{self.name}/{name}")
         self.folder.delete_folder(self.name)
 

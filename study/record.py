@@ -230,6 +230,7 @@ class Record:
                 record._load_trials()
                 record._commits.done()
                 record.snapshots = Snapshots(folder / RECORD)
+                record.snapshots.soon()
                 return record
         except BaseException:
             held.close()

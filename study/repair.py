@@ -79,7 +79,7 @@ def repair(storage: Storage, study: str, uri: str) -> list[str]:
         states = [trial.get("end", {}).get("state", "to be continued") for trial in trials]
         counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
         return [
-            f"the record of {study} was rebuilt: {len(trials)} trials ({counts}); the old files: {aside}",
+            f"the record of {study} was rebuilt: {len(trials)} trials ({counts}); the old files are kept as {aside}*",
             *found.said,
         ]
 
@@ -207,10 +207,13 @@ class _Tracked:
                     "test": None,
                     "diverged": schema.DIVERGED in run.data.tags,
                 }
-            if new := sorted(set(attrs) - held - {"origin", "row", "seeds", "started", "run"}):
-                what = f"{new[0]} to {new[-1]}" if len(new) > 2 else " and ".join(new)
-                means = "; its losses are means over the seeds" if any(n.startswith("epoch") for n in new) else ""
-                found.said.append(f"trial {number:04d}: {what} from MLflow{means}")
+            new = set(attrs) - held
+            epochs = sorted(int(name.split()[1]) for name in new if name.startswith("epoch "))
+            parts = ["configuration"] if "plan" in new else []
+            parts += [f"epochs {epochs[0]} to {epochs[-1]} (losses as means over the seeds)"] if epochs else []
+            parts += ["end"] if "end" in new else []
+            if parts:
+                found.said.append(f"trial {number:04d}: from MLflow: {', '.join(parts)}")
 
     def _complete_study(self, found: _Found) -> None:
         """Settings, identity and totals. The rows of a fixed design are not tracked."""
