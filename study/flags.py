@@ -28,7 +28,7 @@ from study.designs import DESIGNS
 
 # Exit codes. SIGINT and SIGTERM give 130 and 143; the same command continues then too.
 DONE = 0
-BROKEN = 1  # the first trials failed alike (a programming error), or the driver itself failed
+BROKEN = 1  # the first trials failed alike (a programming error), the record went away, or the driver itself failed
 USAGE = 2  # the flags or the data cannot be used; nothing was started
 SOME_FAILED = 3  # done, with failed trials
 STOPPED = 75  # by a budget or a full disk; the same command continues

@@ -422,7 +422,9 @@ class Record:
             if not self._dirty:
                 self.changed.wait(timeout)
             numbers, self._dirty = self._dirty, set()
-            return numbers
+        if numbers and self.snapshots is not None and self.snapshots.is_taken():
+            return set()  # another driver tracks the study now
+        return numbers
 
 
 def open_record(

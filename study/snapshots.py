@@ -259,12 +259,22 @@ class Snapshots:
         except sqlite3.Error as error:
             raise OSError(f"{self._path} cannot be copied: {first_line(error)}") from error
 
+    def is_taken(self) -> bool:
+        """Whether another driver is known to have the study."""
+        try:
+            if self._lease is not None:
+                self._lease.check()
+        except LeaseHeld:
+            return True
+        except OSError:
+            pass  # the store is out of reach: nothing is known
+        return False
+
     def soon(self) -> None:
         """Copy the record soon, without waiting. Raises OSError as `check` does, LeaseHeld."""
         self.check()
-        if self._lease is not None:
-            with contextlib.suppress(OSError):  # out of reach for a while is no harm
-                self._lease.check()  # a driver that was suspended must not delete what its successor needs
+        if self.is_taken():  # a driver that was suspended must not delete what its successor needs
+            raise LeaseHeld("another driver has taken the study over: this one stops")
         self._wake.set()
 
     def check(self) -> None:

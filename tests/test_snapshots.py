@@ -232,8 +232,9 @@ def test_suspended_driver_does_not_end_a_trial_of_its_successor(storage, tmp_pat
     suspended.add_epoch(0, 1, metrics(1, 0.5, 0.5))
     other_machine(tmp_path, monkeypatch, "another")
     with open_record(storage):
-        with pytest.raises(RecordLost, match="has taken s over"):
+        with pytest.raises(RecordLost, match="has taken the study over"):
             suspended.end(0, "pruned", "stopped by successive halving at epoch 1")
+        assert suspended.take_changed(0.0) == set()  # nothing is tracked twice
         suspended.close()
 
 
