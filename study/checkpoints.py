@@ -12,11 +12,15 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import pickle
 import re
+import zipfile
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from ramcore.errors import UserError, first_line
 from study.storage import Folder
 
 logger = logging.getLogger(__name__)
@@ -24,6 +28,12 @@ logger = logging.getLogger(__name__)
 KEPT = 2  # epoch checkpoints of a running trial: the newest, and the one before in case the newest is damaged
 _DIGEST_SIZE = 32  # bytes of a SHA-256
 _EPOCH_FILE = re.compile(r"epoch_(\d{4,})\.pt")
+_OUR_FILE = re.compile(r"epoch_\d{4,}\.pt|best\.pt|\..*\.tmp")  # a temporary file is of a process that was killed
+# What reading or using a checkpoint that is whole may raise if its content is not what it should be.
+UNUSABLE = (
+    pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError, KeyError, IndexError, TypeError, ValueError,
+    AttributeError, UserError,
+)  # fmt: skip
 
 
 class Checkpoints:
@@ -32,6 +42,7 @@ class Checkpoints:
     def __init__(self, folder: Folder, number: int) -> None:
         self.folder = folder
         self.name = f"trials/{number:04d}"
+        self.problems: list[str] = []  # the files that were not used, and why
 
     def save(self, epoch: int, content: dict[str, Any]) -> None:
         """Save the state after an epoch, then drop all but the last two. Raises OSError (full disk, no access)."""
@@ -40,32 +51,60 @@ class Checkpoints:
             self.folder.delete(f"{self.name}/{old}")
 
     def load(self, identity: dict[str, Any]) -> dict[str, Any] | None:
-        """The newest undamaged checkpoint of this identity (configuration and seeds); None: start from the beginning.
+        """The newest of `candidates`; None: start from the beginning."""
+        return next((content for _, content in self.candidates(identity)), None)
+
+    def candidates(self, identity: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(epoch, content) of the undamaged checkpoints of this identity (configuration and seeds), newest first.
 
         A record that lost its last commit in a power cut may give the number to another configuration, which must not
-        continue from here.
+        continue from here. What is passed over is added to `problems`.
         """
+        if junk := [n for n in self.folder.names(self.name) if not _OUR_FILE.fullmatch(n)]:
+            self.problem(f"{self.name} holds what is no checkpoint, and is not used: {', '.join(junk)[:200]}")
         for name in reversed(self._epochs()):
-            if content := self._read(name):
-                if content.get("identity") == identity:
-                    return content
-                logger.warning("%s/%s belongs to another configuration and is not used", self.name, name)
-        return None
+            try:
+                content = self._read(name)
+            except UNUSABLE as error:
+                self.problem(f"{self.name}/{name} cannot be used ({first_line(error)})")
+                continue
+            if content is None:
+                continue
+            if content.get("identity") != identity:
+                self.problem(f"{self.name}/{name} belongs to another configuration and is not used")
+            else:
+                yield int(name[len("epoch_") : -len(".pt")]), content
+
+    def problem(self, text: str) -> None:
+        """Note a file that is not used."""
+        logger.warning("%s", text)
+        self.problems.append(text)
 
     def save_best(self, content: dict[str, Any]) -> None:
         """Save a complete trial's best weights."""
         self.folder.write(f"{self.name}/best.pt", _pack(content))
 
     def load_best(self) -> dict[str, Any] | None:
-        """A complete trial's best weights; None if they are lost or damaged."""
+        """A complete trial's best weights; None if they are lost or damaged. Raises one of UNUSABLE."""
         return self._read("best.pt")
 
     def drop_epochs(self, *, keep_best: bool) -> None:
-        """Delete the files that an ended trial no longer needs."""
+        """Delete the files that an ended trial no longer needs; what is not this class's stays."""
         for name in self.folder.names(self.name):
-            if not (keep_best and name == "best.pt"):
+            if _OUR_FILE.fullmatch(name) and not (keep_best and name == "best.pt"):
                 self.folder.delete(f"{self.name}/{name}")
         self.folder.delete_folder(self.name)
+
+    def identity(self) -> dict[str, Any] | None:
+        """Whose checkpoints these are, by the newest undamaged file; None if there is no such file."""
+        for name in [*reversed(self._epochs()), "best.pt"]:
+            try:
+                content = self._read(name)
+            except UNUSABLE:
+                continue
+            if content and "identity" in content:
+                return content["identity"]
+        return None
 
     def _epochs(self) -> list[str]:
         return [name for name in self.folder.names(self.name) if _EPOCH_FILE.fullmatch(name)]
@@ -77,10 +116,18 @@ class Checkpoints:
             return None
         body, digest = raw[:-_DIGEST_SIZE], raw[-_DIGEST_SIZE:]
         if hashlib.sha256(body).digest() != digest:
-            logger.warning("%s/%s is damaged (%d bytes, wrong checksum) and is not used", self.name, name, len(raw))
+            self.problem(f"{self.name}/{name} is damaged ({len(raw)} bytes, wrong checksum) and is not used")
             return None
         # weights_only: a checkpoint that contains code is refused.
-        return torch.load(io.BytesIO(body), weights_only=True, map_location="cpu")
+        content = torch.load(io.BytesIO(body), weights_only=True, map_location="cpu")
+        if not isinstance(content, dict):
+            raise ValueError("it holds no checkpoint")
+        return content
+
+
+def numbers_present(folder: Folder) -> list[int]:
+    """The numbers of the trials of which a study's folder holds files."""
+    return sorted(int(name) for name in folder.folders("trials") if name.isdecimal())
 
 
 def _pack(content: dict[str, Any]) -> bytes:

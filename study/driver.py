@@ -35,7 +35,7 @@ from study.flags import (
 )
 from study.prepare import Prepared
 from study.probe import versions
-from study.record import Record, RecordLost, open_record
+from study.record import Record, RecordGone, RecordLost, open_record
 from study.scheduler import StudyScheduler
 from study.trainable import SharedData
 
@@ -119,10 +119,25 @@ class _Run:
             code = self._exit_code()
             outcome = results.conclude(self.record)
             untracked = self._finish_tracking(code, outcome)
+        if gone := self._gone():
+            say(f"error: {gone}: put it back and give the same command, or add --repair to rebuild what can be")
+            return BROKEN
         if untracked and code in (DONE, SOME_FAILED):
             code = UNTRACKED
         self._report(code, outcome, untracked)
         return code
+
+    def _gone(self) -> RecordGone | None:
+        """Why the record is not there as it was written, if so: then nothing can be said of the study."""
+        if isinstance(self.scheduler.error, RecordGone):
+            return self.scheduler.error
+        try:
+            self.record.flush()
+        except RecordGone as error:
+            return error
+        except RecordLost:
+            pass  # `_exit_code` has reported that it cannot be written
+        return None
 
     # Training.
 
@@ -140,7 +155,10 @@ class _Run:
             if self.tracker is None:
                 raise
             self.scheduler.stop(str(error))  # the cluster went away while the study ran
-        except (RecordLost, OSError) as error:  # OSError: Ray's own files, on a full disk
+        except RecordLost as error:
+            self.scheduler.error = self.scheduler.error or error
+            self.scheduler.stop(str(error))
+        except OSError as error:  # Ray's own files, on a full disk
             self.scheduler.stop(str(error))
         try:
             self.record.flush()
@@ -217,7 +235,7 @@ class _Run:
     # The end.
 
     def _exit_code(self) -> int:
-        if self.scheduler.broken:
+        if self.scheduler.broken or isinstance(self.scheduler.error, RecordGone):
             return BROKEN
         if isinstance(self.scheduler.error, RecordLost):
             return STOPPED  # even if this was the last trial's end: the record does not hold it

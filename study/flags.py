@@ -28,7 +28,7 @@ from study.designs import DESIGNS
 
 # Exit codes, in README.md, too. SIGINT and SIGTERM give 130 and 143; the same command continues then.
 DONE = 0
-BROKEN = 1  # the first trials failed alike (a programming error), or the driver itself failed
+BROKEN = 1  # the first trials failed alike (a programming error), the record went away, or the driver itself failed
 USAGE = 2  # the flags or the data cannot be used; nothing was started
 SOME_FAILED = 3  # done, with failed trials
 UNTRACKED = 4  # done, perhaps with failed trials, but MLflow lacks a part of it; the same command adds that
@@ -115,6 +115,9 @@ class Flags:
     money_budget: float | None = None
     """Most that the machines of this run may cost, in the currency of --price-per-hour. A cluster's head is not
     counted. Default: no limit."""
+    repair: bool = False
+    """Rebuild a damaged or lost record from its backups, the checkpoints and MLflow, say what could not be, and go
+    on."""
     dry_run: bool = False
     """Print the plan, with an estimate of its time and cost, and exit. On a cluster, no machine is started."""
 
@@ -137,6 +140,8 @@ def check(flags: Flags) -> None:
             f"--storage must be a folder or a URI such as s3://bucket/folder; got {flags.storage}, which is neither: "
             "write :// after the kind, or ./ before a folder's name"
         )
+    if flags.repair and flags.dry_run:
+        raise UserError("--dry-run writes nothing, and --repair does: pass one of them")
     if flags.study is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", flags.study):
         raise UserError(
             "a study's name is a folder's name: up to 100 letters, digits, and . _ + - after the first; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +17,11 @@ from ramcore.errors import UserError
 from ramcore.recipes import TUNED
 from ramcore.sources import DataMissing, load_task
 from ramcore.space import Space
-from study import designs
+from study import designs, schema
+from study.checkpoints import numbers_present
 from study.designs import DESIGNS, DesignInputs, TrialSpec
 from study.flags import Flags, check_design
+from study.integrity import RecordDamaged
 from study.record import RecordLost, StoredStudy, StudySettings, best_trial, read_study
 from study.search_space import checked, search_space
 from study.snapshots import fetch
@@ -141,7 +144,8 @@ def _find_study(
 
     Raises UserError.
     """
-    known = _read(storage, flags.study) if flags.study else None
+    read = partial(_read, storage, flags=flags, warnings=warnings)
+    known = read(flags.study) if flags.study else None
     design = flags.design or (known.settings.design if known else "search")
     check_design(flags, design)
     tasks = tuple(known.settings.task.split("+")) if known else DESIGNS[design].tasks
@@ -151,14 +155,14 @@ def _find_study(
     if source == "auto" and not flags.study:
         # The study of these settings is continued, even where MNIST has come or gone since it began. MNIST goes first.
         names = (_default_name(tasks, data, design) for data in ("mnist", "digits"))
-        known = next(filter(None, (_read(storage, name) for name in names)), None)
+        known = next(filter(None, map(read, names)), None)
         source = known.settings.data if known else source
         if known and source == "digits":
             name = known.settings.study
             warnings.append(f"{name} is continued, on the bundled digits: pass --data mnist for a study of MNIST")
     data = _load(source, tasks[0], flags.data_dir, warnings)
     name = flags.study or _default_name(tasks, data.data, design)
-    return name, design, tasks, data, known or _read(storage, name)
+    return name, design, tasks, data, known or read(name)
 
 
 def _default_name(tasks: tuple[str, ...], data: str, design: str) -> str:
@@ -220,13 +224,31 @@ def _around_best(inputs: DesignInputs, source: StoredStudy) -> DesignInputs:
     )
 
 
-def _read(storage: Storage, name: str) -> StoredStudy | None:
-    """What the storage knows of the study of a name. Raises UserError if it is out of reach, or of another name."""
+def _read(
+    storage: Storage, name: str, flags: Flags | None = None, warnings: list[str] | None = None
+) -> StoredStudy | None:
+    """What the storage knows of the study of a name; with --repair among the flags, after a damaged record is rebuilt.
+
+    Raises UserError if the storage cannot be reached, RecordDamaged, RecordLost.
+    """
     try:
-        fetch(storage, name)
-        known = read_study(storage.record_folder(name) / RECORD)
+        try:
+            return _stored(storage, name)
+        except RecordDamaged as damage:
+            if flags is None or warnings is None or not flags.repair:
+                raise
+            from study.repair import repair  # puts off MLflow
+
+            uri = flags.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or schema.DEFAULT_TRACKING_URI
+            warnings += [str(damage).split(": ")[0], *repair(storage, name, uri)]
+            return _stored(storage, name)
     except OSError as error:
         raise storage.unreachable(error) from error
+
+
+def _stored(storage: Storage, name: str) -> StoredStudy | None:
+    fetch(storage, name)
+    known = read_study(storage.record_folder(name) / RECORD, numbers_present(storage.folder(name)))
     if known is not None and (own := known.settings.study) != name:
         raise UserError(
             f"a study's folder has the study's name; {storage}/{name} holds {own}, copied or renamed: rename it back, "

@@ -8,10 +8,14 @@ each, twice an epoch): MLflow is written after the commit, and must never hold m
 A trial enters the record with its whole configuration in one commit. It ends in two commits: first the reason, then the
 final state. If a crash comes in between, `Record.open` completes what was begun.
 
+Every entry has a checksum (`study.integrity`), which is compared when a record is opened or read. While it is open, the
+file is looked after at every commit, and copied to backups (`study.snapshots`).
+
 In the storage:
   study user attributes   settings (StudySettings), totals (trials asked for, as it changed), rows (of a fixed design),
                           uid, created, "run 0007" (of one run of the command: commit, versions, devices, ...),
-                          "test 0007" (of a trial whose test images were read after its end)
+                          "test 0007" (of a trial whose test images were read after its end), driver epoch (how often a
+                          driver has taken over a study in an object store)
   trial user attributes   plan (TrialSpec.to_dict); run (the number of the run that started it); origin, row, seeds (for
                           readers); "epoch 0007" (one an epoch: {"time": ms since 1970, "metrics":
                           EpochMetrics.to_dict()}); end ({"state", "reason", "time", "test", "diverged"})
@@ -21,14 +25,19 @@ In the storage:
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import logging
 import math
 import os
+import sqlite3
 import statistics
+import struct
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -44,10 +53,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ramcore.errors import UserError, first_line
 from ramcore.space import Space
+from study import integrity
+from study.checkpoints import numbers_present
 from study.designs import DEFAULT_SOBOL_SHARE, TrialSpec
 from study.faults import fault_point
-from study.snapshots import Lease, LeaseHeld, Snapshots, fetch
-from study.storage import RECORD, Storage
+from study.snapshots import Lease, LeaseHeld, Snapshots, fetch, set_aside
+from study.storage import RECORD, LocalFolder, RemoteFolder, Storage
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +70,16 @@ OPTUNA_STATE: dict[State, TrialState] = {
     "pruned": TrialState.PRUNED,
     "failed": TrialState.FAIL,
 }
+_MARK = 1 << 40  # the byte of the record that its driver locks: beyond those that SQLite locks
 _TOLERANCE = 1e-6  # between two reports of one epoch; a larger difference means that a resumed trial drifted
 
 
 class RecordLost(RuntimeError):
     """The record can no longer be written (full disk, storage gone). The study must stop, and can be continued."""
+
+
+class RecordGone(RecordLost):
+    """The record was moved, deleted or damaged while the study ran: the same command alone does not continue."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,15 +155,28 @@ def _write_errors() -> Iterator[None]:
     """Raises RecordLost where the database or the storage cannot be written."""
     try:
         yield
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError, LeaseHeld) as error:
+    except integrity.RecordGone as error:
+        raise RecordGone(str(error)) from error
+    except (
+        sqlalchemy.exc.SQLAlchemyError,
+        optuna.exceptions.StorageInternalError,
+        sqlite3.Error,
+        OSError,
+        LeaseHeld,
+    ) as error:
         raise RecordLost(f"the record cannot be written: {first_line(error.__cause__ or error)}") from error
 
 
 class Record:
     """An open record. Only one process can hold a record open for writing; see `open`."""
 
-    def __init__(self, path: Path, settings: StudySettings, lock: FileLock) -> None:
-        """Use `open`. Raises UserError, RecordLost."""
+    def __init__(self, path: Path, settings: StudySettings, held: contextlib.ExitStack) -> None:
+        """Use `open`. Raises UserError, RecordLost. `held` lets go of the record when it is closed."""
+        _check(path, numbers_present(LocalFolder(path.parent)))
+        if not path.exists() and path.with_name(integrity.COMMITS).exists():
+            text = "%s is gone: the study starts anew, and what was left of the old one is kept as %s-*"
+            logger.warning(text, path, set_aside(path))
+        held.enter_context(_marked(path))
         study, self._rdb = _open_database(path, settings.study)
         assert study is not None
         fault_point("record.open")
@@ -165,9 +194,10 @@ class Record:
         self.runs = [attrs[name] for name in sorted(attrs) if name.startswith("run ")]  # see `begin_run`
         self.totals: list[int] = []  # trials asked for, as it changed
         self.rows: list[TrialSpec] | None = None  # of a fixed design
-        self.snapshots: Snapshots | None = None  # of a record in a remote storage
+        self.snapshots: Snapshots | None = None  # once it is open
         self._dirty: set[int] = set()  # numbers of the trials that changed; see `take_changed`
-        self._lock = lock
+        self._held: contextlib.ExitStack | None = held  # None once it is closed
+        self._commits = integrity.Commits(path)
         self._study_id = self._rdb.get_study_id_from_name(settings.study)
         self._trial_ids: dict[int, int] = {}  # Optuna's, of the trials that can be written to
 
@@ -185,21 +215,25 @@ class Record:
             UserError: another process holds the record, or it is of a study with other settings.
             RecordLost: the record cannot be read or written.
         """
+        held = contextlib.ExitStack()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = _lock(folder / "driver.lock")
+            held.callback(_lock(folder / "driver.lock").release)
         except OSError as error:
             raise UserError(
                 f"a study's folder must be one that can be written; {folder}: {error.strerror}: pass another --storage"
             ) from error
         try:
             with _write_errors():
-                record = cls(folder / RECORD, settings, lock)
+                record = cls(folder / RECORD, settings, held)
                 record._ask_for(total, rows)
                 record._load_trials()
+                record._commits.done()
+                record.snapshots = Snapshots(folder / RECORD)
+                record.snapshots.soon()
                 return record
         except BaseException:
-            lock.release()
+            held.close()
             raise
 
     def _ask_for(self, total: int | None, rows: MakeRows | None) -> None:
@@ -243,15 +277,17 @@ class Record:
 
     def close(self) -> None:
         """Release the record for another driver."""
-        if not self._lock.is_locked:
+        if self._held is None:
             return
         if self.snapshots is not None:
             try:
                 self.snapshots.close()
             except (OSError, LeaseHeld) as error:
-                logger.warning("the storage lacks the record's last state: %s", first_line(error))
-        self._lock.release()
+                logger.warning("the record's last state was not copied: %s", first_line(error))
+        self._commits.close()
         self._rdb.engine.dispose()
+        self._held.close()
+        self._held = None
 
     def __enter__(self) -> Self:
         return self
@@ -259,12 +295,20 @@ class Record:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def take_over(self, folder: RemoteFolder, lease: Lease, version: str | None) -> None:
+        """Become the one driver that can write the record to an object store; see `Snapshots.take_over`."""
+        assert self.snapshots is not None
+        self.study.set_user_attr("driver epoch", self.study.user_attrs.get("driver epoch", 0) + 1)
+        self._commits.done()
+        self.snapshots.take_over(folder, lease, version)
+
     # Writing: each of these returns after the commit, or raises RecordLost.
 
     @_write_errors()
     def begin_run(self, provenance: dict[str, Any]) -> None:
         """Enter the commit, versions, devices, ... with which the trials that start from now on are trained."""
         self.study.set_user_attr(f"run {len(self.runs):04d}", provenance)
+        self._commits.done()
         self.runs.append(provenance)
 
     @_write_errors()
@@ -282,7 +326,8 @@ class Record:
         fault_point("record.start.before")
         trial_id = self._rdb.create_new_trial(self._study_id, template_trial=template)
         number = self._rdb.get_trial_number_from_id(trial_id)
-        if self.snapshots is not None:
+        self._commits.done()
+        if self.snapshots is not None and self.snapshots.is_remote:
             self.snapshots.save()
         fault_point("record.start.after")
         trial = TrialRecord(number=number, spec=spec, started=now, run=run)
@@ -310,6 +355,7 @@ class Record:
         self._rdb.set_trial_user_attr(self._trial_ids[number], f"epoch {epoch:04d}", stored)
         fault_point("record.epoch.between")
         self._set_value(trial, epoch, entry.value)
+        self._commits.done()
         if self.snapshots is not None:
             self.snapshots.check()
         fault_point("record.epoch.after")
@@ -331,6 +377,7 @@ class Record:
         fault_point("record.end.between")
         _apply_end(trial, end)
         self._set_state(trial)
+        self._commits.done()
         if self.snapshots is not None:
             self.snapshots.soon()
         fault_point("record.end.after")
@@ -340,6 +387,7 @@ class Record:
     def set_test(self, number: int, test: dict[str, Any]) -> None:
         """Enter an ended trial's test results. The study gets them: Optuna allows no change of an ended trial."""
         self.study.set_user_attr(f"test {number:04d}", test)
+        self._commits.done()
         if self.snapshots is not None:
             self.snapshots.soon()
         self.trials[number].test = test
@@ -347,7 +395,8 @@ class Record:
 
     @_write_errors()
     def flush(self) -> None:
-        """Write everything to the storage now."""
+        """Check the record, and copy it to its backups and to its storage now."""
+        self._commits.check()
         if self.snapshots is not None:
             self.snapshots.save()
 
@@ -375,7 +424,9 @@ class Record:
             if not self._dirty:
                 self.changed.wait(timeout)
             numbers, self._dirty = self._dirty, set()
-            return numbers
+        if numbers and self.snapshots is not None and self.snapshots.is_taken():
+            return set()  # another driver tracks the study now
+        return numbers
 
 
 def open_record(
@@ -393,22 +444,57 @@ def open_record(
     """
     folder = storage.record_folder(settings.study)
     record = Record.open(folder, settings, total=total, rows=rows)
-    if not storage.is_remote:
+    shared = storage.folder(settings.study)
+    if isinstance(shared, LocalFolder):
         return record
     try:
-        shared = storage.folder(settings.study)
         lease = Lease(shared, settings.study, folder)
         lease.take(say)
         # The driver that had the lease may have gone on since our copy was made.
         record.close()
-        fetch(storage, settings.study)
+        version = fetch(storage, settings.study)
         record = Record.open(folder, settings, total=total, rows=rows)
-        record.snapshots = Snapshots(folder / RECORD, shared, lease)
+        record.take_over(shared, lease, version)
     except (LeaseHeld, OSError) as error:
         record.close()
         lost = RecordLost(f"the storage cannot be written: {error}")
         raise (UserError(str(error)) if isinstance(error, LeaseHeld) else lost) from error
     return record
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keep drivers out of a study's folder. Raises UserError if one is running; OSError."""
+    lock = _lock(folder / "driver.lock")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_anew(path: Path, study: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> None:
+    """Write a record from the user attributes of a study and of its trials, by number.
+
+    Values and states of trials are not written: `Record.open` completes them from the attributes.
+    """
+    settings = StudySettings(**study["settings"])
+    made, rdb = _open_database(path, settings.study)
+    assert made is not None
+    space = Space.from_dict(settings.space)
+    for attrs in trials:
+        spec = TrialSpec.from_dict(attrs["plan"])
+        values = {name: getattr(spec.config, name) for name in space.names}
+        ranges = distributions(space) if values and spec.config.is_recurrent and space.contains(values) else {}
+        template = optuna.trial.create_trial(
+            state=TrialState.RUNNING,
+            params={name: values[name] for name in ranges},
+            distributions=ranges,
+            user_attrs=dict(attrs),
+        )
+        rdb.create_new_trial(rdb.get_study_id_from_name(settings.study), template_trial=template)
+    for name in sorted(study, key=lambda name: name == "settings"):  # last: it says that the others are there
+        made.set_user_attr(name, study[name])
+    rdb.engine.dispose()
 
 
 class StoredStudy(NamedTuple):
@@ -425,8 +511,12 @@ class StoredStudy(NamedTuple):
         return sum(trial.state != "running" for trial in self.trials)
 
 
-def read_study(path: Path) -> StoredStudy | None:
-    """Read the study in a SQLite file without opening it for writing; None if no complete study is there."""
+def read_study(path: Path, trials: Sequence[int] = ()) -> StoredStudy | None:
+    """Read the study in a SQLite file without opening it for writing; None if no complete study is there.
+
+    `trials` are the numbers of those whose checkpoints are there. Raises RecordDamaged, UserError, RecordLost.
+    """
+    _check(path, trials)
     if not path.is_file():
         return None
     study, database = _open_database(path, None)
@@ -439,8 +529,8 @@ def read_study(path: Path) -> StoredStudy | None:
                     "made by something else: pass another --study, or move the file away"
                 )
             return None
-        trials = [_from_storage(frozen) for frozen in study.get_trials(deepcopy=False)]
-        return StoredStudy(StudySettings(**attrs["settings"]), attrs["totals"], _rows(attrs), trials)
+        found = [_from_storage(frozen) for frozen in study.get_trials(deepcopy=False)]
+        return StoredStudy(StudySettings(**attrs["settings"]), attrs["totals"], _rows(attrs), found)
     finally:
         database.engine.dispose()
 
@@ -494,24 +584,39 @@ def _now() -> int:
     return time.time_ns() // 1_000_000
 
 
+def _check(path: Path, trials: Sequence[int]) -> None:
+    """`integrity.check`. Raises RecordDamaged; RecordLost if the record cannot be read now."""
+    try:
+        integrity.check(path, trials)
+    except (sqlite3.Error, OSError) as error:
+        raise RecordLost(f"the record cannot be opened: {first_line(error)}") from error
+
+
 def _open_database(path: Path, name: str | None) -> tuple[optuna.Study | None, RDBStorage]:
     """The Optuna study in a SQLite file: the named one, made if absent; without a name, the one there, or None."""
     try:
         rdb = RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 60}})
 
+        if name is not None:
+            integrity.adopt(path)
+
         @sqlalchemy.event.listens_for(rdb.engine, "connect")
         def _durable(connection: Any, _: Any) -> None:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=FULL")
+            if name is not None:
+                integrity.protect(connection)
 
         rdb.engine.dispose()  # the connection that made the tables is older than the listener
         if name is None:
             names = optuna.get_all_study_names(rdb)
             return (optuna.load_study(study_name=names[0], storage=rdb) if names else None), rdb
         return optuna.create_study(study_name=name, storage=rdb, direction="maximize", load_if_exists=True), rdb
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
+    except (
+        sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, optuna.exceptions.StorageInternalError, RuntimeError
+    ) as error:  # fmt: skip
         cause = error.__cause__ or error
-        if isinstance(cause, sqlalchemy.exc.OperationalError) or isinstance(error, sqlalchemy.exc.OperationalError):
+        if any(isinstance(e, sqlalchemy.exc.OperationalError | sqlite3.OperationalError) for e in (cause, error)):
             raise RecordLost(f"the record cannot be opened: {first_line(cause)}") from error  # full, I/O, locked
         raise UserError(
             f"a study's record must be an Optuna SQLite file; {path} cannot be used ({first_line(cause)}): "
@@ -521,13 +626,37 @@ def _open_database(path: Path, name: str | None) -> tuple[optuna.Study | None, R
 
 def _lock(path: Path) -> FileLock:
     """Lock a file, which then holds the number of this process. Raises UserError if another one has it; OSError."""
-    lock = FileLock(path, blocking=False, thread_local=False)
+    held = FileLock(path, blocking=False, thread_local=False)
     try:
-        lock.acquire()
+        held.acquire()
     except Timeout:
         holder = path.read_text(errors="replace").strip() or "unknown"
         raise UserError(
             f"a study has one driver at a time; process {holder} is running {path.parent.name}: wait for it or end it"
         ) from None
     path.write_text(str(os.getpid()))
-    return lock
+    return held
+
+
+@contextlib.contextmanager
+def _marked(path: Path) -> Iterator[None]:
+    """Lock a byte of the record itself, in case someone deletes the lock file.
+
+    A lock of the open file, which SQLite's own locks do not touch. Only Linux has such locks. Raises UserError if
+    another process has it; OSError.
+    """
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if hasattr(fcntl, "F_OFD_SETLK"):
+            try:
+                fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, _MARK, 1, 0))
+            except OSError as error:
+                if error.errno in (errno.EAGAIN, errno.EACCES):
+                    raise UserError(
+                        "a study has one driver at a time; another process has the record open, though its driver.lock "
+                        f"is gone: end the process that is running {path.parent.name}"
+                    ) from None
+                logger.debug("%s cannot be marked: %s", path, error)  # a file system without such locks
+        yield
+    finally:
+        os.close(file)

@@ -8,7 +8,7 @@ import warnings
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from study import mlflow_settings as mlflow_settings  # before MLflow, which reads them when it is imported
 
@@ -24,13 +24,15 @@ import ramcore
 from ramcore.config import NUM_CLASSES, Config
 from ramcore.cost import cost, pareto_front
 from ramcore.data import TaskData
+from ramcore.errors import first_line
 from ramcore.evaluation import build_model, evaluate
 from ramcore.pictures import draw_glimpses, glimpse_paths
 from ramcore.space import shown
 from study import schema
-from study.checkpoints import Checkpoints, Folder
+from study.checkpoints import UNUSABLE, Checkpoints
 from study.display import accuracies, percent
 from study.record import Record, TrialRecord, best_trial
+from study.storage import Folder
 from study.tracking import Publish
 from study.trainable import test_results
 
@@ -66,7 +68,7 @@ def read_best_test(record: Record, folder: Folder, data: TaskData) -> bool:
         return False
     if best.test is not None:
         return True
-    saved = Checkpoints(folder, best.number).load_best()
+    saved = _best_weights(best, folder)
     if saved is None:
         return False
     config = best.spec.config
@@ -75,6 +77,24 @@ def read_best_test(record: Record, folder: Folder, data: TaskData) -> bool:
     evaluation = evaluate(network, config, best.spec.seeds, replace(data, task=config.task), "test")
     record.set_test(best.number, test_results(evaluation, saved["epoch"]))
     return True
+
+
+def _best_weights(trial: TrialRecord, folder: Folder) -> dict[str, Any] | None:
+    """A trial's best weights, {"weights", "epoch"}; None if they are lost, damaged or not of this trial's networks."""
+    checkpoints = Checkpoints(folder, trial.number)
+    try:
+        saved = checkpoints.load_best()
+        if saved is None:
+            return None
+        # A field that is newer than the weights had its default value.
+        whose = asdict(Config()) | saved["identity"]["config"], saved["identity"]["seeds"]
+        if whose != (asdict(trial.spec.config), list(trial.spec.seeds)) or len(saved["epoch"]) != len(trial.spec.seeds):
+            raise ValueError("they are of another configuration")
+        build_model(trial.spec.config, torch.tensor(trial.spec.seeds)).load_state_dict(saved["weights"])
+        return saved
+    except UNUSABLE as error:
+        checkpoints.problem(f"{checkpoints.name}/best.pt: the best weights are not used: {first_line(error)}")
+        return None
 
 
 def summary_lines(outcome: Outcome, searched: tuple[str, ...]) -> list[str]:
@@ -115,7 +135,7 @@ def publisher(outcome: Outcome, folder: Folder, data: TaskData) -> Publish:
 
     def publish(client: mlflow.MlflowClient, run_id: str) -> None:
         client.log_text(run_id, json.dumps(facts, indent=1), schema.BEST_CONFIG_FILE)
-        saved = Checkpoints(folder, best.number).load_best()
+        saved = _best_weights(best, folder)
         if saved is None:
             return
         with tempfile.TemporaryDirectory(prefix="ram-study-") as scratch:

@@ -159,6 +159,8 @@ class StudyScheduler:
     def report(self, number: int, result: dict[str, Any]) -> bool:
         """Take in a report of `run_trial`, or an {"error": ...} of its worker. Returns whether the trial goes on."""
         trial = self.record.trials[number]
+        for note in result.get("notes", ()):
+            self.callback.note(note)
         if trial.state != "running":
             return False
         if "interrupted" in result:

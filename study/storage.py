@@ -2,18 +2,25 @@
 
 <storage>/<study>/study.db          the record (study.record)
 <storage>/<study>/trials/0007/      the checkpoints of a trial (study.checkpoints)
+
+Beside the record, on the driver's machine: study.commits (study.integrity), backups/ (study.snapshots), driver.lock.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
+import boto3
 import pooch
 import pyarrow.fs
+from botocore.exceptions import BotoCoreError, ClientError
 
 from ramcore.errors import UserError, first_line
 from study.faults import fault_point
@@ -127,6 +134,12 @@ class LocalFolder:
             return sorted(entry.name for entry in os.scandir(self.root / folder) if entry.is_file())
         return []
 
+    def folders(self, folder: str) -> list[str]:
+        """The base names of the folders right inside a folder that hold something; none if there is no such folder."""
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(e.name for e in os.scandir(self.root / folder) if e.is_dir() and os.listdir(e.path))
+        return []
+
     def delete(self, name: str) -> None:
         """Delete a file; none there is fine."""
         (self.root / name).unlink(missing_ok=True)
@@ -137,11 +150,58 @@ class LocalFolder:
             (self.root / folder).rmdir()
 
 
+class VersionConflict(OSError):
+    """A file in an object store is no longer the version that was to be replaced."""
+
+
 class RemoteFolder:
-    """As `LocalFolder`, in an object store, through pyarrow: an object appears whole or not at all."""
+    """As `LocalFolder`, in an object store, through pyarrow: an object appears whole or not at all.
+
+    pyarrow cannot replace an object on condition that it is still a known version, so that is boto3's work in S3.
+    """
 
     def __init__(self, uri: str) -> None:
         self._fs, self._root = pyarrow.fs.FileSystem.from_uri(uri)
+
+    @functools.cached_property
+    def _s3(self) -> Any:
+        """boto3's client; None if the store is not S3."""
+        return boto3.client("s3") if self._fs.type_name == "s3" else None
+
+    def _key(self, name: str) -> dict[str, str]:
+        bucket, _, key = self._path(name).partition("/")
+        return {"Bucket": bucket, "Key": key}
+
+    def read_version(self, name: str) -> tuple[bytes, str]:
+        """The content of a file, and which version of it that is. Raises FileNotFoundError, OSError."""
+        if self._s3 is None:
+            content = self._read(name)
+            return content, hashlib.sha256(content).hexdigest()
+        with _s3_errors(name):
+            found = self._s3.get_object(**self._key(name))
+            return found["Body"].read(), found["ETag"]
+
+    def write_version(self, name: str, content: bytes, version: str | None) -> str:
+        """Replace a version of a file by another, and return that; `version` is None for a file that does not exist.
+
+        In S3 the store compares the versions itself. Elsewhere the comparison comes just before the writing.
+        Raises VersionConflict, OSError.
+        """
+        if self._s3 is not None:
+            condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
+            try:
+                with _s3_errors(name):
+                    return self._s3.put_object(**self._key(name), Body=content, **condition)["ETag"]
+            except FileNotFoundError as error:
+                raise VersionConflict(f"{name} was deleted by another process") from error
+        try:
+            there = self.read_version(name)[1]
+        except FileNotFoundError:
+            there = None
+        if there != version:
+            raise VersionConflict(f"{name} was changed by another process")
+        self.write(name, content)
+        return hashlib.sha256(content).hexdigest()
 
     def _path(self, name: str) -> str:
         return str(PurePosixPath(self._root) / name)
@@ -159,11 +219,21 @@ class RemoteFolder:
             stream.write(content)
 
     def read(self, name: str) -> bytes:
+        return self._read(name)
+
+    def _read(self, name: str) -> bytes:
         with self._fs.open_input_stream(self._path(name)) as stream:
             return stream.read()
 
     def names(self, folder: str) -> list[str]:
         return sorted(info.base_name for info in self.entries(folder) if info.is_file)
+
+    def folders(self, folder: str) -> list[str]:
+        return sorted(
+            info.base_name
+            for info in self.entries(folder)
+            if not info.is_file and any(self.entries(f"{folder}/{info.base_name}"))
+        )
 
     def delete(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -174,6 +244,22 @@ class RemoteFolder:
         with contextlib.suppress(OSError):
             if not self.entries(folder):
                 self._fs.delete_dir(self._path(folder))
+
+
+@contextlib.contextmanager
+def _s3_errors(name: str) -> Iterator[None]:
+    """Raises OSError for boto3's errors: FileNotFoundError, VersionConflict, or with boto3's own words."""
+    try:
+        yield
+    except ClientError as error:
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        if error.response.get("Error", {}).get("Code") in ("NoSuchKey", "404"):
+            raise FileNotFoundError(name) from error
+        if status in (409, 412):  # 409: another conditional write was going on
+            raise VersionConflict(f"{name} was changed by another process") from error
+        raise OSError(first_line(error)) from error
+    except BotoCoreError as error:
+        raise OSError(first_line(error)) from error
 
 
 Folder = LocalFolder | RemoteFolder

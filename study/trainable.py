@@ -25,7 +25,7 @@ from ramcore.data import Split, SplitName, TaskData
 from ramcore.errors import first_line
 from ramcore.evaluation import Evaluation
 from ramcore.trainer import Trainer
-from study.checkpoints import Checkpoints
+from study.checkpoints import UNUSABLE, Checkpoints
 from study.faults import fault_point
 from study.storage import Storage
 
@@ -78,8 +78,9 @@ def run_trial(job: Job, data: SharedData, report: Callable[[dict[str, Any]], Non
     """Train one trial to its last epoch, or until `report` does not return.
 
     `report` is called after each epoch with {"epoch": 1-based, "metrics": EpochMetrics.to_dict()}. In the last epoch of
-    a design that reads the test images, "test" is added. If training fails, it is called with {"error": one line,
-    "details": traceback}; if the storage of the checkpoints fails (full, out of reach), with {"interrupted": one line}.
+    a design that reads the test images, "test" is added; if checkpoints could not be used, "notes" (lines). If training
+    fails, it is called with {"error": one line, "details": traceback}; if the storage of the checkpoints fails (full,
+    out of reach), with {"interrupted": one line}.
     """
     if device != "cpu":  # a worker trains one trial after another: free the memory of the one before
         gc.collect()
@@ -97,16 +98,13 @@ def _train(job: Job, data: SharedData, report: Callable[[dict[str, Any]], None],
     fault_point("trial.start")
     with _storage_errors():
         checkpoints = Checkpoints(Storage.parse(job.storage).folder(job.study), job.number)
-    trainer = Trainer(job.config, data.task(job.config.task), seeds=job.seeds, device=device)
     identity = {"config": asdict(job.config), "seeds": list(job.seeds)}
-    with _storage_errors():
-        saved = checkpoints.load(identity)
-    if saved:
-        trainer.load_state_dict(saved["trainer"])
-    history: list[dict[str, Any]] = saved["history"] if saved else []  # the metrics of every epoch
+    trainer, history = _resumed(checkpoints, identity, job, data, device)
 
     def tell(metrics: dict[str, Any]) -> None:
         result: dict[str, Any] = {"epoch": metrics["epoch"], "metrics": metrics}
+        if checkpoints.problems:
+            result["notes"], checkpoints.problems = checkpoints.problems, []
         if metrics["epoch"] == job.config.epochs and not any(metrics["diverged"]):
             best = {"identity": identity, "weights": trainer.best_weights(), "epoch": list(trainer.best_epoch)}
             with _storage_errors():
@@ -127,6 +125,30 @@ def _train(job: Job, data: SharedData, report: Callable[[dict[str, Any]], None],
         with _storage_errors():
             checkpoints.save(trainer.epochs_done, state)
         tell(metrics)
+
+
+def _resumed(
+    checkpoints: Checkpoints, identity: dict[str, Any], job: Job, data: SharedData, device: str
+) -> tuple[Trainer, list[dict[str, Any]]]:
+    """The trainer as the newest usable checkpoint left it, and the metrics of all its epochs; else a new one."""
+
+    def new() -> Trainer:
+        return Trainer(job.config, data.task(job.config.task), seeds=job.seeds, device=device)
+
+    with _storage_errors():
+        for epoch, saved in checkpoints.candidates(identity):
+            trainer = new()  # for each: one that could not be used may have left half of its state
+            try:
+                trainer.load_state_dict(saved["trainer"])
+                history = list(saved["history"])
+                held = [m["epoch"] for m in history if len(m["val_accuracy"]) == len(m["diverged"]) == len(job.seeds)]
+                if not (held == list(range(1, epoch + 1)) and trainer.epochs_done == epoch):
+                    raise ValueError(f"its history is of the epochs {held}")
+                return trainer, history
+            except UNUSABLE as error:
+                what = f"{checkpoints.name}: the checkpoint of epoch {epoch}"
+                checkpoints.problem(f"{what} cannot be used ({first_line(error)})")
+    return new(), []
 
 
 class _StorageLost(Exception):

@@ -3,8 +3,10 @@
 Each session is a forked process that opens the study and works on it in one thread (scheduler, training, checkpoints,
 record; tracking in its own thread, as always) until a fault stops it or nothing is left to do. Faults are drawn from
 a seed: kill -9 at a named place of `study.faults`, or at any moment; a full disk; calls to MLflow that fail before or
-after they took effect, or hang; and between sessions, checkpoints cut short. At the end Optuna's storage, MLflow and
-the checkpoint folder are compared with those of an undisturbed study.
+after they took effect, or hang; the study's folder moved away, or a bit of the record flipped, under a running session;
+and between sessions, checkpoints, record or write-ahead log flipped, cut short or deleted. A session that finds damage
+must say so and end; the record is then repaired, or the folder put back. At the end Optuna's storage, MLflow and the
+checkpoint folder are compared with those of an undisturbed study: so what a session said is what is there.
 
     python -m tests.crash --faults 1000 --seed 3
 """
@@ -13,12 +15,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import os
 import random
 import shutil
 import signal
 import sqlite3
+import statistics
 import sys
 import tempfile
 import time
@@ -40,8 +44,11 @@ from ramcore.space import Space
 from ramcore.trainer import Trainer
 from study import designs, faults, results
 from study.asha import ASHA
-from study.record import Record, RecordLost, StudySettings
+from study.integrity import RecordDamaged
+from study.record import Record, RecordGone, RecordLost, StudySettings
+from study.repair import repair
 from study.scheduler import StudyScheduler, guarded
+from study.schema import EPOCH_MEANS
 from study.search_space import configuration, search_space
 from study.storage import Storage
 from study.tracking import Provenance, Tracker
@@ -60,6 +67,7 @@ PLACES = (
     "tracking.call.before", "tracking.call.after",
 )  # fmt: skip
 FULL_DISK = ("record.start.before", "record.epoch.before", "record.end.before", "file.write.before", "file.write.half")
+DAMAGED, GONE = 2, 4  # exit codes of a session: it found a damaged record; its record went away or was damaged
 OUTAGE = ("tracking.run.before", "tracking.run.after", "tracking.call.before", "tracking.call.after")
 
 
@@ -106,7 +114,12 @@ class Study:
 def work(study: Study, root: Path, trials: int = TOTALS[-1]) -> None:
     """One session: continue the study until it is finished or cannot go on."""
     shared = SharedData.of(study.data)
-    record = Record.open(root / NAME, study.settings, total=trials)
+    try:
+        record = Record.open(root / NAME, study.settings, total=trials)
+    except RecordDamaged as error:
+        print(error)
+        sys.stdout.flush()
+        os._exit(DAMAGED)
     scheduler = StudyScheduler(
         record, space=study.space, storage=Storage.parse(str(root)), callback=Silent(), asha=ASHA(EPOCHS, eta=2)
     )  # fmt: skip
@@ -136,8 +149,17 @@ def work(study: Study, root: Path, trials: int = TOTALS[-1]) -> None:
         if scheduler.finished:
             results.read_best_test(record, scheduler.folder, study.data)
     untracked = tracker.finish("finished" if scheduler.finished else "stopped", patience=20)
+    gone = isinstance(scheduler.error, RecordGone)
+    try:
+        record.flush()
+    except RecordGone:
+        gone = True
+    except RecordLost:
+        pass
     record.close()
     sys.stdout.flush()
+    if gone:
+        os._exit(GONE)
     os._exit(0 if scheduler.finished and untracked is None else 75)
 
 
@@ -181,7 +203,12 @@ def _count_faults(root: Path) -> None:
     def noted(action: str, name: str) -> None:
         with (root / "faults.log").open("a") as file:
             file.write(f"{name} {action}\n")
-        plain(action, name)
+        if action == "move":
+            (root / NAME).rename(root / "moved")
+        elif action.startswith("flip="):
+            flip(root / NAME / "study.db", float(action.removeprefix("flip=")))
+        else:
+            plain(action, name)
 
     faults._act = noted
 
@@ -192,12 +219,17 @@ def taken(root: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
+def _make_small(root: Path) -> None:
+    """Prepare a forked process for a study in a folder."""
+    designs.LEAST_SOBOL = 2  # so that a study this small has optimiser's trials that follow one another
+    os.chdir(root)  # where MLflow puts what has no other place
+
+
 def session(study: Study, root: Path, trials: int, *, kill_after: float | None = None, fault: str = "") -> int:
     """One session in a process of its own."""
 
     def body() -> None:
-        designs.LEAST_SOBOL = 2  # so that a study this small has optimiser's trials that follow one another
-        os.chdir(root)  # where MLflow puts what has no other place
+        _make_small(root)
         _count_epochs(root)
         _count_faults(root)
         work(study, root, trials)
@@ -216,18 +248,64 @@ def draw_fault(rng: random.Random) -> tuple[str, float | None]:
         # An outage is survived within the session, so several fit in.
         places = {f"{rng.choice(OUTAGE)}@{rng.randint(1, 5)}" for _ in range(rng.randint(1, 3))}
         return ",".join(f"{place}:{rng.choice(('full', 'hang=0.2'))}" for place in sorted(places)), None
+    if kind < 0.53:
+        place = rng.choice(("record.start.after", "record.epoch.after", "record.end.after"))
+        return f"{place}@{rng.randint(1, 4)}:{rng.choice(('move', f'flip={rng.random():.6f}'))}", None
     return f"{rng.choice(PLACES)}@{rng.choice((1, 1, 2, 3, 5))}:kill", None
 
 
+def flip(path: Path, place: float) -> None:
+    """Flip a bit of a file; `place` is a share of its length."""
+    content = bytearray(path.read_bytes())
+    if content:
+        position = int(place * len(content) * 8)
+        content[position // 8] ^= 1 << (position % 8)
+        with path.open("r+b") as file:  # the same file, which others may have open
+            file.write(content)
+
+
 def tear(rng: random.Random, root: Path) -> bool:
-    """Cut a newest checkpoint short, as a disk that lost its last writes may; returns whether there was one."""
+    """Damage a newest checkpoint, as a disk that lost its last writes may; returns whether there was one."""
     newest = [sorted(folder.glob("epoch_*.pt"))[-1:] for folder in sorted((root / NAME / "trials").glob("*"))]
     files = [path for paths in newest for path in paths]
     if not files:
         return False
     path = rng.choice(files)
-    os.truncate(path, rng.randrange(path.stat().st_size))
+    if rng.random() < 0.5:
+        os.truncate(path, rng.randrange(path.stat().st_size))
+    else:
+        flip(path, rng.random())
     return True
+
+
+def damage(rng: random.Random, root: Path) -> str | None:
+    """Damage the record or its log between two sessions; returns what was done. Not before there is a backup."""
+    if not any((root / NAME / "backups").glob("study.*.db")):
+        return None
+    names = [name for name in ("study.db", "study.db-wal") if (root / NAME / name).exists()]
+    path = root / NAME / rng.choice(names) if names else root / NAME / "study.db"
+    if not path.exists():
+        return None
+    kind = rng.choice(("flip", "flip", "cut", "delete"))
+    if kind == "flip":
+        for _ in range(rng.choice((1, 1, 8))):
+            flip(path, rng.random())
+    elif kind == "cut":
+        os.truncate(path, rng.randrange(path.stat().st_size + 1))
+    else:
+        path.unlink()
+    return f"{kind} {path.name}"
+
+
+def mend(root: Path) -> None:
+    """Rebuild the record in a process of its own."""
+
+    def body() -> None:
+        _make_small(root)
+        print("\n".join(repair(Storage.parse(str(root)), NAME, f"sqlite:///{root}/mlflow.db")))
+        sys.stdout.flush()
+
+    assert fork(body) == 0
 
 
 @dataclass(kw_only=True)
@@ -237,6 +315,8 @@ class Chain:
     sessions: int = 0
     faults: int = 0  # that took effect
     torn: int = 0
+    damaged: int = 0  # times that the record was damaged
+    repaired: int = 0
     plans: list[str] = field(default_factory=list)
 
 
@@ -256,10 +336,24 @@ def disturbed(study: Study, root: Path, template: Path, seed: int, most: int = 6
             before = taken(root)
             code = session(study, root, trials, kill_after=kill_after, fault=fault)
             chain.sessions += 1
-            assert code in (0, 75, -signal.SIGKILL), f"seed {seed}: the last of {chain.plans} ended with {code}"
+            expected = (0, 75, -signal.SIGKILL, DAMAGED, *((GONE,) if "move" in fault or "flip" in fault else ()))
+            assert code in expected, f"seed {seed}: the last of {chain.plans} ended with {code}"
             chain.faults += taken(root) - before if fault else code == -signal.SIGKILL
+            chain.damaged += "flip" in fault and taken(root) > before
+            if (root / "moved").exists():
+                assert code in (GONE, -signal.SIGKILL), f"seed {seed}: its folder was moved, and it ended with {code}"
+                shutil.rmtree(root / NAME, ignore_errors=True)  # what a worker may have written meanwhile
+                (root / "moved").rename(root / NAME)
+            if code == DAMAGED:
+                assert chain.damaged, f"seed {seed}: {chain.plans}: damage is reported where there was none"
+                mend(root)
+                chain.repaired += 1
             if code != 0 and rng.random() < 0.25 and tear(rng, root):
                 chain.torn += 1
+                chain.faults += 1
+            if code != 0 and rng.random() < 0.15 and (what := damage(rng, root)):
+                chain.plans.append(what)
+                chain.damaged += 1
                 chain.faults += 1
     return chain
 
@@ -270,6 +364,16 @@ def disturbed(study: Study, root: Path, template: Path, seed: int, most: int = 6
 def contents(root: Path) -> dict[str, Any]:
     """Everything that must not depend on what happened in between, from Optuna's storage, MLflow and the files."""
     return {"optuna": _optuna(root), "mlflow": _mlflow(root), "files": _files(root)}
+
+
+def repairable(found: dict[str, Any]) -> dict[str, Any]:
+    """Contents without what MLflow does not keep: of each seed it has the accuracy alone, of the others the mean."""
+    for *_, attrs in found["optuna"][:-1]:
+        for name, value in attrs.items():
+            if name.startswith("epoch "):
+                value["metrics"] |= {k: statistics.fmean(value["metrics"][k]) for k in EPOCH_MEANS}
+        attrs.pop("run", None)
+    return found
 
 
 def _optuna(root: Path) -> list[Any]:
@@ -357,20 +461,25 @@ def check(root: Path, faults_wanted: int, seed: int, say: Callable[[str], None] 
         started = time.monotonic()
         folder = root / f"seed{seed}"
         chain = disturbed(study, folder, template, seed)
-        found = contents(folder)
-        for part, value in expected.items():
+        found, wanted = contents(folder), expected
+        if chain.repaired:
+            found, wanted = repairable(found), repairable(copy.deepcopy(expected))
+        for part, value in wanted.items():
             differing = [(a, b) for a, b in zip_longest(value, found[part]) if a != b]
             assert not differing, (
                 f"seed {seed}, {chain.plans}: {part} differs, first in\nexpected {differing[0][0]}\n"
                 f"found    {differing[0][1]}"
             )
         again = len((folder / "trained.log").read_text().split()) - trained
-        # One checkpoint interval (an epoch) a fault at most, a torn checkpoint costing the one before it as well.
-        assert again <= chain.faults + chain.torn, f"seed {seed}: {again} epochs trained twice in {chain}"
+        # One checkpoint interval (an epoch) a fault at most, a torn checkpoint costing the one before it as well. A
+        # damaged record may cost the trials since its last backup.
+        most = chain.faults + chain.torn + chain.damaged * EPOCHS * 2
+        assert again <= most, f"seed {seed}: {again} epochs trained twice in {chain}"
         total, sessions = total + chain.faults, sessions + chain.sessions
         seconds = time.monotonic() - started
         say(
-            f"seed {seed}: {chain.faults} faults ({chain.torn} torn files) in {chain.sessions} sessions, "
+            f"seed {seed}: {chain.faults} faults ({chain.torn} torn files, {chain.damaged} damaged records, "
+            f"{chain.repaired} repaired) in {chain.sessions} sessions, "
             f"{again} epochs trained again, equal; {seconds:.0f} s; {total} faults so far"
         )
         shutil.rmtree(folder)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
 from collections import Counter
@@ -53,6 +54,31 @@ def test_damaged_newest_checkpoint_is_skipped_for_the_one_before(checkpoints, tm
         content.clear()
     path.write_bytes(content)
     assert checkpoints.load(ME)["trainer"]["weights"][0, 0] == 1
+
+
+@pytest.mark.parametrize("content", [7, [1], None, {"weights": 1}, {"identity": 3}, {"trainer": Malicious()}])
+def test_whole_checkpoint_without_a_state_is_skipped_for_the_one_before_and_reported(checkpoints, content, capsys):
+    checkpoints.save(1, state(1))
+    checkpoints.folder.write("trials/0007/epoch_0002.pt", _pack(content))
+    assert checkpoints.load(ME)["trainer"]["weights"][0, 0] == 1
+    (problem,) = checkpoints.problems
+    assert problem.startswith("trials/0007/epoch_0002.pt") and "\n" not in problem
+    assert checkpoints.identity() in (ME, 3) and "code in a checkpoint ran" not in capsys.readouterr().out
+
+
+def test_whole_file_that_torch_cannot_read_is_skipped_for_the_one_before(checkpoints):
+    checkpoints.save(1, state(1))
+    junk = b"not a torch file"
+    checkpoints.folder.write("trials/0007/epoch_0002.pt", junk + hashlib.sha256(junk).digest())
+    assert checkpoints.load(ME)["trainer"]["weights"][0, 0] == 1 and len(checkpoints.problems) == 1
+
+
+def test_files_that_are_no_checkpoints_are_reported(checkpoints):
+    checkpoints.save(1, state(1))
+    for name in ("epoch_1.pt", "notes.txt", ".epoch_0002.pt.4711.tmp"):  # the last is of a process that was killed
+        checkpoints.folder.write(f"trials/0007/{name}", b"x")
+    assert checkpoints.load(ME)["trainer"]["weights"][0, 0] == 1
+    assert checkpoints.problems == ["trials/0007 holds what is no checkpoint, and is not used: epoch_1.pt, notes.txt"]
 
 
 def test_checkpoint_of_another_configuration_is_not_loaded(checkpoints):

@@ -24,13 +24,14 @@ from moto.server import ThreadedMotoServer
 from optuna.trial import TrialState
 from test_record import SETTINGS, SPACE, metrics, plan
 
+from study import snapshots
 from study.checkpoints import Checkpoints
 from study.flags import USAGE, Flags
 from study.probe import COMPARED, probe, versions
-from study.record import Record, open_record
+from study.record import Record, RecordLost, open_record
 from study.run import main
 from study.snapshots import fetch
-from study.storage import RemoteFolder, Storage
+from study.storage import RemoteFolder, Storage, VersionConflict
 
 ROOT = Path(__file__).resolve().parent.parent
 STORAGE = "s3://bucket/ram-study"
@@ -109,6 +110,44 @@ def test_record_survives_loss_of_driver_machine(store):
     with open_here() as record:
         assert [(t.state, len(t.epochs)) for t in record.trials.values()] == [("complete", 1), ("running", 1)]
         assert record.uid == uid
+
+
+def test_version_of_an_object_is_replaced_once(store):
+    folder = Storage.parse(STORAGE).folder("s")
+    assert isinstance(folder, RemoteFolder)
+    first = folder.write_version("study.db", b"1", None)
+    assert folder.read_version("study.db") == (b"1", first)
+    with pytest.raises(VersionConflict):
+        folder.write_version("study.db", b"2", None)
+    second = folder.write_version("study.db", b"2", first)
+    with pytest.raises(VersionConflict):
+        folder.write_version("study.db", b"3", first)
+    assert folder.read_version("study.db") == (b"2", second)
+    folder.delete("study.db")
+    with pytest.raises(VersionConflict):
+        folder.write_version("study.db", b"3", second)
+    with pytest.raises(FileNotFoundError):
+        folder.read_version("study.db")
+
+
+def test_suspended_driver_cannot_overwrite_its_successors_record_in_a_bucket(store, monkeypatch):
+    monkeypatch.setattr(snapshots, "_EXPIRES", 0.2)
+    monkeypatch.setattr(snapshots, "_INTERVAL", 1000.0)
+    storage = Storage.parse(STORAGE)
+    fetch(storage, "s")
+    suspended = open_record(storage, SETTINGS, total=5)
+    suspended.start(plan(), SPACE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(store.parent / "another"))
+    fetch(storage, "s")
+    with open_record(storage, SETTINGS, total=5) as successor:
+        successor.add_epoch(0, 1, metrics(1, 0.5, 0.5))
+        successor.flush()
+        theirs = storage.folder("s").read("study.db")
+        monkeypatch.setattr(snapshots.Lease, "check", lambda lease: None)  # it had looked at the lease before
+        with pytest.raises(RecordLost, match="another driver has taken the study over"):
+            suspended.start(plan(1), SPACE)
+        suspended.close()
+        assert storage.folder("s").read("study.db") == theirs
 
 
 def test_missing_bucket_is_refused_in_one_line(store, tmp_path, monkeypatch, capsys):

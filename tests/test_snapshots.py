@@ -8,9 +8,12 @@ import time
 import pytest
 from test_record import SETTINGS, SPACE, metrics, plan
 
+from ramcore.errors import UserError
 from study import record as record_module
 from study import snapshots
+from study.integrity import RecordDamaged
 from study.record import Record, RecordLost
+from study.repair import repair
 from study.snapshots import LEASE, Lease, LeaseHeld, fetch
 from study.storage import Storage
 
@@ -191,3 +194,125 @@ def test_unreadable_lease_is_read_again(storage, monkeypatch):
             patch.setattr(record.snapshots._folder, "read", lambda name: answers.pop(0))
             record.start(plan(), SPACE)
         assert not answers
+
+
+# A driver that was suspended past its lease, and another that took over.
+
+
+def other_machine(tmp_path, monkeypatch, name: str) -> None:
+    monkeypatch.setattr("pooch.os_cache", lambda _: tmp_path / name)
+
+
+def test_suspended_driver_cannot_overwrite_the_record_of_its_successor(storage, tmp_path, monkeypatch):
+    monkeypatch.setattr(snapshots, "_EXPIRES", 0.2)
+    monkeypatch.setattr(snapshots, "_INTERVAL", 1000.0)
+    suspended = open_record(storage)
+    suspended.start(plan(), SPACE)
+    other_machine(tmp_path, monkeypatch, "another")
+    with open_record(storage) as successor:
+        successor.add_epoch(0, 1, metrics(1, 0.5, 0.5))
+        successor.end(0, "complete", "finished")
+        successor.flush()
+        theirs = (tmp_path / "store" / "s" / "study.db").read_bytes()
+        # It wakes in the middle of a copy: it has looked at the lease already.
+        monkeypatch.setattr(Lease, "check", lambda lease: None)
+        suspended.add_epoch(0, 1, metrics(1, 0.5, 0.5))
+        with pytest.raises(RecordLost, match="another driver has taken the study over"):
+            suspended.start(plan(1), SPACE)
+        suspended.close()
+        assert (tmp_path / "store" / "s" / "study.db").read_bytes() == theirs
+        assert LEASE in storage.folder("s").names("")  # the successor's
+        monkeypatch.undo()
+
+
+def test_suspended_driver_does_not_end_a_trial_of_its_successor(storage, tmp_path, monkeypatch):
+    monkeypatch.setattr(snapshots, "_EXPIRES", 0.2)
+    suspended = open_record(storage)
+    suspended.start(plan(), SPACE)
+    suspended.add_epoch(0, 1, metrics(1, 0.5, 0.5))
+    other_machine(tmp_path, monkeypatch, "another")
+    with open_record(storage):
+        with pytest.raises(RecordLost, match="has taken the study over"):
+            suspended.end(0, "pruned", "stopped by successive halving at epoch 1")
+        assert suspended.take_changed(0.0) == set()  # nothing is tracked twice
+        suspended.close()
+
+
+def test_one_of_two_drivers_that_take_over_at_once_is_refused(storage, tmp_path, monkeypatch):
+    with open_record(storage) as record:
+        record.start(plan(), SPACE)
+    take = Lease.take
+
+    def takes_over_meanwhile(lease: Lease, say: object) -> None:
+        take(lease, print)
+        monkeypatch.setattr(Lease, "take", take)
+        monkeypatch.setattr(record_module, "fetch", lambda *_: fetched)
+
+    fetched = fetch(storage, "s")
+    monkeypatch.setattr(Lease, "take", takes_over_meanwhile)
+    storage.folder("s").write("study.db", storage.folder("s").read("study.db") + b"\0")  # by the quicker one
+    with pytest.raises(UserError, match="another driver has taken the study over"):
+        record_module.open_record(storage, SETTINGS, total=5)
+
+
+def test_clock_that_is_ahead_does_not_skip_the_wait(storage, tmp_path, monkeypatch):
+    monkeypatch.setattr(snapshots, "_EXPIRES", 2.0)
+    elsewhere(storage, 10_000)
+    renewing = threading.Timer(0.5, elsewhere, (storage, 9_999))
+    renewing.start()
+    with pytest.raises(LeaseHeld, match="elsewhere is running s"):
+        Lease(storage.folder("s"), "s", tmp_path).take(print)
+    renewing.join()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"7", b"null", b"{}", b"\xff\xfe", b'{"holder": 1, "host": 2}', b"[" * 9999]
+)
+def test_damaged_lease_is_one_line_and_its_driver_is_waited_for(storage, content, monkeypatch):
+    monkeypatch.setattr(snapshots, "_EXPIRES", 0.3)
+    storage.folder("s").write(LEASE, content)
+    said: list[str] = []
+    fetch(storage, "s")
+    with record_module.open_record(storage, SETTINGS, total=5, say=said.append) as record:
+        record.start(plan(), SPACE)
+        storage.folder("s").write(LEASE, content)
+        record.start(plan(1), SPACE)  # it says nothing of another driver
+    (line,) = said
+    assert "lease cannot be read" in line and "waiting up to 0 s" in line
+
+
+def test_answer_that_was_lost_is_not_another_driver(storage, monkeypatch):
+    with open_record(storage) as record:
+        folder = record.snapshots._folder
+        write = folder.write_version
+
+        def answer_is_lost(*arguments):
+            write(*arguments)
+            raise OSError("connection reset")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(folder, "write_version", answer_is_lost)
+            with pytest.raises(RecordLost, match="connection reset"):
+                record.start(plan(), SPACE)
+        record.flush()
+
+
+def test_record_deleted_in_its_store_stops_the_driver(storage, tmp_path):
+    with open_record(storage) as record:
+        record.start(plan(), SPACE)
+        (tmp_path / "store" / "s" / "study.db").unlink()
+        with pytest.raises(RecordLost, match="the record was deleted in its storage"):
+            record.start(plan(1), SPACE)
+
+
+def test_damaged_record_in_its_store_is_refused_and_repaired(storage, tmp_path):
+    with open_record(storage) as record:
+        record.start(plan(), SPACE)
+    path = tmp_path / "store" / "s" / "study.db"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(RecordDamaged, match=r"store/s/study.db .*--repair"):
+        fetch(storage, "s")
+    repair(storage, "s", "sqlite:////nowhere/mlflow.db")
+    shutil.rmtree(tmp_path / "cache")
+    with open_record(storage) as record:
+        assert record.trials[0].spec == plan()

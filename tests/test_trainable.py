@@ -114,6 +114,48 @@ def test_file_error_outside_checkpoints_is_reported_as_error(job, data, monkeypa
     assert result["error"].startswith("FileNotFoundError: ")
 
 
+def without_weights(content: dict) -> None:
+    del content["trainer"]["weights"]
+
+
+def other_shapes(content: dict) -> None:
+    content["trainer"]["weights"] = {name: value[..., :1] for name, value in content["trainer"]["weights"].items()}
+
+
+def other_seeds(content: dict) -> None:
+    content["trainer"]["seeds"] = [5, 6]
+
+
+def state_of_another_epoch(content: dict) -> None:
+    content["trainer"]["epochs_done"] = 1
+
+
+def shorter_history(content: dict) -> None:
+    content["history"].pop()
+
+
+def history_without_accuracy(content: dict) -> None:
+    del content["history"][1]["val_accuracy"]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [without_weights, other_shapes, other_seeds, state_of_another_epoch, shorter_history, history_without_accuracy],
+)
+def test_whole_checkpoint_that_cannot_be_used_is_passed_over_for_the_one_before(job, data, spoil):
+    whole = without_time(reports(dataclasses.replace(job, number=8), data))
+    reports(job, data, stop_after=2)
+    checkpoints = Checkpoints(Storage.parse(job.storage).folder(job.study), job.number)
+    content = checkpoints.load({"config": dataclasses.asdict(job.config), "seeds": list(job.seeds)})
+    assert content is not None
+    spoil(content)
+    checkpoints.save(2, content)
+    again = reports(dataclasses.replace(job, held=2), data)
+    (note,) = again[0].pop("notes")
+    assert note.startswith("trials/0007: the checkpoint of epoch 2 cannot be used") and "\n" not in note
+    assert without_time(again) == whole[1:]
+
+
 def test_job_survives_conversion_to_dict_and_back(job):
     assert Job.from_dict(dataclasses.asdict(job)) == job
 
