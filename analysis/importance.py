@@ -38,7 +38,7 @@ from analysis.trust import (
 )
 
 HYPERDRAWS, DRAWS_EACH = 160, 3
-ROUNDS = 4  # of sampling, each as long as all before it, if it has not converged
+ROUNDS = 5  # of sampling, each as long as all before it, if it has not converged
 MARKS = 6  # epochs at which importance is given, at most
 FAILED = (Counts._fields.index("failed"), Counts._fields.index("diverged"))
 CLAIMED = ("patch_size", "num_scales", "num_glimpses")  # parameters that the case study speaks of
