@@ -3,10 +3,12 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import pytest
 import torch
 
 from benchmarks import training
 from benchmarks.plain_ram import PlainTrainer, Retina
+from benchmarks.truths import TRUTHS, Facts, study_of
 from ramcore import retina
 from ramcore.config import Config
 
@@ -44,3 +46,17 @@ def test_quick_benchmark_prints_and_writes_its_figures(tmp_path, capsys, monkeyp
     assert result["steps"][training.PLAIN]["times_plain"] == 1
     assert result["set_up_seconds"] < 1
     assert "ramcore, 8 seeds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", TRUTHS)
+def test_null_parameters_of_a_truth_do_nothing_and_its_study_is_a_search(name: str) -> None:
+    truth = TRUTHS[name]
+    facts = Facts(truth)
+    assert set(facts.effect) == set(truth.space.names)
+    assert [facts.effect[n] for n in truth.null] == pytest.approx([0] * len(truth.null), abs=1e-9)
+    assert [facts.total[n] for n in truth.null] == pytest.approx([0] * len(truth.null), abs=1e-9)
+    assert not set(facts.live) & set(truth.null)
+    study = study_of(truth, 0, trials=24)
+    assert set(study.trials["origin"]) == {"published", "sobol", "tpe"}
+    assert (study.trials.loc[study.trials["origin"] != "tpe", "state"] == "complete").all()
+    assert study.epochs["val_accuracy"].between(0, 1).all()
