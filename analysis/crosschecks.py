@@ -17,7 +17,8 @@ from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvalu
 
 from analysis.load import StudyData
 from analysis.results import DUMMY, Analysis
-from ramcore.space import Array, Dimension
+from analysis.selection import unit_table
+from ramcore.space import Array
 
 MIN_TRIALS = 8
 
@@ -69,13 +70,6 @@ def last_accuracy(epochs: pd.DataFrame) -> pd.Series:
     table = epochs.loc[epochs["val_accuracy"].notna()]
     last = table.groupby("trial")["epoch"].transform("max")
     return table.loc[table["epoch"] == last].groupby("trial")["val_accuracy"].mean()
-
-
-def unit_table(records: StudyData, dimensions: Sequence[Dimension]) -> pd.DataFrame:
-    """Unit-cube coordinates of every trial."""
-    return pd.DataFrame(
-        {d.name: d.to_unit(list(records.trials[d.name])) for d in dimensions}, index=records.trials.index
-    )
 
 
 def _importances(

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.effects import GRID, Marginal, Predictor, allowed, sobol_indices, space_points
-from analysis.observations import log_epoch
+from analysis.observations import at_full_budget
 from analysis.results import INTERVAL, Curve, Data, PairSurface
 from analysis.surrogate import Posterior, Surface
 from analysis.training import Attempts
@@ -29,8 +29,7 @@ def supported(data: Data, attempts: Attempts, i: int) -> NDArray[np.bool_]:
     the full budget, and not mostly forbidden in combination with the other parameters -> (G,) bool.
     """
     grid = data.dimensions[i].grid(GRID)
-    late = attempts.u > log_epoch(np.array(max(0.9 * data.budget, 1.0)), data.budget) - 1e-9
-    at = np.sort(attempts.x[late, i])
+    at = np.sort(attempts.x[at_full_budget(attempts.u, data.budget), i])
     if len(at) < 4:
         return np.zeros(len(grid), dtype=bool)
     near = 0.0 if data.dimensions[i].levels else 1 / (GRID - 1)

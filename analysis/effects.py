@@ -33,11 +33,9 @@ def sobol_indices(surface: Surface, posterior: Posterior, epoch: int = -1) -> In
     """
     power = posterior.weights[:, :, epoch] ** 2
     shares = power / power.sum(axis=1)[:, None]
-    groups = surface.groups()
-    member = np.array([[i in g for g in groups] for i in range(surface.size)], dtype=float)
-    order = np.array([len(g) for g in groups])
+    member, order = surface.member.T, surface.member.sum(axis=1)
     names = [base.dimension.name for base in surface.bases]
-    pair_of = np.array([surface.pairs.index((g[0], g[1])) if len(g) == 2 else -1 for g in groups])
+    pair_of = np.array([surface.pairs.index((g[0], g[1])) if len(g) == 2 else -1 for g in surface.groups])
     return Indices(
         first=member[:, order == 1] @ shares[:, order == 1].T,
         total=member @ shares.T,
@@ -56,9 +54,6 @@ class Predictor:
         self.surface, self.training, self.floor = surface, training, floor
         self.weights = np.ascontiguousarray(posterior.weights[:, :, -1].T)  # (P, S)
         self.level = posterior.level[:, -1]
-        if training is not None:
-            at = np.linspace(0, len(training.weights) - 1, len(self.level)).round().astype(int)
-            self.training = training._replace(weights=training.weights[at])
 
     def logits(self, x: Array) -> Array:
         """Logit of the accuracy of runs that train, at coordinates (N, D) -> (N, S)."""
@@ -66,13 +61,15 @@ class Predictor:
 
     def accuracy(self, x: Array) -> Array:
         """Expected accuracy, points, at coordinates (N, D) -> (N, S)."""
-        trains = 1.0 if self.training is None else self.training.probability(x)
-        return self._accuracy(self.logits(x), trains)
+        return self._accuracy(self.logits(x), self._trains(x))
 
     def expected_logits(self, x: Array) -> Array:
         """Expected logit of accuracy at coordinates (N, D) -> (N, S)."""
-        trains = 1.0 if self.training is None else self.training.probability(x)
+        trains = self._trains(x)
         return trains * self.logits(x) + (1 - trains) * self.floor
+
+    def _trains(self, x: Array) -> Array | float:
+        return 1.0 if self.training is None else self.training.probability(x)
 
     def _accuracy(self, logits: Array, trains: Array | float) -> Array:
         return 100 * (trains / (1 + np.exp(-logits)) + (1 - trains) * CHANCE)

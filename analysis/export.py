@@ -13,6 +13,7 @@ import tyro
 
 from analysis import load
 from ramcore.private import private_arguments
+from study.moved import tracking_uri
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ def main(args: Args) -> int:
 
 
 def _export(args: Args) -> None:
-    client = load.connect(load.tracking_uri(args.tracking_uri))
+    client = load.connect(tracking_uri(args.tracking_uri))
     study = load.find_study(load.list_studies(client), args.study)
     records = load.load_study(client, study, load.progress_line(f"reading {study.name}"))
     print(load.Exported.write_to(args.out, records))

@@ -18,7 +18,6 @@ from analysis.results import (
     MIN_R2,
     MIN_RANKED,
     Analysis,
-    Counts,
     Curves,
     ParameterDraws,
     Trust,
@@ -40,7 +39,6 @@ from analysis.trust import (
 HYPERDRAWS, DRAWS_EACH = 160, 3
 ROUNDS = 5  # of sampling, each as long as all before it, if it has not converged
 MARKS = 6  # epochs at which importance is given, at most
-FAILED = (Counts._fields.index("failed"), Counts._fields.index("diverged"))
 CLAIMED = ("patch_size", "num_scales", "num_glimpses")  # parameters that the case study speaks of
 
 OnStep = Callable[[str], None]  # called with the step that begins
@@ -70,12 +68,8 @@ def analyse(
     posterior = surface.sample(observations, at, hyperdraws=hyperdraws, draws_each=DRAWS_EACH, rng=rng, rounds=rounds)
     draws = len(posterior.weights)
     training = fit_training(surface.bases, selection.attempts, draws, rng, rounds=rounds)
-    failures = None
-    if any(data.counts[place] for place in FAILED):
-        lost = selection.failed.astype(float)
-        failures = fit_training(
-            surface.bases, Attempts(selection.tried, np.ones_like(lost), 1 - lost, lost), draws, rng
-        )
+    lost = selection.failed.astype(float)
+    failures = fit_training(surface.bases, Attempts(selection.tried, np.ones_like(lost), 1 - lost, lost), draws, rng)
 
     on_step("computing effects and indices")
     predictor = Predictor(surface, posterior, training, selection.floor)
@@ -89,14 +83,10 @@ def analyse(
         indices = indices._replace(
             first=np.stack([m.first_logit for m in marginals]), total=np.stack([m.total_logit for m in marginals])
         )
-    changes = (
-        None
-        if failures is None
-        else [
-            np.ptp(100 * failures.along(points[: CUBE_POINTS // 4], i, marginals[i].grid).mean(axis=1), axis=0)
-            for i in every
-        ]
-    )
+    changes = None
+    if failures is not None:
+        some = points[: CUBE_POINTS // 4]
+        changes = [np.ptp(100 * failures.along(some, i, marginals[i].grid).mean(axis=1), axis=0) for i in every]
     reported = np.concatenate([indices.total, [m.effect for m in marginals]])
     rhat, ess = diagnose(reported.reshape(len(reported), CHAINS, -1).transpose(1, 2, 0))
     late = late_epochs(records.epochs, data.budget)
@@ -105,13 +95,12 @@ def analyse(
     fit = cross_validate(selection, predictor, posterior.held_out)
     searched = data.space.dimensions
     outside = 1.0 - float(np.mean(allowed(data.space, searched, space_points(searched, 2048, seed))))
-    settled = rhat <= MAX_RHAT
     row, configurations = compare_configurations(selection, predictor)
     best = np.append(observations.x[row, :-1], 0.5)
     tried = np.concatenate([points[: CUBE_POINTS // 2], observations.x])
     return Analysis(
         data=data,
-        ranked=settled and fit.r2 >= MIN_R2 and min(data.counts.used, fit.finished) >= MIN_RANKED,
+        ranked=rhat <= MAX_RHAT and fit.r2 >= MIN_R2 and min(data.counts.used, fit.finished) >= MIN_RANKED,
         ranking=rank_parameters(indices, trained, marginals, seed_sd, changes, dimensions),
         curves=Curves(
             marginals={dimensions[i].name: marginal_curve(dimensions[i], marginals[i]) for i in every},

@@ -85,11 +85,6 @@ class StudyData(NamedTuple):
         return int(known) if known else int(self.epochs["epoch"].to_numpy().max())
 
 
-def tracking_uri(given: str | None) -> str:
-    """The tracking server to read: as given, else MLFLOW_TRACKING_URI, else MLflow's own local file."""
-    return given or os.environ.get("MLFLOW_TRACKING_URI") or schema.DEFAULT_TRACKING_URI
-
-
 def connect(uri: str) -> MlflowClient:
     """A client for a tracking server that exists. Raises UserError otherwise (MLflow would create an empty file)."""
     if uri.startswith("sqlite:///"):

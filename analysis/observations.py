@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from ramcore.space import Array
 
@@ -61,6 +62,11 @@ def logit(accuracy: Array, evaluation_size: int) -> Array:
 def log_epoch(epochs: Array, budget: int) -> Array:
     """u of epochs: log(epoch) / log(budget)."""
     return np.log(epochs) / max(math.log(budget), 1e-9)
+
+
+def at_full_budget(u: Array, budget: int) -> NDArray[np.bool_]:
+    """Which u are of the last tenth of the epochs, whose results count as those of the full budget."""
+    return u > log_epoch(np.array(max(0.9 * budget, 1.0)), budget) - 1e-9
 
 
 def observe(epochs: pd.DataFrame, x: pd.DataFrame, budget: int, evaluation_size: int) -> Observations:

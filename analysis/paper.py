@@ -37,6 +37,7 @@ from ramcore.published import CASE_STUDY, MNIH, PUBLISHED, Published
 from ramcore.sources import load_task
 from ramcore.space import Array
 from study.designs import DESIGNS
+from study.moved import tracking_uri
 
 SIZES = ("glimpses", "patch", "scales")  # fields of Published
 _DESIGN = {CASE_STUDY: "paper", MNIH: "mnih"}  # the design whose trials stand beside a source's rows
@@ -363,7 +364,7 @@ def main(args: Args) -> int:
 
 
 def _write_all(args: Args) -> None:
-    uri = load.tracking_uri(args.tracking_uri)
+    uri = tracking_uri(args.tracking_uri)
     source = load.open_source(uri, args.records)
     studies = load.list_studies(source)
     records = _with_tables(source, studies, args.study)

@@ -97,11 +97,8 @@ def shapley_effects(predictor: Predictor, seed: int) -> list[Interval]:
     changes about that is computed on WALKS random walks (Goda 2021).
     """
     power = predictor.weights**2  # (P, S)
-    order = np.array([len(group) for group in predictor.surface.groups()])
-    member = np.array(
-        [[i in g for g in predictor.surface.groups()] for i in range(predictor.surface.size)], dtype=float
-    )
-    exact = (member / order) @ power  # (D, S)
+    member = predictor.surface.member
+    exact = (member / member.sum(axis=1)[:, None]).T @ power  # (D, S)
     if predictor.training is not None:
         walks = _Walks(predictor, seed)
         exact = exact + walks.effects(predictor.expected_logits) - walks.effects(predictor.logits)

@@ -8,7 +8,9 @@ independence proposal from their mixture (Tierney 1994), by which a chain moves 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -17,11 +19,12 @@ from arviz_stats.base import array_stats  # pyright: ignore[reportPrivateImportU
 from scipy.optimize import minimize
 from torch import Tensor
 
+from analysis.results import SETTLED
 from ramcore.space import Array
 
 Density = Callable[[Array], tuple[float, Array]]  # (H,) -> log density up to a constant, and its gradient (H,)
 
-CHAINS, BURN = 4, 8  # chains, and the first steps of each that are left out
+CHAINS = 4
 FAR = 4.0  # nats below the best, beyond which a mode is left out
 LEAST_SMOOTHED = 30  # draws, for a tail of importance weights to be smoothed
 TAILS = 8.0  # degrees of freedom of the proposals
@@ -118,6 +121,7 @@ class Chain:
         """
         self._density, self._modes, self._rng, self._step, self._leaps = density, modes, rng, step, leaps
         self._shares = np.exp([mode.log_weight for mode in modes])
+        self._shares = self._shares / self._shares.sum()
         self._inverses = [np.linalg.inv(mode.root) for mode in modes]
         mode = modes[number % len(modes)]
         for width in (1.0, 0.3, 0.0):  # a start where the density is finite
@@ -136,7 +140,7 @@ class Chain:
         return path
 
     def _pick(self) -> int:
-        return int(self._rng.choice(len(self._modes), p=self._shares / self._shares.sum()))
+        return int(self._rng.choice(len(self._modes), p=self._shares))
 
     def _jump(self) -> None:
         """Propose a point of the mixture, whatever the state."""
@@ -172,6 +176,28 @@ class Chain:
             momentum = momentum + 0.5 * size * root.T @ slope
         if math.log(rng.random()) < value - 0.5 * float(momentum @ momentum) - energy:
             self._state, self._value, self._slope = state, value, slope
+
+
+def run_until_settled(
+    chains: Sequence[Chain], burn: int, steps: int, rounds: int, reported: Callable[[Array], Array]
+) -> Array:
+    """The states of the chains after the first `burn`: `steps` of each, and then as many again as there are, at most
+    rounds - 1 times, until R-hat of what is reported is at most SETTLED -> (chains, steps or more, H).
+
+    reported: from the states of a chain (N, H) to quantities (N', K).
+    """
+
+    def run(steps: int) -> list[Array]:
+        with ThreadPoolExecutor(min(len(chains), os.cpu_count() or 1)) as pool:
+            return list(pool.map(Chain.run, chains, [steps] * len(chains)))
+
+    run(burn)
+    paths = np.stack(run(steps))
+    for _ in range(rounds - 1):
+        if diagnose(np.stack([reported(path) for path in paths]))[0] <= SETTLED:
+            break
+        paths = np.concatenate([paths, np.stack(run(paths.shape[1]))], axis=1)
+    return paths
 
 
 def weights_without(log_density: Array) -> Array:

@@ -46,6 +46,12 @@ def evaluation_size(settings: Mapping[str, Any]) -> int:
     return DEFAULT_EVALUATION_SIZE
 
 
+def unit_table(records: StudyData, dimensions: Sequence[Dimension]) -> pd.DataFrame:
+    """Unit-cube coordinates of every trial."""
+    trials = records.trials
+    return pd.DataFrame({d.name: d.to_unit(list(trials[d.name])) for d in dimensions}, index=trials.index)
+
+
 def combine(records: StudyData, others: Sequence[StudyData]) -> tuple[StudyData, dict[str, int]]:
     """The search's own trials with those of other studies that answer for its space; also how many each adds.
 
@@ -72,8 +78,7 @@ def combine(records: StudyData, others: Sequence[StudyData]) -> tuple[StudyData,
             epochs.append(mine.assign(trial=number))
             added[other.study.name] = added.get(other.study.name, 0) + 1
             number += 1
-    together = pd.concat(trials)
-    return records._replace(trials=together, epochs=pd.concat(epochs, ignore_index=True)), added
+    return records._replace(trials=pd.concat(trials).sort_index(), epochs=pd.concat(epochs, ignore_index=True)), added
 
 
 def _runs(space: Space, trials: pd.DataFrame) -> set[tuple[tuple[object, ...], int]]:
@@ -124,9 +129,9 @@ def select(records: StudyData, others: Sequence[StudyData] = ()) -> Selection:
         )
     full = records.budget
     records, added = combine(records, others)
-    trials, epochs = records.trials.sort_index(), records.epochs
+    trials, epochs = records.trials, records.epochs
     recorded = [d for d in space.dimensions if d.name in trials]
-    x = pd.DataFrame({d.name: d.to_unit(list(trials[d.name])) for d in recorded}, index=trials.index).dropna()
+    x = unit_table(records, recorded).dropna()
     epochs = epochs.loc[epochs["val_accuracy"].notna() & epochs["trial"].isin(list(x.index))]
     seen = x.loc[sorted(set(epochs["trial"]))]
     varied = sorted((d for d in recorded if seen[d.name].nunique() > 1), key=lambda d: d.name)

@@ -25,6 +25,7 @@ from analysis.verdicts import judge
 from ramcore.errors import UserError, say
 from ramcore.private import private_arguments
 from study.designs import DESIGNS
+from study.moved import tracking_uri
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ def main(args: Args) -> int:
 
 
 def _report(args: Args) -> None:
-    uri = load.tracking_uri(args.tracking_uri)
+    uri = tracking_uri(args.tracking_uri)
     source = load.open_source(uri, args.records)
     studies = load.list_studies(source)
     study = _choose(studies, args.study)

@@ -24,9 +24,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,13 +33,13 @@ from torch import Tensor
 
 from analysis.basis import MAIN, basis
 from analysis.observations import Observations
-from analysis.results import SETTLED
-from analysis.sampler import BURN, CHAINS, Chain, diagnose, differentiated, find_modes, weights_without
+from analysis.sampler import CHAINS, Chain, differentiated, find_modes, run_until_settled, weights_without
 from ramcore.space import Array, Dimension
 
 PAIR, TRIPLE = 6, 3  # basis functions a dimension in components of two and three dimensions; MAIN in those of one
 JITTER = 1e-6
 STARTS = 8  # of the search for modes
+BURN = 8  # first steps of a chain, which are left out
 ROUGH = 200  # trials that the search begins with if there are more
 LEAST_STEPS = 20  # of a chain, whatever the number of draws that are asked for
 
@@ -104,18 +102,22 @@ class Surface:
             np.pad(np.log(base.variances), (0, MAIN - len(base.variances)), constant_values=-1e4) for base in self.bases
         ]
         self._log_variances = torch.as_tensor(np.stack(padded))
-        products = [product for _, product in self._terms()]
+        products = self._feature_products()
+        self.groups = [tuple(dimension for dimension, _ in product) for product in products]  # dimensions, by feature
+        self.member = np.array([[float(i in group) for i in range(d)] for group in self.groups])  # (P, D)
+        # Which function of each dimension a feature has; -1 for none (P, D)
+        self._function = np.array([[dict(product).get(i, -1) for i in range(d)] for product in products])
         self._factors = torch.stack([_count(product, d) for product in products])  # (P, D * MAIN)
-        self._orders = torch.tensor([len(product) - 1.0 for product in products], dtype=torch.float64)
+        self._orders = torch.as_tensor(self.member.sum(axis=1) - 1)
 
-    def _terms(self) -> list[tuple[tuple[int, ...], tuple[tuple[int, int], ...]]]:
-        """For each of the P features: its dimensions, and its functions as (dimension, number)."""
+    def _feature_products(self) -> list[tuple[tuple[int, int], ...]]:
+        """For each of the P features, the functions that it is the product of, as (dimension, number)."""
         sizes = [len(base.variances) for base in self.bases]
         found = []
         for most, sets in ((MAIN, [(i,) for i in range(self.size)]), (PAIR, self.pairs), (TRIPLE, self.triples)):
             for one in sets:
                 numbers = itertools.product(*(range(min(sizes[i], most)) for i in one))
-                found += [(one, tuple(zip(one, number, strict=True))) for number in numbers]
+                found += [tuple(zip(one, number, strict=True)) for number in numbers]
         return found
 
     def _shared(self, theta: Tensor, name: str) -> Tensor:
@@ -142,12 +144,8 @@ class Surface:
         """
         per = [base(x[:, j]) for j, base in enumerate(self.bases)]
         rows = self._products([np.ones_like(p) if j == i else p for j, p in enumerate(per)])
-        number = np.array([dict(product).get(i, -1) for _, product in self._terms()])
+        number = self._function[:, i]
         return np.stack([rows[:, number == m] @ weights[number == m] for m in range(-1, per[i].shape[1])])
-
-    def groups(self) -> list[tuple[int, ...]]:
-        """For each of the P features, the dimensions it belongs to."""
-        return [dimensions for dimensions, _ in self._terms()]
 
     def _log_spectra(self, theta: Tensor) -> Tensor:
         """Logarithm of every function's prior variance in the component of its own dimension -> (D * MAIN,)."""
@@ -268,56 +266,53 @@ class Surface:
         modes = find_modes(density, starts, sd)
         kept = math.ceil(hyperdraws / CHAINS)
         chains = [Chain(density, modes, k, child) for k, child in enumerate(rng.spawn(CHAINS))]
-        paths = [np.empty((0, len(self.prior_mean)))] * CHAINS
-        steps = BURN + max(kept, LEAST_STEPS)
-        for _ in range(rounds):
-            with ThreadPoolExecutor(min(CHAINS, os.cpu_count() or 1)) as pool:
-                more = list(pool.map(Chain.run, chains, [steps] * CHAINS))
-            paths = [np.concatenate(both) for both in zip(paths, more, strict=True)]
-            steps = len(paths[0])
-            if diagnose(np.stack([self._prior_shares(path[BURN:]) for path in paths]))[0] <= SETTLED:
-                break
-        chosen = np.linspace(BURN, len(paths[0]) - 1, kept).astype(int)
-        theta = torch.as_tensor(np.concatenate([path[chosen] for path in paths]))
-        drawn = [self._draw(one, data, torch.as_tensor(at), draws_each, rng) for one in theta]
+        paths = run_until_settled(chains, BURN, max(kept, LEAST_STEPS), rounds, self._prior_shares)
+        chosen = np.linspace(0, paths.shape[1] - 1, kept).astype(int)
+        theta = torch.as_tensor(np.concatenate(paths[:, chosen]))
+        drawn, without = [], []
+        with torch.no_grad():
+            for one in theta:
+                factor = torch.linalg.cholesky(self.covariance(one, data))
+                drawn.append(self._draw(one, data, factor, torch.as_tensor(at), draws_each, rng))
+                without.append(self._without_each(one, data, factor))
         weights = np.concatenate([weights * data.scale for weights, _ in drawn])
         level = np.concatenate([level * data.scale + data.centre for _, level in drawn])
-        return Posterior(weights, level, theta.numpy(), len(modes), self._held_out(theta, data))
+        return Posterior(weights, level, theta.numpy(), len(modes), _held_out(without, data))
 
     def _prior_shares(self, theta: Array) -> Array:
         """Total Sobol indices that hyperparameters (N, H) expect -> (N, D)."""
         with torch.no_grad():
             power = np.stack([self.variances(one).numpy() for one in torch.as_tensor(theta)])
-        member = np.array([[i in group for i in range(self.size)] for group in self.groups()], dtype=float)
-        return power @ member / power.sum(axis=1)[:, None]
+        return power @ self.member / power.sum(axis=1)[:, None]
 
     def _draw(
-        self, theta: Tensor, data: _Tensors, at: Tensor, count: int, rng: np.random.Generator
+        self, theta: Tensor, data: _Tensors, factor: Tensor, at: Tensor, count: int, rng: np.random.Generator
     ) -> tuple[Array, Array]:
-        """Joint draws of weights and level at `at` (E,) given hyperparameters -> (count, P, E), (count, E)."""
-        with torch.no_grad():
-            times, where = torch.unique(torch.cat([at, data.times]), return_inverse=True)
-            at_index, row_index = where[: len(at)], where[len(at) :][data.time.argmax(dim=1)]
-            variances = self.variances(theta)
-            time = self._time_kernel(theta, times)
-            time_factor = torch.linalg.cholesky(time + 1e-8 * torch.eye(len(times)) * time.diagonal().max())
-            level = self._level_kernel(theta, times)
-            level_factor = torch.linalg.cholesky(level + 1e-8 * torch.eye(len(times)))
-            factor = torch.linalg.cholesky(self.covariance(theta, data))
-            noise_factor = torch.linalg.cholesky(self._noise_kernel(theta, data))
-            weights, levels = [], []
-            for _ in range(count):
-                normal = torch.as_tensor(rng.standard_normal((len(variances), len(times))))
-                prior = variances.sqrt()[:, None] * normal @ time_factor.T
-                prior_level = level_factor @ torch.as_tensor(rng.standard_normal(len(times)))
-                rows = (data.features @ prior)[data.trial_of, row_index] + prior_level[row_index]
-                rows = rows + noise_factor @ torch.as_tensor(rng.standard_normal(len(data.y)))
-                pull = torch.cholesky_solve((data.y - rows)[:, None], factor)[:, 0]
-                reach = time[at_index][:, row_index] * pull[None, :]  # (E, N)
-                by_trial = torch.zeros((len(at), len(data.features)), dtype=torch.float64)
-                by_trial.index_add_(1, data.trial_of, reach)
-                weights.append((prior[:, at_index] + variances[:, None] * (data.features.T @ by_trial.T)).numpy())
-                levels.append((prior_level[at_index] + level[at_index][:, row_index] @ pull).numpy())
+        """Joint draws of weights and level at `at` (E,) given hyperparameters -> (count, P, E), (count, E).
+
+        factor: of the rows' covariance.
+        """
+        times, where = torch.unique(torch.cat([at, data.times]), return_inverse=True)
+        at_index, row_index = where[: len(at)], where[len(at) :][data.time.argmax(dim=1)]
+        variances = self.variances(theta)
+        time = self._time_kernel(theta, times)
+        time_factor = torch.linalg.cholesky(time + 1e-8 * torch.eye(len(times)) * time.diagonal().max())
+        level = self._level_kernel(theta, times)
+        level_factor = torch.linalg.cholesky(level + 1e-8 * torch.eye(len(times)))
+        noise_factor = torch.linalg.cholesky(self._noise_kernel(theta, data))
+        weights, levels = [], []
+        for _ in range(count):
+            normal = torch.as_tensor(rng.standard_normal((len(variances), len(times))))
+            prior = variances.sqrt()[:, None] * normal @ time_factor.T
+            prior_level = level_factor @ torch.as_tensor(rng.standard_normal(len(times)))
+            rows = (data.features @ prior)[data.trial_of, row_index] + prior_level[row_index]
+            rows = rows + noise_factor @ torch.as_tensor(rng.standard_normal(len(data.y)))
+            pull = torch.cholesky_solve((data.y - rows)[:, None], factor)[:, 0]
+            reach = time[at_index][:, row_index] * pull[None, :]  # (E, N)
+            by_trial = torch.zeros((len(at), len(data.features)), dtype=torch.float64)
+            by_trial.index_add_(1, data.trial_of, reach)
+            weights.append((prior[:, at_index] + variances[:, None] * (data.features.T @ by_trial.T)).numpy())
+            levels.append((prior_level[at_index] + level[at_index][:, row_index] @ pull).numpy())
         return np.stack(weights), np.stack(levels)
 
     def explained(self, theta: Array, observations: Observations, points: Array, extra: Array, seeds: float) -> float:
@@ -347,22 +342,13 @@ class Surface:
                 shares.append(float(known.sum() / (scaled * at).sum()))
         return float(np.mean(shares))
 
-    def _held_out(self, theta: Tensor, data: _Tensors) -> HeldOut:
-        """Every trial's last row, predicted from the other trials."""
-        with torch.no_grad():
-            parts = [self._without_each(one, data) for one in theta]
-        mean, variance, noise, log_density = (np.stack(part) for part in zip(*parts, strict=True))  # (T', T) each
-        weight = weights_without(log_density)
-        centre = (weight * mean).sum(axis=0)
-        spread = (weight * (variance + mean**2)).sum(axis=0) - centre**2
-        noise = (weight * noise).sum(axis=0)
-        return HeldOut(centre * data.scale + data.centre, np.sqrt(spread) * data.scale, np.sqrt(noise) * data.scale)
-
-    def _without_each(self, theta: Tensor, data: _Tensors) -> tuple[Array, Array, Array, Array]:
+    def _without_each(self, theta: Tensor, data: _Tensors, factor: Tensor) -> tuple[Array, Array, Array, Array]:
         """For every trial, given hyperparameters: mean and variance of its last row without the trial, the part of the
         variance that is seed and epoch noise, and the log density of all its rows; scaled, (T,) each.
+
+        factor: of the rows' covariance.
         """
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.covariance(theta, data)))
+        inverse = torch.cholesky_inverse(factor)
         noise = self._noise_kernel(theta, data, trial_effect=False).diagonal()
         pull = inverse @ data.y
         block, here = data.rows_of, data.rows_of >= 0
@@ -497,6 +483,16 @@ class _Powers:
     def sums(self, log_spectra: Tensor) -> list[Tensor]:
         """Sums over the dimensions of the kernels' powers 1 to order, (T, T) each."""
         return [(f * torch.exp(counts @ log_spectra)) @ f.T for f, counts in self._parts]
+
+
+def _held_out(without: Sequence[tuple[Array, ...]], data: _Tensors) -> HeldOut:
+    """Every trial's last row, predicted from the other trials, from what each draw of the hyperparameters says."""
+    mean, variance, noise, log_density = (np.stack(part) for part in zip(*without, strict=True))  # (T', T) each
+    weight = weights_without(log_density)
+    centre = (weight * mean).sum(axis=0)
+    spread = (weight * (variance + mean**2)).sum(axis=0) - centre**2
+    noise = (weight * noise).sum(axis=0)
+    return HeldOut(centre * data.scale + data.centre, np.sqrt(spread) * data.scale, np.sqrt(noise) * data.scale)
 
 
 def _count(functions: Iterable[tuple[int, int]], size: int) -> Tensor:

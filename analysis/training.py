@@ -10,8 +10,7 @@ import numpy as np
 from scipy.linalg import block_diag
 
 from analysis.basis import Basis
-from analysis.results import SETTLED
-from analysis.sampler import CHAINS, Chain, diagnose, find_modes
+from analysis.sampler import CHAINS, Chain, find_modes, run_until_settled
 from ramcore.space import Array
 
 STARTS, STEPS = 8, 800  # of the search for modes, and of a chain
@@ -91,16 +90,14 @@ def fit_training(
     size = 2 + functions + dimensions
     modes = find_modes(density, list(rng.standard_normal((STARTS, size))), np.ones(size))
     chains = [Chain(density, modes, k, child, step=0.3, leaps=12) for k, child in enumerate(rng.spawn(CHAINS))]
-    paths = [chain.run(STEPS // 4)[:0] for chain in chains]
     ends = block_diag(*(base(np.array([0.0, 1.0]))[:, :size] for base, size in zip(bases, sizes, strict=True))) * shape
-    for _ in range(rounds):
-        steps = max(STEPS, len(paths[0]))
-        paths = [np.concatenate([path, chain.run(steps)]) for path, chain in zip(paths, chains, strict=True)]
-        reported = [[ends @ parts(state)[2] for state in path[:: len(path) // 200]] for path in paths]
-        if diagnose(np.array(reported))[0] <= SETTLED:
-            break
-    chosen = np.linspace(0, len(paths[0]) - 1, math.ceil(draws / CHAINS)).astype(int)
-    every = [parts(state) for path in paths for state in path[chosen]]
+
+    def at_ends(path: Array) -> Array:
+        return np.array([ends @ parts(state)[2] for state in path[:: len(path) // 200]])
+
+    paths = run_until_settled(chains, STEPS // 4, STEPS, rounds, at_ends)
+    chosen = np.linspace(0, paths.shape[1] - 1, math.ceil(draws / CHAINS)).astype(int)
+    every = [parts(state) for state in np.concatenate(paths[:, chosen])]
     return Training(tuple(bases), np.stack([np.concatenate([[c], shape * weights]) for c, _, weights, _ in every]))
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 from scipy.special import gammaln
 
 from analysis.effects import Predictor, space_points
-from analysis.observations import Observations, log_epoch
+from analysis.observations import Observations, at_full_budget
 from analysis.results import MIN_R2, MIN_RANKED, CrossValidation
 from analysis.sampler import weights_without
 from analysis.selection import Selection
@@ -39,8 +39,7 @@ def cross_validate(selection: Selection, predictor: Predictor, held_out: HeldOut
     trains = _trains_without_each(predictor, attempts)
     predicted = trains * accuracy + (1 - trains) * selection.floor
     spread = np.sqrt(trains * (sd**2 + accuracy**2) + (1 - trains) * selection.floor**2 - predicted**2)
-    full = log_epoch(np.array(max(0.9 * selection.data.budget, 1.0)), selection.data.budget)
-    finished = attempts.u > full - 1e-9
+    finished = at_full_budget(attempts.u, selection.data.budget)
     targets = finished if finished.sum() >= MIN_RANKED else np.ones(len(trials), bool)
     observed = selection.final.to_numpy(dtype=float)
     total = float(observed[targets].var()) or 1.0
@@ -49,7 +48,7 @@ def cross_validate(selection: Selection, predictor: Predictor, held_out: HeldOut
     own = selection.observations
     miss = np.abs(own.y[own.last] - held_out.mean)
     return CrossValidation(
-        r2=1 - error / total if alike else _within(own, held_out, predictor),
+        r2=1 - error / total if alike else _within(own, held_out),
         finished=int(finished.sum()),
         coverage=float(np.mean(miss <= Z90 * held_out.sd)),
         held_out=int(targets.sum()),
@@ -64,21 +63,22 @@ def trials_needed(selection: Selection, surface: Surface, posterior: Posterior, 
     """A rough number of Sobol trials, in all, with which R2 would come to MIN_R2; None if eight times as many as there
     are would not do, or if the model expects that there are enough.
     """
-    observations, dimensions = selection.observations, selection.data.dimensions
     theta, seeds = posterior.theta[:: max(1, len(posterior.theta) // 8)], float(selection.data.counts.seeds)
     have = len(selection.attempts.u)
+
+    def expected(extra: Array) -> float:
+        return surface.explained(theta, selection.observations, points, extra, seeds)
+
+    if expected(points[:0]) > MIN_R2:
+        return None
     for factor in (1.5, 2, 3, 4, 6, 8):
-        extra = space_points(dimensions, math.ceil((factor - 1) * have), 1)
-        if surface.explained(theta, observations, points, extra, seeds) >= MIN_R2:
-            return (
-                None
-                if factor == 1.5 and surface.explained(theta, observations, points, extra[:0], seeds) > MIN_R2
-                else have + len(extra)
-            )
+        extra = space_points(selection.data.dimensions, math.ceil((factor - 1) * have), 1)
+        if expected(extra) >= MIN_R2:
+            return have + len(extra)
     return None
 
 
-def _within(own: Observations, held_out: HeldOut, predictor: Predictor) -> float:
+def _within(own: Observations, held_out: HeldOut) -> float:
     """R2 of trials that ended at different epochs, against the mean of all configurations at each one's epoch."""
     y, u = own.y[own.last], own.u[own.last]
     trend = np.polyval(np.polyfit(u, y, min(2, len(np.unique(u)) - 1)), u)

@@ -26,18 +26,19 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
-from scipy.stats import qmc, spearmanr
+from scipy.stats import spearmanr
 
 from analysis import sensitivity
-from analysis.crosschecks import fanova, last_accuracy, ped_anova, unit_table
+from analysis.crosschecks import fanova, last_accuracy, ped_anova
 from analysis.importance import analyse
 from analysis.load import connect, find_study, list_studies, load_study
 from analysis.paper import markdown_table
 from analysis.results import DUMMY, TIE, Interval
+from analysis.selection import unit_table
 from analysis.text import number
-from benchmarks.truths import HELD_OUT, TRUTHS, Facts, study_of
+from benchmarks.truths import HELD_OUT, TRUTHS, Facts, study_of, true_indices
 from ramcore.space import Dimension
-from tests.synthetic import RAM_DEFAULT, RAM_DIMENSIONS, Synthetic, Truth, ram_truth, simulate, write_mlflow
+from tests.synthetic import RAM_DEFAULT, RAM_DIMENSIONS, Synthetic, ram_truth, simulate, write_mlflow
 
 DIMENSIONS = (
     Dimension(name="width", type="int", low=4, high=20),
@@ -65,23 +66,6 @@ DESIGNS = {
 }
 
 
-def true_indices(truth: Truth, dimensions: tuple[Dimension, ...], points: int = 2**15) -> tuple[np.ndarray, np.ndarray]:
-    """First-order and total Sobol indices at the full budget, by pick-freeze on many points."""
-    both = qmc.Sobol(2 * len(dimensions), rng=0).random(points)
-    size = len(dimensions)
-    a = np.column_stack([d.quantile(both[:, i]) for i, d in enumerate(dimensions)])
-    b = np.column_stack([d.quantile(both[:, size + i]) for i, d in enumerate(dimensions)])
-    fa, fb = truth(a, 1.0), truth(b, 1.0)
-    first, total = [], []
-    for i in range(size):
-        mixed = a.copy()
-        mixed[:, i] = b[:, i]
-        fm = truth(mixed, 1.0)
-        first.append(np.mean((fb - fb.mean()) * (fm - fa)) / fa.var())
-        total.append(0.5 * np.mean((fa - fm) ** 2) / fa.var())
-    return np.clip(first, 0, 1), np.array(total)
-
-
 Row = dict[str, float | str]
 PERCENT = ("effects hold", "total indices hold", "live told apart", "null told apart", "first in rank 1", "ranked")
 
@@ -93,9 +77,7 @@ def one_study(design: Synthetic) -> list[Row]:
     first, total = true_indices(design.truth, design.dimensions)
     analysis = analyse(records, seed=design.seed)
     effects = {e.name: e for e in analysis.ranking.effects}
-    # Half a percent of slack: an interval of positive numbers cannot hold a truth of exactly zero.
-    low, high = (np.array([getattr(effects[n].total, side) for n in names]) for side in ("low", "high"))
-    inside = (low - 0.005 <= total) & (total <= high + 0.005)
+    inside = np.array([_inside(effects[n].total, true, 0.005) for n, true in zip(names, total, strict=True)])
     ours: Row = {
         **_score("ours: GP over configuration and epoch", {n: effects[n].total.mid for n in names}, total),
         "covered": float(inside.mean()),
@@ -121,14 +103,20 @@ def one_study(design: Synthetic) -> list[Row]:
 def _score(estimator: str, estimates: dict[str, float], truth: np.ndarray) -> Row:
     """Compare shares with the truth; the truth is in the order of the designs' dimensions."""
     estimate = np.array([estimates[d.name] for d in DIMENSIONS])
-    share, true = estimate / max(estimate.sum(), 1e-12), truth / truth.sum()
+    error, correlation = _agreement(estimate, truth)
     return {
         "estimator": estimator,
-        "MAE of shares": float(np.abs(share - true).mean()),
-        "Spearman": float(spearmanr(share, true).statistic),  # pyright: ignore[reportAttributeAccessIssue]
-        "first is first": float(np.argmax(share) == np.argmax(true)),
-        "inert share": float(share[-1]),
+        "MAE of shares": error,
+        "Spearman": correlation,
+        "first is first": float(np.argmax(estimate) == np.argmax(truth)),
+        "inert share": float(estimate[-1] / max(estimate.sum(), 1e-12)),
     }
+
+
+def _agreement(estimate: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+    """Mean absolute error of shares that sum to 1, and Spearman's rank correlation."""
+    share, true = estimate / max(estimate.sum(), 1e-12), truth / truth.sum()
+    return float(np.abs(share - true).mean()), float(spearmanr(share, true).statistic)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def print_truth(*, replicates: int = 10, design: str = "") -> None:
@@ -161,6 +149,7 @@ def _held(name: str, seed: int) -> Row:
     totals = np.array([effects[n].total.mid for n in names])
     true = np.array([facts.total[n] for n in names])
     something = true.sum() > 0.1
+    error, correlation = _agreement(totals, true) if something else (np.nan, np.nan)
     apart = [n for n in names if effects[n].above_dummy >= TIE[1]]
     first = max(facts.total, key=lambda n: facts.total[n])
     more = analysis.ranking.more_than
@@ -172,8 +161,8 @@ def _held(name: str, seed: int) -> Row:
         "truth": name,
         "held out": float(name in HELD_OUT),
         "study": float(seed),
-        "error of shares": float(np.abs(totals / totals.sum() - true / true.sum()).mean()) if something else np.nan,
-        "rank correlation": float(spearmanr(totals, true).statistic) if something else np.nan,  # pyright: ignore[reportAttributeAccessIssue]
+        "error of shares": error,
+        "rank correlation": correlation,
         "effects hold": float(np.mean([_inside(effects[n].effect, facts.effect[n], 0.1) for n in names])),
         "total indices hold": float(np.mean([_inside(effects[n].total, facts.total[n], 0.005) for n in names]))
         if something else np.nan,

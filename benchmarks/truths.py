@@ -11,7 +11,7 @@ finished.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -193,6 +193,34 @@ HELD_OUT = {
 TRUTHS = SEEN | HELD_OUT
 
 
+def two_samples(dimensions: Sequence[Dimension], count: int) -> tuple[Array, Array]:
+    """Two independent quasi-random samples of unit coordinates, (count, D) each."""
+    size, uniform = len(dimensions), qmc.Sobol(2 * len(dimensions), rng=0).random(count)
+    halves = (uniform[:, :size], uniform[:, size:])
+    a, b = (np.column_stack([d.quantile(u[:, i]) for i, d in enumerate(dimensions)]) for u in halves)
+    return a, b
+
+
+def true_indices(
+    truth: Callable[[Array, float], Array], dimensions: Sequence[Dimension], points: int = 2**15
+) -> tuple[Array, Array]:
+    """First-order and total Sobol indices at the full budget, by pick-freeze on many points; 0 if nothing varies.
+
+    truth: of coordinates (N, D) and u = log(epoch) / log(epochs).
+    """
+    a, b = two_samples(dimensions, points)
+    fa, fb = truth(a, 1.0), truth(b, 1.0)
+    variance = max(float(fa.var()), 1e-9)
+    first, total = [], []
+    for i in range(len(dimensions)):
+        mixed = a.copy()
+        mixed[:, i] = b[:, i]
+        fm = truth(mixed, 1.0)
+        first.append(np.mean((fb - fb.mean()) * (fm - fa)) / variance)
+        total.append(0.5 * np.mean((fa - fm) ** 2) / variance)
+    return np.clip(first, 0, 1), np.array(total)
+
+
 class Facts:
     """What is true of a truth's parameters, by brute force.
 
@@ -202,18 +230,16 @@ class Facts:
     """
 
     def __init__(self, truth: Truth) -> None:
-        dimensions = truth.space.dimensions
-        uniform = qmc.Sobol(2 * len(dimensions), rng=0).random(2**14)
-        a, b = (
-            {d.name: d.quantile(uniform[:, first + i]) for i, d in enumerate(dimensions)}
-            for first in (0, len(dimensions))
+        dimensions, names = truth.space.dimensions, truth.space.names
+        points, _ = two_samples(dimensions, 2**14)
+        a = dict(zip(names, points.T, strict=True))
+        _, total = true_indices(
+            lambda x, u: truth.expected_logit(dict(zip(names, x.T, strict=True))), dimensions, points=2**14
         )
-        logits = truth.expected_logit(a)
-        self.total, self.effect = {}, {}
+        self.total = dict(zip(names, map(float, total), strict=True))
+        self.effect = {}
         for d in dimensions:
-            apart = logits - truth.expected_logit(a | {d.name: b[d.name]})
-            self.total[d.name] = float(0.5 * np.mean(apart**2) / max(logits.var(), 1e-9))
-            rows = [100 * float(truth.accuracy(a | {d.name: np.full(len(logits), v)}).mean()) for v in d.grid(17)]
+            rows = [100 * float(truth.accuracy(a | {d.name: np.full(len(points), v)}).mean()) for v in d.grid(17)]
             self.effect[d.name] = max(rows) - min(rows)
         final = truth.trained(a)
         self.seed_sd = 100 * float(np.mean(truth.seed_sd(final) * final * (1 - final)))

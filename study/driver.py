@@ -33,6 +33,7 @@ from study.flags import (
     stopped,
     working_tree,
 )
+from study.moved import tracking_uri
 from study.prepare import Prepared
 from study.probe import versions
 from study.record import Record, RecordGone, RecordLost, open_record
@@ -50,7 +51,7 @@ def run_study(flags: Flags, prepared: Prepared) -> int:
     Raises UserError if the machines, the tracking server or the record cannot be used: nothing was started then.
     Raises RecordLost if the record cannot be opened.
     """
-    uri = tracking.tracking_uri(flags.tracking_uri)
+    uri = tracking_uri(flags.tracking_uri)
     on_cluster = flags.address is not None
     ray_pool = pool.Pool(
         trial=pool.trial_resources(

@@ -1,4 +1,4 @@
-"""Where the artifacts of a tracking database lie after both were moved or copied together.
+"""Where tracked data lie: which MLflow is meant, and its artifacts after both were moved or copied together.
 
 MLflow stores the absolute path of every artifact. This module needs no MLflow: the analysis uses it, too.
 """
@@ -6,6 +6,7 @@ MLflow stores the absolute path of every artifact. This module needs no MLflow: 
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import urllib.parse
 from collections.abc import Iterator
@@ -14,6 +15,11 @@ from pathlib import Path
 from study import schema
 
 _PLACES = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location"))
+
+
+def tracking_uri(given: str | None) -> str:
+    """The URI that is given, else that of $MLFLOW_TRACKING_URI, else a SQLite file where `mlflow ui` looks for it."""
+    return given or os.environ.get("MLFLOW_TRACKING_URI") or schema.DEFAULT_TRACKING_URI
 
 
 def follow_move(database: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +16,12 @@ from ramcore.errors import UserError
 from ramcore.recipes import TUNED
 from ramcore.sources import DataMissing, load_task
 from ramcore.space import Space
-from study import designs, schema
+from study import designs
 from study.checkpoints import numbers_present
 from study.designs import DESIGNS, DesignInputs, TrialSpec
 from study.flags import Flags, check_design
 from study.integrity import RecordDamaged
+from study.moved import tracking_uri
 from study.record import RecordLost, StoredStudy, StudySettings, best_trial, read_study
 from study.search_space import checked, search_space
 from study.snapshots import fetch
@@ -239,8 +239,8 @@ def _read(
                 raise
             from study.repair import repair  # puts off MLflow
 
-            uri = flags.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or schema.DEFAULT_TRACKING_URI
-            warnings += [str(damage).split(": ")[0], *repair(storage, name, uri)]
+            found = repair(storage, name, tracking_uri(flags.tracking_uri))
+            warnings += [str(damage).split(": ")[0], *found]
             return _stored(storage, name)
     except OSError as error:
         raise storage.unreachable(error) from error

@@ -37,8 +37,9 @@ from study.designs import DESIGNS, TrialSpec, published, search_origins
 from study.record import StudySettings, exclusive, write_anew
 from study.search_space import configuration
 from study.snapshots import BACKUPS, Lease, LeaseHeld, set_aside
-from study.sobol import SobolSequence
+from study.sobol import SobolSequence, fixed_point
 from study.storage import RECORD, Folder, LocalFolder, Storage
+from study.tracking import database_file, search_all
 
 _NEEDED = ("settings", "uid", "created", "totals")
 _MEANS = (*schema.EPOCH_MEANS, schema.EPOCH_SECONDS)
@@ -152,7 +153,7 @@ class _Tracked:
     def read(uri: str, study: str, found: _Found) -> _Tracked | None:
         """None if MLflow cannot be reached or does not hold the study; `found` gets a line that says why."""
         try:
-            if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+            if (path := database_file(uri)) is not None and not path.exists():
                 raise FileNotFoundError(f"{uri} does not exist")  # MLflow would make it
             client = mlflow.MlflowClient(uri)
             experiment = client.get_experiment_by_name(schema.EXPERIMENT)
@@ -167,13 +168,8 @@ class _Tracked:
                 found.said.append("MLflow does not hold the study")
                 return None
             which = f"tags.`{schema.UID}` = '{parents[0].data.tags[schema.UID]}' and tags.`{schema.KIND}` = 'trial'"
-            children: dict[int, Run] = {}
-            token = None
-            while True:
-                page = client.search_runs(ids, which, max_results=1000, page_token=token)
-                children |= {int(run.data.tags[schema.TRIAL]): run for run in page}
-                if not (token := page.token):
-                    return _Tracked(client=client, parent=parents[0], children=children)
+            children = {int(run.data.tags[schema.TRIAL]): run for run in search_all(client, ids[0], which)}
+            return _Tracked(client=client, parent=parents[0], children=children)
         except (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
             found.said.append(f"MLflow was not read ({first_line(error)})")
             return None
@@ -307,20 +303,15 @@ def _spec(number: int, identity: Attributes | None, study: Attributes, settings:
     origins = search_origins(study["totals"], len(first), settings.sobol_share)
     if number >= len(origins):
         return None
-    origin, row = origins[number], ""
-    index = origins[:number].count(origin)
-    values = None  # TPE's suggestion depended on the trials before it
-    if origin == "published":
-        row, values = first[index]
-    elif origin == "sobol":
-        values = SobolSequence(space, settings.seed)[index]
+    # TPE's suggestions depended on the trials before them.
+    row, values = fixed_point(origins, number, first, SobolSequence(space, settings.seed))
     if identity:
         config, seeds = Config(**identity["config"]), tuple(identity["seeds"])
     elif values is not None:
         config, seeds = configuration(space, values), tuple(range(settings.seeds_per_trial))
     else:
         return None
-    return TrialSpec(config=config, origin=origin, row=row, seeds=seeds)
+    return TrialSpec(config=config, origin=origins[number], row=row, seeds=seeds)
 
 
 def _first_gap(attrs: Attributes) -> int | None:

@@ -17,7 +17,7 @@ from study.designs import STOPPABLE, TrialSpec, published, search_origins
 from study.faults import fault_point
 from study.record import Record, RecordLost, State, TrialRecord
 from study.search_space import configuration
-from study.sobol import SobolSequence
+from study.sobol import SobolSequence, fixed_point
 from study.storage import Storage
 from study.tpe import FeasibleTPE
 from study.trainable import Job
@@ -146,11 +146,9 @@ class StudyScheduler:
         """The trial of a number in a search."""
         assert self.space is not None
         origin = self.origins[number]
-        index = self.origins[:number].count(origin)  # among the trials of the same origin
-        if origin == "published":
-            row, values = self._published[index]
-        else:
-            row, values = "", self._sobol[index] if origin == "sobol" else self._tpe.suggest(number)
+        row, values = fixed_point(self.origins, number, self._published, self._sobol)
+        if values is None:
+            values = self._tpe.suggest(number)
         seeds = tuple(range(self.record.settings.seeds_per_trial))
         return TrialSpec(config=configuration(self.space, values), origin=origin, row=row, seeds=seeds)
 

@@ -1,11 +1,27 @@
-"""Scrambled Sobol points of a search space."""
+"""Scrambled Sobol points of a search space, and which trial of a search gets which."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.stats import qmc
 
 from ramcore.space import Space, Values
+
+
+def fixed_point(
+    origins: Sequence[str], number: int, first: Sequence[tuple[str, Values]], sobol: SobolSequence
+) -> tuple[str, Values | None]:
+    """(row, values) of a search's trial by its number; None for the values that TPE suggests.
+
+    origins: of all trials; first: the published points; sobol: the space's sequence.
+    """
+    origin = origins[number]
+    index = origins[:number].count(origin)  # among the trials of the same origin
+    if origin == "published":
+        return first[index]
+    return "", sobol[index] if origin == "sobol" else None
 
 
 class SobolSequence:

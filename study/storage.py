@@ -175,7 +175,7 @@ class RemoteFolder:
     def read_version(self, name: str) -> tuple[bytes, str]:
         """The content of a file, and which version of it that is. Raises FileNotFoundError, OSError."""
         if self._s3 is None:
-            content = self._read(name)
+            content = self.read(name)
             return content, hashlib.sha256(content).hexdigest()
         with _s3_errors(name):
             found = self._s3.get_object(**self._key(name))
@@ -219,9 +219,6 @@ class RemoteFolder:
             stream.write(content)
 
     def read(self, name: str) -> bytes:
-        return self._read(name)
-
-    def _read(self, name: str) -> bytes:
         with self._fs.open_input_stream(self._path(name)) as stream:
             return stream.read()
 

@@ -66,11 +66,6 @@ _RUN_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 logger = logging.getLogger(__name__)
 
 
-def tracking_uri(flag: str | None) -> str:
-    """The URI of --tracking-uri, else of $MLFLOW_TRACKING_URI, else of a SQLite file where `mlflow ui` looks for it."""
-    return flag or os.environ.get("MLFLOW_TRACKING_URI") or schema.DEFAULT_TRACKING_URI
-
-
 def check_server(uri: str, *, known: bool = False) -> None:
     """Have one conversation with the tracking server, of all that a study needs, before anything starts.
 
@@ -112,7 +107,7 @@ def _check_form(uri: str) -> None:
             "pass --tracking-uri sqlite:///mlflow.db or http://host:5000"
         )
     if uri.startswith(_SQLITE):
-        path = _database_file(uri)
+        path = database_file(uri)
         if path is None:
             raise UserError(f"the tracking database must be a file; got {uri}: pass --tracking-uri sqlite:///mlflow.db")
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
@@ -120,7 +115,7 @@ def _check_form(uri: str) -> None:
             raise UserError(f"{rule}; {path.parent} is not one: pass another --tracking-uri")
 
 
-def _database_file(uri: str) -> Path | None:
+def database_file(uri: str) -> Path | None:
     """The absolute path of a SQLite database; None for a server, another database, or one in memory."""
     if not uri.startswith(_SQLITE):
         return None
@@ -132,7 +127,7 @@ def _experiment(client: mlflow.MlflowClient, uri: str) -> Experiment:
     """The experiment of all studies, made if absent. Raises UserError if it was deleted."""
     found = client.get_experiment_by_name(schema.EXPERIMENT)
     if found is None:
-        path = _database_file(uri)  # artifacts lie beside it, so that both can be moved together
+        path = database_file(uri)  # artifacts lie beside it, so that both can be moved together
         location = None if path is None else str(path.parent / "mlruns" / schema.EXPERIMENT)
         try:
             client.create_experiment(schema.EXPERIMENT, artifact_location=location)
@@ -378,7 +373,7 @@ class Tracker:
                 if "timed out" in str(error):
                     self._timed_out = time.monotonic()
                 client = None
-                path = _database_file(self.uri)
+                path = database_file(self.uri)
                 if path is not None and not path.exists():
                     self._children, self.run_id = {}, ""
                 # Only the study's end ends the wait early.
@@ -472,7 +467,7 @@ class Tracker:
         experiment_id = _experiment(client, self.uri).experiment_id
         parents: list[Run] = []
         children: dict[int, list[Run]] = {}
-        for run in _search(client, experiment_id, f"tags.`{schema.UID}` = '{self.record.uid}'"):
+        for run in search_all(client, experiment_id, f"tags.`{schema.UID}` = '{self.record.uid}'"):
             if run.data.tags.get(schema.KIND) == "study":
                 parents.append(run)
             elif (number := run.data.tags.get(schema.TRIAL, "")).isdigit():
@@ -585,7 +580,7 @@ class Tracker:
 
 def _connect(uri: str) -> mlflow.MlflowClient:
     """A client of a server, or of a database that is there. Raises UserError for a database of something else."""
-    path = _database_file(uri)
+    path = database_file(uri)
     if path is not None:
         _make_database(path)
     if uri.partition(":")[0].partition("+")[0] in DATABASE_ENGINES:
@@ -625,7 +620,8 @@ def _make_database(path: Path) -> None:
     new.unlink()
 
 
-def _search(client: mlflow.MlflowClient, experiment_id: str, query: str) -> list[Run]:
+def search_all(client: mlflow.MlflowClient, experiment_id: str, query: str) -> list[Run]:
+    """All runs that a query finds, whatever their number."""
     page = client.search_runs([experiment_id], query, max_results=1000)
     runs = list(page)
     while page.token:

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy.stats import sobol_indices, uniform
 
-from analysis.crosschecks import fanova, last_accuracy, ped_anova, unit_table
+from analysis.crosschecks import fanova, last_accuracy, ped_anova
 from analysis.effects import Predictor, marginal, ranks_of, space_points
 from analysis.importance import analyse
 from analysis.load import StudyData
@@ -25,7 +25,7 @@ from analysis.results import (
     interval,
     why_not_ranked,
 )
-from analysis.selection import combine, count_trials, select
+from analysis.selection import combine, count_trials, select, unit_table
 from analysis.surrogate import HeldOut, Posterior, Surface
 from analysis.training import Training
 from analysis.trust import measured_seed_noise, seed_sds
@@ -402,7 +402,7 @@ def posterior_of(weights: np.ndarray) -> Posterior:
 def test_log_whole_number_dimension_is_averaged_by_how_often_each_value_is_sampled() -> None:
     width = Dimension(name="width", type="int", low=1, high=16, log=True)
     surface = Surface((width, Dimension(name=DUMMY, type="float")))
-    weights = np.random.default_rng(0).standard_normal((4, len(surface.groups()), 1))
+    weights = np.random.default_rng(0).standard_normal((4, len(surface.groups), 1))
     predictor = Predictor(surface, posterior_of(weights), None, -2.2)
     middle = np.array([[0.5, 0.5]])
     found = marginal(predictor, 0, middle)
@@ -458,7 +458,7 @@ def test_shapley_effects_of_a_known_function_agree_with_its_closed_form() -> Non
 
 def test_shapley_effects_count_what_the_chance_of_training_changes() -> None:
     surface = Surface((*unit_dimensions(2), Dimension(name=DUMMY, type="float")))
-    weights = np.zeros((2, len(surface.groups()), 1))
+    weights = np.zeros((2, len(surface.groups), 1))
     weights[:, 0] = 0.5  # the first function of x1
     posterior = posterior_of(weights)
     assert [s.mid for s in shapley_effects(Predictor(surface, posterior, None, -2.2), 0)] == pytest.approx([1, 0, 0])

@@ -22,10 +22,11 @@ from ramcore.config import Config
 from ramcore.errors import UserError
 from study import tracking
 from study.designs import TrialSpec
+from study.moved import tracking_uri
 from study.record import Record, StudySettings
 from study.search_space import configuration, search_space
 from study.sobol import SobolSequence
-from study.tracking import Provenance, Publish, Tracker, check_server, tracking_uri
+from study.tracking import Provenance, Publish, Tracker, check_server
 
 SPACE = search_space(Config(data="digits", task="original", epochs=3))
 SETTINGS = StudySettings(
