@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from ramcore import kernels
 from ramcore.config import CLUTTER_SIZE, DIGIT_SIZE, MAX_CLUTTER, TASKS
 from ramcore.rng import Stream, integers, key
 
@@ -77,6 +78,8 @@ class TaskData:
         """
         images = self.split(split).images
         canvas, clutter = TASKS[self.task]
+        if canvas > DIGIT_SIZE and kernels.usable(index.device):
+            return kernels.render(images, index, keys, canvas, clutter, (DIGIT_SIZE, CLUTTER_SIZE, _COUNTERS_PER_IMAGE))
         shape = (*index.shape, canvas, canvas)
         flat_index = index.reshape(-1)
         digits = images.view(len(images), -1).index_select(0, flat_index)
@@ -130,13 +133,15 @@ def _layout(task: str, num_images: int, device: torch.device) -> _Layout:
     places = [canvas - DIGIT_SIZE + 1] * 2
     clutter_high = (num_images - 1, *[DIGIT_SIZE - CLUTTER_SIZE + 1] * 2, *[canvas - CLUTTER_SIZE + 1] * 2)
     places += [high for high in clutter_high for _ in range(clutter)]
-    return _Layout(
+    layout = _Layout(
         counter=torch.arange(len(places), device=device),
         high=torch.tensor(places, device=device),
         digit_pixels=_square(DIGIT_SIZE, canvas, device),
         clutter_pixels=_square(CLUTTER_SIZE, canvas, device),
         source_pixels=_square(CLUTTER_SIZE, DIGIT_SIZE, device),
     )
+    kernels.wait_for(layout.source_pixels)
+    return layout
 
 
 def make_task(data: str, task: str, splits: dict[SplitName, Split]) -> TaskData:

@@ -18,7 +18,8 @@ from ramcore.data import SplitName, TaskData
 from ramcore.model import RAM
 from ramcore.rng import Stream, key, normal, uniform, unit
 
-BATCH_SIZE = 500  # images; fits the cache of a laptop and is enough for a GPU
+BATCH_SIZE = 500  # images; fits the cache of a laptop. The noise of sampled rollouts is drawn for so many at a time
+_GPU_BATCHES = 4  # that a GPU evaluates at once: a batch alone waits for the host
 _FIXED_SEED = -1  # of the first locations at evaluation, which are the same in every run
 
 
@@ -63,14 +64,15 @@ def class_log_probs(
 
     def scores(noise: Tensor | None) -> Tensor:
         hiddens = model.look(pyramid, first, noise).hiddens
-        return model.scores(hiddens if every_step else hiddens[-1:])
+        return model.scores(hiddens if every_step else hiddens[:, -1:])
 
     if config.eval_samples == 0 and config.model == "ram":
         return functional.log_softmax(scores(None), -1)
     total, samples = torch.zeros(()), max(config.eval_samples, 1)
     for sample in range(samples):
-        keys = key(seeds, Stream.LOCATION_NOISE, -1 - sample, index[0])
-        total = total + functional.softmax(scores(policy_noise(config, keys, len(index))), -1)
+        keys = [key(seeds, Stream.LOCATION_NOISE, -1 - sample, part[0]) for part in index.split(BATCH_SIZE)]
+        noise = [policy_noise(config, k, len(part)) for k, part in zip(keys, index.split(BATCH_SIZE), strict=True)]
+        total = total + functional.softmax(scores(torch.cat(noise, 2)), -1)
     return (total / samples).clamp_min(1e-12).log()
 
 
@@ -107,8 +109,9 @@ def evaluate(
     keys = data.placement_keys(split, seed_tensor, 0)
     hits: list[Tensor] = []  # correct decisions (R, t) of each batch
     nats: list[Tensor] = []  # sum of the cross-entropies (R,) of each batch
-    for start in range(0, len(labels), BATCH_SIZE):
-        index = torch.arange(start, min(start + BATCH_SIZE, len(labels)), device=device)
+    batch = BATCH_SIZE * (_GPU_BATCHES if device.type == "cuda" else 1)
+    for start in range(0, len(labels), batch):
+        index = torch.arange(start, min(start + batch, len(labels)), device=device)
         images = data.render(split, index[None], keys)
         log_probs = class_log_probs(model, config, seed_tensor, images, index, every_step=every_step)
         hits.append((log_probs.argmax(-1) == labels[index]).sum(-1))

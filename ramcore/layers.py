@@ -10,11 +10,13 @@ R: replicates, N: rows, I/O: input and output units.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ramcore import kernels
 from ramcore.rng import Stream, key, uniform
 
 
@@ -49,6 +51,68 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (R, N, I); returns (R, N, O)."""
         return torch.baddbmm(self.bias, x, self.weight)
+
+
+Products = Sequence[tuple[Tensor, Tensor]]  # x (R, N, I) and weights (R, I, O)
+
+
+def rows(weight: Tensor, inputs: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Each input with its rows of a weight (R, I, O) whose input they are together, without copying them together."""
+    return list(zip(inputs, weight.split([x.shape[-1] for x in inputs], 1), strict=True))
+
+
+def summed(out: Tensor, bias: Tensor, products: Products) -> Tensor:
+    """out (R, N, O) = the sum of x W for each product, plus the bias (R, 1, O). Autograd does not follow it."""
+    (x, weight), *others = products
+    torch.baddbmm(bias, x, weight, out=out)
+    for x, weight in others:
+        out.baddbmm_(x, weight)
+    return out
+
+
+def rectified(out: Tensor, biases: list[Tensor], products: Products) -> Tensor:
+    """out (R, N, O) = Rect(the sum of x W for each product, plus one or two biases). Autograd does not follow it."""
+    if not kernels.usable(out.device):
+        return summed(out, sum(biases[1:], biases[0]), products).relu_()
+    (x, weight), *others = products
+    torch.bmm(x, weight, out=out)
+    for x, weight in others:
+        out.baddbmm_(x, weight)
+    kernels.rectify(out, *biases)
+    return out
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    """A parameter's gradient, to be written to."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def weight_gradients(layer: Linear, inputs: list[Tensor], gradient: Tensor) -> None:
+    """Write the gradients of a layer's weight and bias, given its inputs (R, N, I) and its output's (R, N, O)."""
+    for x, to_weight in rows(gradient_of(layer.weight), inputs):
+        torch.bmm(x.mT, gradient, out=to_weight)
+    torch.sum(gradient, 1, keepdim=True, out=gradient_of(layer.bias))
+
+
+def through(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    parameters: list[nn.Parameter],
+) -> list[Tensor]:
+    """The gradients of a function's inputs, given those of its outputs; those of parameters are added to their own.
+
+    The function is computed again.
+    """
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        outputs = function(*leaves)
+    found = torch.autograd.grad(outputs, [*leaves, *parameters], gradients, materialize_grads=True)
+    for parameter, gradient in zip(parameters, found[len(leaves) :], strict=True):
+        gradient_of(parameter).add_(gradient)
+    return list(found[: len(leaves)])
 
 
 class LayerNorm(nn.Module):

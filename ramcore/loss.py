@@ -9,12 +9,14 @@ R replicates, B images, T glimpses, t of these glimpses (the last t), C classes.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn import functional as F
 
+from ramcore import kernels
 from ramcore.config import Config
 from ramcore.model import Rollout
 
@@ -44,7 +46,7 @@ def hybrid_loss(config: Config, rollout: Rollout, labels: Tensor, class_uniform:
         labels: (R, B) int64.
         class_uniform: (R, B) in [0, 1), to sample a class; only used when loss_mixing < 1.
     """
-    log_class = functional.log_softmax(rollout.logits, dim=-1)  # (R, t, B, C)
+    log_class = F.log_softmax(rollout.logits, dim=-1)  # (R, t, B, C)
     target = labels[:, None, :, None].expand(*log_class.shape[:-1], 1)
     log_true = log_class.gather(-1, target)[..., 0]  # (R, t, B)
     correct = (rollout.logits.argmax(-1) == labels[:, None]).float()
@@ -83,13 +85,20 @@ def location_returns(config: Config, reward: Tensor, decisions: int) -> Tensor:
     decisions: T - 1. Returns (R, T - 1, B): decision i places glimpse i + 1, and its return is the sum over s > i of
     discount**(s - i - 1) * reward_s.
     """
-    returns = [reward[:, -1]]
-    for i in range(1, decisions):
-        earned = config.discount * returns[-1]
-        if config.reward_steps == "every":
-            earned = earned + reward[:, -1 - i]
-        returns.append(earned)
-    return torch.stack(returns[::-1], dim=1)
+    if config.reward_steps == "every" and config.discount == 0:
+        return reward[:, -decisions:]
+    weights = _return_weights(decisions, config.discount, config.reward_steps == "every", reward.device)
+    return torch.matmul(weights, reward[:, -decisions:]) if config.reward_steps == "every" else weights * reward[:, -1:]
+
+
+@functools.lru_cache(maxsize=64)
+def _return_weights(decisions: int, discount: float, every: bool, device: torch.device) -> Tensor:
+    """What each reward counts in the return of each decision, (decisions, decisions); the last one, (decisions, 1)."""
+    later = torch.arange(decisions) - torch.arange(decisions)[:, None]  # glimpses between decision and reward
+    weights = torch.where(later >= 0, discount ** later.clamp(min=0).float(), 0.0)
+    weights = (weights if every else weights[:, -1:]).to(device)
+    kernels.wait_for(weights)
+    return weights
 
 
 def _class_reinforce(log_class: Tensor, log_true: Tensor, target: Tensor, class_uniform: Tensor) -> Tensor:

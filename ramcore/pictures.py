@@ -53,10 +53,9 @@ def glimpse_paths(
     model.load_state_dict(weights)
     index = torch.arange(count)
     images = data.to("cpu").render(split, index[None], data.placement_keys(split, seeds, 0))
-    glimpses = model.look(model.retina.pyramid(images), first_locations(config, index))
+    glimpses = model.look(model.retina.pyramid(images), first_locations(config, index), keep=True)
     shape = (config.num_glimpses, count, config.num_scales, config.patch_size, config.patch_size)
-    seen = torch.stack(glimpses.seen, 1).view(shape) / config.input_gain
-    locations = torch.stack(glimpses.locations, 1)[0]
+    seen, locations = glimpses.seen.view(shape) / config.input_gain, glimpses.locations[0]
     probabilities = model.scores(glimpses.hiddens)[0].softmax(-1)
     return [
         GlimpsePath(

@@ -4,7 +4,7 @@ A patch of scale k = 0, 1, ... has patch_size x patch_size values. Each is the m
 w = scale_factor**k (Mnih et al. 2014, section 3.1). Pixels beyond the canvas are zero.
 
 The sensor works in two steps. `pyramid` runs once a batch and sums the box of every scale at every pixel of every
-canvas: 2 * (scale_factor - 1) additions a pixel and scale. No other cost grows with the canvas. `glimpse` runs once a
+canvas: 2 * (scale_factor - 1) additions a pixel and scale. No other cost grows with the canvas. `read` runs once a
 glimpse and reads num_scales * patch_size**2 of those sums. On 8-bit canvases the sums are exact.
 
 K: scales, P: patch side, S: canvas side.
@@ -19,19 +19,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ramcore import kernels
+
 
 class Pyramid(NamedTuple):
-    """Box sums of a batch of canvases.
+    """Box sums of a batch of canvases. On a GPU the canvases themselves: there it is faster to sum what is read.
 
     values: (K * n,) one level for each scale. A level holds the canvases in turn, row by row. Each canvas has `ring`
         empty rows above it and `ring` empty columns to its left. After a row comes the next row's ring, and after a
         canvas the next one's, so a flat addition sums the boxes of all canvases and no box reaches into another canvas.
-    origin: (..., K) int64, the position of each canvas' pixel (0, 0) in each level.
+    origin: (..., K) int64, the position of each canvas' pixel (0, 0) in each level; None with the canvases themselves.
     unit: the value of a white pixel (255 for 8-bit canvases).
     """
 
     values: Tensor
-    origin: Tensor
+    origin: Tensor | None
     unit: float
 
 
@@ -52,6 +54,8 @@ class Retina:
 
     def pyramid(self, images: Tensor) -> Pyramid:
         """Box sums of every scale at every pixel. images: (..., S, S) uint8, or float in [0, 1]."""
+        if images.dtype == torch.uint8 and images.dim() == 4 and kernels.usable(images.device):
+            return Pyramid(images, None, 255.0)
         ring, side = self.ring, self.canvas_size + self.ring
         count = images.shape[:-2].numel()
         length = count * side**2
@@ -72,19 +76,24 @@ class Retina:
         level = torch.arange(self.num_scales, device=images.device) * level_length
         return Pyramid(values.view(-1), (canvas + level).view(*images.shape[:-2], -1), unit)
 
-    def read(self, pyramid: Pyramid, location: Tensor) -> Tensor:
+    def read(self, pyramid: Pyramid, location: Tensor, out: Tensor | None = None) -> Tensor:
         """Read the patches around a location on each canvas.
 
         Args:
             pyramid: of canvases (...); its leading dimensions broadcast against the location's.
             location: (..., 2) as (x, y) in [-1, 1], 0 the canvas' centre, +1 its right and lower edge. A patch is
                 centred on the nearest pixel corner; a patch of odd width half a pixel to the right of it and below.
+            out: memory for the result.
 
         Returns:
             (..., K * P * P) float32 in [0, gain], by scale and row, the finest scale first.
         """
         ring, side = self.ring, self.canvas_size + self.ring
         offset, weight = _tables(self, pyramid.unit, location.device)
+        if pyramid.origin is None:
+            out = location.new_empty(*location.shape[:-1], len(weight)) if out is None else out
+            kernels.read(pyramid.values, location, weight, out, self.num_scales, self.patch_size, self.scale_factor)
+            return out
         centre = torch.floor((location + 1) * (self.canvas_size / 2) + 0.5).long()
         # All boxes outside the canvas are zero, so the nearest one on each side replaces those farther out.
         box = (centre[..., None, None] + offset).clamp(-ring, self.canvas_size)  # (..., 2, K, P)
@@ -92,7 +101,7 @@ class Retina:
         rows = rows * side + pyramid.origin[..., None]
         index = rows[..., :, None] + columns[..., None, :]  # (..., K, P, P)
         seen = pyramid.values.index_select(0, index.view(-1)).view(*index.shape[:-3], -1)
-        return seen * weight
+        return torch.mul(seen, weight, out=out)
 
     def see(self, images: Tensor, location: Tensor) -> Tensor:
         """images: (..., S, S), location: (..., 2); returns (..., K, P, P). For several glimpses, use one `pyramid`."""
@@ -115,4 +124,5 @@ def _tables(retina: Retina, unit: float, device: torch.device) -> tuple[Tensor, 
     widths = torch.tensor([[retina.scale_factor**k] for k in range(retina.num_scales)], device=device)
     offset = widths * torch.arange(retina.patch_size, device=device) - (retina.patch_size * widths) // 2
     weight = (retina.gain / (unit * widths.float() ** 2)).expand(-1, retina.patch_size**2).reshape(-1)
+    kernels.wait_for(weight)
     return offset, weight

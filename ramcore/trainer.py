@@ -18,12 +18,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ramcore.config import Config
 from ramcore.data import SplitName, TaskData
 from ramcore.errors import UserError
 from ramcore.evaluation import Evaluation, build_model, evaluate, policy_noise, whole_image_input
+from ramcore.layers import gradient_of
 from ramcore.loss import Losses, hybrid_loss, needs_every_step
 from ramcore.model import RAM, Rollout
 from ramcore.rng import Stream, key, permutation, uniform
@@ -86,6 +87,22 @@ class Draws(NamedTuple):
     dropout: Tensor
 
 
+def _flatten(model: nn.Module) -> nn.Parameter:
+    """Put all weights of a model side by side, and their gradients too: (R, W), a row a replicate.
+
+    The model's own weights and gradients become views, and what is done to all of them is one operation.
+    """
+    parameters = list(model.parameters())
+    flat = nn.Parameter(torch.cat([p.detach().flatten(1) for p in parameters], 1))
+    flat.grad = torch.zeros_like(flat)
+    for part in ("data", "grad"):
+        whole = flat.data if part == "data" else flat.grad
+        views = whole.split([p[0].numel() for p in parameters], 1)
+        for parameter, view in zip(parameters, views, strict=True):
+            setattr(parameter, part, view.unflatten(1, parameter.shape[1:]))
+    return flat
+
+
 # The fields of EpochMetrics that are means over the steps, in the order of `Trainer._sums`.
 _SUMMED = ("train_loss", "train_accuracy", "reward", "baseline_error", "gradient_norm")
 
@@ -116,10 +133,10 @@ class Trainer:
         self.epochs_done = 0
         self._seeds = torch.tensor(self.seeds, device=self.device)
         self.model = build_model(config, self._seeds)
-        self._parameters = list(self.model.parameters())
+        self._weights = _flatten(self.model)
         on_gpu = self.device.type == "cuda"  # where a CUDA graph is captured, and the rate must be a tensor
         rate = torch.tensor(config.learning_rate, device=self.device) if on_gpu else config.learning_rate
-        self._adam = torch.optim.Adam(self._parameters, lr=rate, fused=True, capturable=on_gpu)
+        self._adam = torch.optim.Adam([self._weights], lr=rate, fused=True, capturable=on_gpu)
         self._alive = torch.ones(len(seeds), dtype=torch.bool, device=self.device)
         self._sums = torch.zeros(len(_SUMMED), len(seeds), device=self.device)
         self._best_accuracy = torch.full((len(seeds),), -1.0)
@@ -185,7 +202,7 @@ class Trainer:
             "seeds": list(self.seeds),
             "epochs_done": self.epochs_done,
             "weights": self._copy_weights(),
-            "adam": copy.deepcopy(self._adam.state_dict()),
+            "adam": self._adam_by_weight(),
             "alive": self._alive.clone(),
             "best_accuracy": self._best_accuracy.clone(),
             "best_epoch": self._best_epoch.clone(),
@@ -200,17 +217,48 @@ class Trainer:
             if found != own:
                 raise UserError(f"a checkpoint continues the {name} it was made with, {found}; got {own}")
         self.model.load_state_dict(state["weights"])
-        self._adam.load_state_dict(state["adam"])
-        for group in self._adam.param_groups:  # the checkpoint may come from another kind of device
-            rate = float(group["lr"])
-            group["capturable"] = self.device.type == "cuda"
-            group["lr"] = torch.tensor(rate, device=self.device) if group["capturable"] else rate
+        self._load_adam(state["adam"])
         self._alive = state["alive"].to(self.device)
         self._best_accuracy = state["best_accuracy"].clone()
         self._best_epoch = state["best_epoch"].clone()
         self._best_weights = {name: value.to(self.device) for name, value in state["best_weights"].items()}
         self.epochs_done = state["epochs_done"]
         self._run_step = None
+
+    def _adam_by_weight(self) -> dict[str, Any]:
+        """Adam's state as torch.optim.Adam has it for the model's own weights, which no layout of memory changes."""
+        state = self._adam.state_dict()
+        moments = state["state"].get(0)
+        parameters = list(self.model.parameters())
+        by_weight: dict[int, dict[str, Tensor]] = {}
+        if moments:
+            sizes = [p[0].numel() for p in parameters]
+            split = {name: moments[name].split(sizes, 1) for name in ("exp_avg", "exp_avg_sq")}
+            for i, parameter in enumerate(parameters):
+                by_weight[i] = {"step": moments["step"].clone()}
+                by_weight[i] |= {name: parts[i].reshape(parameter.shape).clone() for name, parts in split.items()}
+        groups = [group | {"params": list(range(len(parameters)))} for group in copy.deepcopy(state["param_groups"])]
+        return {"state": by_weight, "param_groups": groups}
+
+    def _load_adam(self, saved: dict[str, Any]) -> None:
+        """The inverse of `_adam_by_weight`. A weight that had no gradient has no state in older checkpoints."""
+        by_weight, group = saved["state"], saved["param_groups"][0]
+        state: dict[int, dict[str, Tensor]] = {}
+        if by_weight:
+            step = next(iter(by_weight.values()))["step"]
+            state[0] = {"step": step}
+            for name in ("exp_avg", "exp_avg_sq"):
+                parts = [
+                    by_weight[i][name].flatten(1) if i in by_weight else torch.zeros_like(p).flatten(1).to(step.device)
+                    for i, p in enumerate(self.model.parameters())
+                ]
+                state[0][name] = torch.cat([part.to(self.device) for part in parts], 1)
+        # The checkpoint may come from another kind of device.
+        on_gpu, rate = self.device.type == "cuda", float(group["lr"])
+        rate = torch.tensor(rate, device=self.device) if on_gpu else rate
+        self._adam.load_state_dict(
+            {"state": state, "param_groups": [group | {"params": [0], "capturable": on_gpu, "lr": rate}]}
+        )
 
     def draws(self, epoch: int) -> Iterator[Draws]:
         """The random numbers of each step of an epoch."""
@@ -244,36 +292,37 @@ class Trainer:
     def _optimise(self, draws: Draws) -> None:
         """Compute the losses, clip the gradients, move the weights. No operation waits for the GPU."""
         losses = self._losses(draws)
-        self._adam.zero_grad(set_to_none=True)
-        losses.total.sum().backward()
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])
-        norm = torch.linalg.vector_norm(norms, dim=0)
-        self._alive &= torch.isfinite(norm) & torch.isfinite(losses.total)
+        gradient = self._weights.grad
+        assert gradient is not None
+        norm = torch.linalg.vector_norm(gradient, dim=1)
+        self._alive &= torch.isfinite(norm + losses.total)
+        if self.config.gradient_clip > 0:
+            gradient *= (self.config.gradient_clip / norm).clamp(max=1)[:, None]
         # A diverged seed gets no more gradient. A CPU skips this if there is none; a GPU would have to wait to know.
-        may_have_diverged = self.device.type != "cpu" or not self._alive.all()
-        clip = self.config.gradient_clip
-        scale = (clip / norm).clamp(max=1) if clip > 0 else None
-        for gradient in gradients:
-            shape = (-1,) + (1,) * (gradient.dim() - 1)
-            if scale is not None:
-                gradient *= scale.view(shape)
-            if may_have_diverged:
-                gradient.masked_fill_(~self._alive.view(shape), 0)
+        if self.device.type != "cpu" or not self._alive.all():
+            gradient.masked_fill_(~self._alive[:, None], 0)
         self._adam.step()
         self._sums += torch.stack([losses.classification, losses.accuracy, losses.reward, losses.baseline, norm])
 
     def _losses(self, draws: Draws) -> Losses:
+        """The losses of one batch. All gradients are written."""
         config, data = self.config, self.data
         images = data.render("train", draws.images, draws.placement)
+        labels = data.train.labels[draws.images]
         if isinstance(self.model, RAM):
-            glimpses = self.model.look(self.model.retina.pyramid(images), draws.first, draws.noise)
+            glimpses = self.model.look(self.model.retina.pyramid(images), draws.first, draws.noise, keep=True)
             rollout = self.model.rollout(glimpses, every_step=needs_every_step(config))
-        else:
-            dropout = (draws.dropout,) if config.model == "cnn" else ()
-            logits = self.model(whole_image_input(config, images), *dropout)
-            rollout = Rollout.without_decisions(logits[:, None])
-        return hybrid_loss(config, rollout, data.train.labels[draws.images], draws.classes)
+            losses = hybrid_loss(config, rollout, labels, draws.classes)
+            losses.total.sum().backward()
+            self.model.backward(glimpses, rollout)
+            return losses
+        dropout = (draws.dropout,) if config.model == "cnn" else ()
+        logits = self.model(whole_image_input(config, images), *dropout)
+        losses = hybrid_loss(config, Rollout.without_decisions(logits[:, None]), labels, draws.classes)
+        parameters = list(self.model.parameters())
+        for parameter, gradient in zip(parameters, torch.autograd.grad(losses.total.sum(), parameters), strict=True):
+            gradient_of(parameter).copy_(gradient)
+        return losses
 
     def _follow_schedules(self, steps_done: int) -> None:
         """Set the learning rate and the policy's standard deviation for the next step."""
@@ -293,20 +342,28 @@ class Trainer:
                 group["lr"] = rate
 
     def _capture(self) -> Callable[[Draws], None]:
-        """The step as a CUDA graph: one launch instead of hundreds, with the same results."""
+        """The step as a CUDA graph: one launch instead of hundreds, with the same results.
+
+        It is captured on a stream of its own, so that it shares no workspace with the graph of another trainer.
+        """
         inputs = Draws(*(t.clone() for t in next(self.draws(0))))
-        before = self.state_dict()
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):  # capturing needs loaded kernels and allocated Adam moments
+        weights, alive = self._weights.detach().clone(), self._alive.clone()
+        moments = {name: value.clone() for name, value in self._adam.state[self._weights].items()}
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):  # capturing needs loaded kernels and allocated Adam moments
             for _ in range(3):
                 self._optimise(inputs)
-        torch.cuda.current_stream(self.device).wait_stream(side)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        self._adam.zero_grad(set_to_none=True)
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._optimise(inputs)
-        self._restore_in_place(before)
+        # Undo the warm-up. The tensors stay in place, since the graph refers to their memory.
+        self._weights.data.copy_(weights)
+        self._alive.copy_(alive)
+        self._sums.zero_()
+        for name, value in self._adam.state[self._weights].items():
+            value.copy_(moments[name]) if moments else value.zero_()
 
         def replay(draws: Draws) -> None:
             for old, new in zip(inputs, draws, strict=True):
@@ -314,18 +371,6 @@ class Trainer:
             graph.replay()
 
         return replay
-
-    @torch.no_grad()
-    def _restore_in_place(self, state: dict[str, Any]) -> None:
-        """Undo the warm-up steps. The tensors stay in place, since the graph refers to their memory."""
-        for name, value in self.model.state_dict().items():
-            value.copy_(state["weights"][name])
-        saved = state["adam"]["state"]
-        for i, parameter in enumerate(self._parameters):
-            for name, value in self._adam.state[parameter].items():
-                value.copy_(saved[i][name]) if i in saved else value.zero_()
-        self._alive.copy_(state["alive"])
-        self._sums.zero_()
 
     def _copy_weights(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self.model.state_dict().items()}

@@ -39,10 +39,11 @@ def plain_rollout(model: RAM, images, first, noise):
         seen = model.retina.see(images, location).flatten(2)
         what = torch.relu(model.glimpse.what(seen))
         where = torch.relu(model.glimpse.where(location))
-        code = torch.relu(model.glimpse.norm(model.glimpse.code(torch.cat([what, where], -1))))
+        code = model.glimpse.code(torch.cat([what, where], -1))
+        code = torch.relu(code if model.glimpse.norm is None else model.glimpse.norm(code))
         if state is None:
             state = (torch.zeros_like(code), torch.zeros_like(code))
-        state = model.core(code, state)
+        state = model.core.step(model.core.input(code), model.core.recurrent(state[0]), state)
         h = state[0]
         logits.append(model.action(h))
         if t == config.num_glimpses - 1:
@@ -65,21 +66,27 @@ def test_rollout_and_gradients_equal_the_papers_equations(settings):
     model, images, first, noise = look(dataclasses.replace(SMALL, **settings))
     weights = [torch.randn(2, 4, 7, 10), torch.randn(2, 3, 7), torch.randn(2, 3, 7)]
 
-    def gradients(rollout):
+    def gradients(rollout, glimpses=None):
         model.zero_grad()
-        sum((w * r).sum() for w, r in zip(weights, rollout, strict=True)).backward()
+        steps = rollout[0].shape[1]
+        sum((w[:, -steps:] * r).sum() for w, r in zip(weights, rollout, strict=True)).backward()
+        if glimpses is not None:
+            model.backward(glimpses, rollout)
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
-    plain = plain_rollout(model, images, first, noise)
-    glimpses = model.look(model.retina.pyramid(images), first, noise)
-    rollout = model.rollout(glimpses, every_step=True)
-    last = model.rollout(glimpses)
-    torch.testing.assert_close(last.logits, rollout.logits[:, -1:])
-    for mine, reference in zip(rollout, plain, strict=True):
-        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
-    expected, found = gradients(plain), gradients(rollout)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4, msg=name)
+    for every_step in (True, False):
+        plain = plain_rollout(model, images, first, noise)
+        if not every_step:
+            plain = (plain[0][:, -1:], *plain[1:])
+        glimpses = model.look(model.retina.pyramid(images), first, noise, keep=True)
+        rollout = model.rollout(glimpses, every_step=every_step)
+        for mine, reference in zip(rollout, plain, strict=True):
+            torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
+        expected, found = gradients(plain), gradients(rollout, glimpses)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4, msg=name)
+        spared = model.look(model.retina.pyramid(images), first, noise)
+        assert torch.equal(spared.hiddens, glimpses.hiddens) and spared.seen.shape[1] == 1
 
 
 @pytest.mark.parametrize(("core", "reference"), [("rnn", nn.RNNCell), ("gru", nn.GRUCell), ("lstm", nn.LSTMCell)])
@@ -95,7 +102,8 @@ def test_cores_equal_torchs_cells(core, reference):
         state = theirs = None
         for _ in range(3):
             code = torch.randn(1, 5, 12)
-            state = mine.start(code) if state is None else mine(code, state)
+            state = state or (torch.zeros(1, 5, 12), torch.zeros(1, 5, 12))
+            state = mine.step(mine.input(code), mine.recurrent(state[0]), state)
             theirs = cell(code[0], theirs)
             torch.testing.assert_close(state[0][0], theirs[0] if core == "lstm" else theirs, rtol=1e-4, atol=1e-5)
 
@@ -142,11 +150,11 @@ def test_locations_are_the_policys_mean_plus_scaled_noise_clipped_to_the_canvas(
     model, images, first, noise = look(SMALL)
     pyramid = model.retina.pyramid(images)
     sampled, followed = model.look(pyramid, first, noise), model.look(pyramid, first)
-    assert torch.equal(sampled.locations[0], first)
-    torch.testing.assert_close(sampled.samples[0] - followed.samples[0], SMALL.location_std * noise[:, 0])
-    assert torch.equal(torch.stack(sampled.locations[1:]), torch.stack(sampled.samples).clamp(-1, 1))
+    assert torch.equal(sampled.locations[:, 0], first)
+    torch.testing.assert_close(sampled.samples[:, 0] - followed.samples[:, 0], SMALL.location_std * noise[:, 0])
+    assert torch.equal(sampled.locations[:, 1:], sampled.samples.clamp(-1, 1))
     wild = model.look(pyramid, first, 50 * noise)
-    assert torch.stack(wild.locations).abs().max() == 1
+    assert wild.locations.abs().max() == 1
 
 
 def test_gaussian_log_prob_equals_torchs():
@@ -167,7 +175,7 @@ def test_input_gain_multiplies_the_pixels_only():
     plain = RAM(SMALL, SEEDS)
     with torch.no_grad():
         plain.glimpse.what.weight *= 3
-    seen, expected = (m.look(m.retina.pyramid(images), first, noise) for m in (model, plain))
-    torch.testing.assert_close(torch.stack(seen.seen), 3 * torch.stack(expected.seen))
-    torch.testing.assert_close(torch.stack(seen.hiddens), torch.stack(expected.hiddens))
+    seen, expected = (m.look(m.retina.pyramid(images), first, noise, keep=True) for m in (model, plain))
+    torch.testing.assert_close(seen.seen, 3 * expected.seen)
+    torch.testing.assert_close(seen.hiddens, expected.hiddens)
     torch.testing.assert_close(whole_image_input(model.config, images), 3 * images.float() / 255)
