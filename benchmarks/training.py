@@ -25,8 +25,10 @@ handwritten gradients saved 2, 4 and 7 % of a step's CPU time at 1, 2 and 8 seed
 from __future__ import annotations
 
 import argparse
+import collections
 import itertools
 import json
+import math
 import platform
 import resource
 import statistics
@@ -38,18 +40,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.packing import packing
 from benchmarks.plain_ram import PlainTrainer
-from ramcore.config import Config, Task
-from ramcore.data import Split, SplitName, TaskData, make_task
+from benchmarks.synthetic import EVALUATION_IMAGES, synthetic
+from ramcore.config import Config
+from ramcore.data import TaskData
 from ramcore.evaluation import evaluate
+from ramcore.recipes import TUNED
 from ramcore.retina import Retina
 from ramcore.rng import Stream, key
 from ramcore.trainer import Trainer
 
 CONFIG = Config()
 TRAIN_IMAGES = 50_000
-EVALUATION_IMAGES = 1_000
 PLAIN, FLOOR = "plain RAM", "matrix products alone"
 
 Cases = dict[str, Callable[[], object]]  # what is timed, by name
@@ -82,25 +89,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "evaluation_images_per_second": evaluation_speed(data.to(device), device),
         "retina_ms_per_100_images": retina_times(device, rounds),
         "memory_mib": memory_mib(device),
+        "operations": operations(data.to(device), device),
     }
+    if args.device == "cuda":
+        result["tuned"] = tuned_step(images, rounds)
+        result["epoch"] = epoch_seconds(images)
+        result["packing"] = packing(seconds=4 * seconds)
     print(table(result))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=2) + "\n")
     return result
-
-
-def synthetic(task: Task, images: int) -> TaskData:
-    """A task of random sparse 28x28 images."""
-    generator = torch.Generator().manual_seed(0)
-
-    def split(count: int) -> Split:
-        pixels = torch.randint(0, 256, (count, 28, 28), dtype=torch.uint8, generator=generator)
-        ink = torch.rand(count, 28, 28, generator=generator) < 0.2
-        return Split(pixels * ink, torch.randint(0, 10, (count,), generator=generator))
-
-    sizes: dict[SplitName, int] = {"train": images, "validation": EVALUATION_IMAGES, "test": EVALUATION_IMAGES}
-    return make_task(CONFIG.data, task, {name: split(count) for name, count in sizes.items()})
 
 
 def step_times(data: TaskData, device: torch.device, rounds: int, seconds: float) -> dict[str, dict[str, float]]:
@@ -155,9 +154,11 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def ramcore_step(data: TaskData, device: torch.device, replicates: int) -> Callable[[], object]:
+def ramcore_step(
+    data: TaskData, device: torch.device, replicates: int, config: Config | None = None
+) -> Callable[[], object]:
     """One training step of the trainer, with its random numbers."""
-    trainer = Trainer(CONFIG, data, seeds=range(replicates), device=device)
+    trainer = Trainer(config or CONFIG, data, seeds=range(replicates), device=device)
     draws = itertools.chain.from_iterable(map(trainer.draws, itertools.count()))
     return lambda: trainer.step(next(draws))
 
@@ -207,6 +208,91 @@ def set_up_seconds(data: TaskData, device: torch.device) -> float:
     next(trainer.draws(0))
     _synchronize(device)
     return time.perf_counter() - started
+
+
+def operations(data: TaskData, device: torch.device) -> dict[str, Any]:
+    """Of one training step of two seeds of the tuned recipe: operations (kernels on a GPU), and MACs of its products.
+
+    Those that only make a view of memory, or take some, are not counted.
+    """
+    trainer = Trainer(TUNED, data, seeds=(0, 1), device=device)
+    draws = next(trainer.draws(0))
+    trainer.optimise(draws)
+    with FlopCounterMode(display=False, custom_mapping=PRODUCTS) as flops:
+        trainer.optimise(draws)
+    if device.type == "cuda":
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            trainer.optimise(draws)
+            torch.cuda.synchronize()
+        names = [event.name for event in profiled.events() or () if event.device_type.name == "CUDA"]
+        kernels = collections.Counter(name for name in names if not name.startswith(("Mem", "cuda")))
+        return {"kernels": sum(kernels.values()), "macs": flops.get_total_flops() / 2, "names": dict(kernels)}
+    with _Operations() as counted:
+        trainer.optimise(draws)
+    return {"operations": counted.count, "macs": flops.get_total_flops() / 2}
+
+
+class _Operations(TorchDispatchMode):
+    """Counts the operations that compute or copy."""
+
+    _FREE = (
+        "view",
+        "expand",
+        "select",
+        "slice",
+        "transpose",
+        "split",
+        "unbind",
+        "detach",
+        "alias",
+        "empty",
+        "unsqueeze",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "aten" and not any(word in func.name() for word in self._FREE):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _in_place(out: Any, x: Any, weight: Any, out_shape: Any = None, **_: Any) -> int:
+    return 2 * math.prod(x) * weight[-1]
+
+
+PRODUCTS = {torch.ops.aten.baddbmm_: _in_place}  # for torch's counter of operations, which does not know it
+
+
+def tuned_step(images: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds a step of the tuned recipe by the number of seeds, the card's fp32 rate, and the share of it."""
+    device = torch.device("cuda")
+    square = torch.randn(2, 8192, 8192, device=device)
+    cases: Cases = {"fp32": lambda: torch.mm(square[0], square[1])}
+    data = synthetic("translated", images).to(device)
+    macs = operations(data, device)["macs"] / 2
+    seeds = {f"{count} seeds": count for count in (1, 2, 3, 8, 32)}
+    cases |= {name: ramcore_step(data, device, count, TUNED) for name, count in seeds.items()}
+    times = {name: statistics.median(values) for name, values in interleaved(cases, device, rounds, 0.1).items()}
+    rate = 8192**3 / times["fp32"]
+    return {
+        "fp32_macs_per_second": rate,
+        "ms": {name: 1e3 * times[name] for name in seeds},
+        "share_of_fp32": {name: count * macs / times[name] / rate for name, count in seeds.items()},
+    }
+
+
+def epoch_seconds(images: int) -> dict[str, float]:
+    """Seconds of an epoch of two seeds of the tuned recipe, and of its evaluation, of 10,000 images."""
+    device = torch.device("cuda")
+    data = synthetic("translated", images, evaluated=10_000).to(device)
+    trainer = Trainer(TUNED, data, seeds=(0, 1), device=device)
+    trainer.epoch()
+    case = partial(evaluate, trainer.model, TUNED, (0, 1), data, "validation", every_step=False)
+    whole = statistics.median(trainer.epoch().seconds for _ in range(3))
+    return {"seconds": whole, "evaluation_seconds": statistics.median(_timed(case, 1, device) for _ in range(5))}
 
 
 def rendering_share(images: int, device: torch.device, rounds: int) -> dict[str, float]:
@@ -280,7 +366,30 @@ def table(result: dict[str, Any]) -> str:
     ]
     for size, row in result["retina_ms_per_100_images"].items():
         lines.append(f"{size + ' x ' + size:>37}{row['pyramid']:18.2f}{row['glimpse']:18.2f}")
+    counted = result["operations"]
+    kind, count = next(iter(counted.items()))
+    lines += ["", f"{kind} a step, tuned recipe, 2 seeds: {count}"]
+    if "packing" in result:
+        lines += _gpu_lines(result)
     return "\n".join(lines)
+
+
+def _gpu_lines(result: dict[str, Any]) -> list[str]:
+    tuned, epoch = result["tuned"], result["epoch"]
+    lines = ["", f"tuned recipe, translated canvases{'ms a step':>15}{'share of fp32':>15}"]
+    for name, ms in tuned["ms"].items():
+        lines.append(f"{name:>33}{ms:15.3f}{tuned['share_of_fp32'][name]:15.3f}")
+    share = epoch["evaluation_seconds"] / epoch["seconds"]
+    lines += [
+        f"fp32 products: {2e-12 * tuned['fp32_macs_per_second']:.1f} TFLOP/s",
+        f"an epoch of 2 seeds: {epoch['seconds']:.3f} s, {share:.1%} of it evaluation",
+        "",
+        f"{'training steps a second of all trials, trials at a time':58}"
+        + "".join(f"{n:>8}" for n in result["packing"]["processes"]),
+    ]
+    for way, rates in result["packing"].items():
+        lines.append(f"{way:58}" + "".join(f"{rate:8,.0f}" for rate in rates.values()))
+    return lines
 
 
 if __name__ == "__main__":

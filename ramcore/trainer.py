@@ -286,10 +286,10 @@ class Trainer:
     def step(self, draws: Draws) -> None:
         """One optimisation step; on a GPU a CUDA graph, captured at the first step."""
         if self._run_step is None:
-            self._run_step = self._capture() if self.device.type == "cuda" else self._optimise
+            self._run_step = self._capture() if self.device.type == "cuda" else self.optimise
         self._run_step(draws)
 
-    def _optimise(self, draws: Draws) -> None:
+    def optimise(self, draws: Draws) -> None:
         """Compute the losses, clip the gradients, move the weights. No operation waits for the GPU."""
         losses = self._losses(draws)
         gradient = self._weights.grad
@@ -353,11 +353,11 @@ class Trainer:
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):  # capturing needs loaded kernels and allocated Adam moments
             for _ in range(3):
-                self._optimise(inputs)
+                self.optimise(inputs)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            self._optimise(inputs)
+            self.optimise(inputs)
         # Undo the warm-up. The tensors stay in place, since the graph refers to their memory.
         self._weights.data.copy_(weights)
         self._alive.copy_(alive)

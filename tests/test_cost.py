@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.training import PRODUCTS
 from ramcore import cost as cost_module
 from ramcore.config import Config
 from ramcore.cost import check_memory, cost, memory, pareto_front
@@ -30,7 +31,7 @@ def test_parameters_and_macs_equal_those_counted_by_torch(config):
     assert cost(config).parameters == sum(p.numel() for p in model.parameters())
     images = torch.zeros(1, 2, config.canvas_size, config.canvas_size, dtype=torch.uint8)
     model.requires_grad_(False)  # else the counter uses the gradients to follow the modules
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter:
         class_log_probs(model, config, seeds, images, torch.arange(2))
     assert cost(config).macs == counter.get_total_flops() // 2 // 2  # 2 images, 2 operations a MAC
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ramcore import sources
-from ramcore.config import TASKS, Config
+from ramcore.config import Config
 from ramcore.data import Split, make_task
 from ramcore.errors import UserError
 from ramcore.sources import DataMissing, load_source, load_task
@@ -104,13 +104,6 @@ def test_canvas_does_not_depend_on_the_rest_of_the_batch(digits_task):
     batch = task.render("train", index, keys)
     assert torch.equal(batch[0, 1], whole(task)[0, 9])
     assert torch.equal(batch[1, 0], whole(task)[1, 9])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", list(TASKS))
-def test_cpu_and_gpu_draw_the_same_canvases(digits_task, name):
-    task = digits_task(name)
-    assert torch.equal(whole(task), whole(task.to("cuda"), seeds=SEEDS.cuda()).cpu())
 
 
 # Sources.
