@@ -93,7 +93,15 @@ def weight_gradients(layer: Linear, inputs: list[Tensor], gradient: Tensor) -> N
     """Write the gradients of a layer's weight and bias, given its inputs (R, N, I) and its output's (R, N, O)."""
     for x, to_weight in rows(gradient_of(layer.weight), inputs):
         torch.bmm(x.mT, gradient, out=to_weight)
-    torch.sum(gradient, 1, keepdim=True, out=gradient_of(layer.bias))
+    sum_rows(gradient, out=gradient_of(layer.bias))
+
+
+def sum_rows(x: Tensor, out: Tensor) -> None:
+    """The sum of x (R, N, O) over N, into out (R, 1, O). A CPU is twice as fast at it by a matrix product."""
+    if x.is_cuda:
+        torch.sum(x, 1, keepdim=True, out=out)
+    else:
+        torch.bmm(x.new_ones(x.shape[0], 1, x.shape[1]), x, out=out)
 
 
 def through(

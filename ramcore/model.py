@@ -25,7 +25,18 @@ from torch import Tensor, nn
 
 from ramcore import kernels
 from ramcore.config import NUM_CLASSES, Config
-from ramcore.layers import LayerNorm, Linear, Weights, gradient_of, rectified, rows, summed, through, weight_gradients
+from ramcore.layers import (
+    LayerNorm,
+    Linear,
+    Weights,
+    gradient_of,
+    rectified,
+    rows,
+    sum_rows,
+    summed,
+    through,
+    weight_gradients,
+)
 from ramcore.retina import Pyramid, Retina
 
 threshold_backward = torch.ops.aten.threshold_backward
@@ -207,7 +218,7 @@ class CoreNetwork(nn.Module):
         if last:
             before = hiddens[:, :last].flatten(1, 2)
             torch.bmm(before.mT, to_h[:, 1:].flatten(1, 2), out=gradient_of(self.recurrent.weight))
-        torch.sum(to_h.flatten(1, 2), 1, keepdim=True, out=gradient_of(self.recurrent.bias))
+        sum_rows(to_h.flatten(1, 2), out=gradient_of(self.recurrent.bias))
         return to_input.bmm(self.input.weight.mT)
 
     def _backward_by_glimpse(self, glimpses: Glimpses, to_hiddens: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ class Pyramid(NamedTuple):
     values: (K * n,) one level for each scale. A level holds the canvases in turn, row by row. Each canvas has `ring`
         empty rows above it and `ring` empty columns to its left. After a row comes the next row's ring, and after a
         canvas the next one's, so a flat addition sums the boxes of all canvases and no box reaches into another canvas.
-    origin: (..., K) int64, the position of each canvas' pixel (0, 0) in each level; None with the canvases themselves.
+    origin: (..., K) int32 or int64, the position of each canvas' pixel (0, 0) in each level; None with canvases.
     unit: the value of a white pixel (255 for 8-bit canvases).
     """
 
@@ -72,8 +72,9 @@ class Retina:
             rows = _sum_shifted(values[k - 1], step * side, self.scale_factor)
             values[k, len(rows) - (self.scale_factor - 1) * step :] = 0
             _sum_shifted(rows, step, self.scale_factor, out=values[k])
-        canvas = torch.arange(count, device=images.device)[:, None] * side**2 + ring * (side + 1)
-        level = torch.arange(self.num_scales, device=images.device) * level_length
+        whole = torch.int32 if values.numel() < 2**31 else torch.int64  # a CPU adds up the smaller one much faster
+        canvas = torch.arange(count, dtype=whole, device=images.device)[:, None] * side**2 + ring * (side + 1)
+        level = torch.arange(self.num_scales, dtype=whole, device=images.device) * level_length
         return Pyramid(values.view(-1), (canvas + level).view(*images.shape[:-2], -1), unit)
 
     def read(self, pyramid: Pyramid, location: Tensor, out: Tensor | None = None) -> Tensor:
@@ -94,7 +95,7 @@ class Retina:
             out = location.new_empty(*location.shape[:-1], len(weight)) if out is None else out
             kernels.read(pyramid.values, location, weight, out, self.num_scales, self.patch_size, self.scale_factor)
             return out
-        centre = torch.floor((location + 1) * (self.canvas_size / 2) + 0.5).long()
+        centre = torch.floor((location + 1) * (self.canvas_size / 2) + 0.5).to(pyramid.origin.dtype)
         # All boxes outside the canvas are zero, so the nearest one on each side replaces those farther out.
         box = (centre[..., None, None] + offset).clamp(-ring, self.canvas_size)  # (..., 2, K, P)
         columns, rows = box.unbind(-3)
@@ -122,7 +123,7 @@ def _sum_shifted(values: Tensor, shift: int, count: int, *, out: Tensor | None =
 def _tables(retina: Retina, unit: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """offset (K, P): of each box from the centre; weight (K * P * P,): gain / (w**2 * unit)."""
     widths = torch.tensor([[retina.scale_factor**k] for k in range(retina.num_scales)], device=device)
-    offset = widths * torch.arange(retina.patch_size, device=device) - (retina.patch_size * widths) // 2
+    offset = (widths * torch.arange(retina.patch_size, device=device) - (retina.patch_size * widths) // 2).int()
     weight = (retina.gain / (unit * widths.float() ** 2)).expand(-1, retina.patch_size**2).reshape(-1)
     kernels.wait_for(weight)
     return offset, weight

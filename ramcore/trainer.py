@@ -71,6 +71,18 @@ def _denormals_as_zero() -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
+@contextmanager
+def _products(config: Config, device: torch.device) -> Iterator[None]:
+    """Compute a GPU's matrix products in the configuration's precision. A CPU's stay as they are."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision(config.matmul_precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class Draws(NamedTuple):
     """The random numbers of one step. A field that the configuration does not use has no elements.
 
@@ -154,12 +166,12 @@ class Trainer:
         started = time.perf_counter()
         steps = self.steps_per_epoch
         self._sums.zero_()
-        with _denormals_as_zero():
+        with _denormals_as_zero(), _products(self.config, self.device):
             for step, draws in enumerate(self.draws(self.epochs_done)):
                 self._follow_schedules(self.epochs_done * steps + step)
                 self.step(draws)
         self.epochs_done += 1
-        evaluation = evaluate(self.model, self.config, self.seeds, self.data, "validation", every_step=False)
+        evaluation = self._evaluate(self.model, "validation", every_step=False)
         diverged = (~self._alive).tolist()
         self._keep_best(evaluation, diverged)
         means = (self._sums / steps).tolist()
@@ -180,10 +192,14 @@ class Trainer:
     def evaluate(self, split: SplitName, weights: Literal["best", "last"] = "best") -> Evaluation:
         """Evaluate each seed on a split, with its weights of best validation accuracy or with its last ones."""
         if weights == "last" or self.epochs_done == 0:
-            return evaluate(self.model, self.config, self.seeds, self.data, split)
+            return self._evaluate(self.model, split)
         model = build_model(self.config, self._seeds)
         model.load_state_dict(self._best_weights)
-        return evaluate(model, self.config, self.seeds, self.data, split)
+        return self._evaluate(model, split)
+
+    def _evaluate(self, model: nn.Module, split: SplitName, *, every_step: bool = True) -> Evaluation:
+        with _products(self.config, self.device):
+            return evaluate(model, self.config, self.seeds, self.data, split, every_step=every_step)
 
     @property
     def best_epoch(self) -> tuple[int, ...]:

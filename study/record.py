@@ -51,6 +51,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from ramcore.config import Config
 from ramcore.errors import UserError, first_line
 from ramcore.space import Space
 from study import integrity
@@ -115,7 +116,9 @@ class StudySettings:
         ranges = ((d["name"], key, value) for d in space["dimensions"] for key, value in d.items())
         inside = {f"{name}.{key}": value for name, key, value in ranges if key not in ("reason", "unit")}
         inside |= {f"default {name}": value for name, value in space["default"].items()}
-        inside |= {name: value for name, value in space["fixed"].items() if name not in flat}
+        searched = {d["name"] for d in space["dimensions"]}
+        fixed = asdict(Config()) | space["fixed"]  # a field that is newer than a study had its default value there
+        inside |= {name: value for name, value in fixed.items() if name not in flat and name not in searched}
         inside["constraint"] = [constraint["rule"] for constraint in space["constraints"]]
         return flat | {f"space: {name}": value for name, value in inside.items()}
 

@@ -18,7 +18,7 @@ from ramcore.config import TASKS, Config
 from ramcore.evaluation import build_model
 from ramcore.model import RAM
 from ramcore.retina import Pyramid, Retina
-from ramcore.trainer import Trainer
+from ramcore.trainer import Trainer, _products
 
 SMALL = Config(num_glimpses=4, patch_size=5, num_scales=3, glimpse_size=8, hidden_size=12)
 NETWORKS = [
@@ -185,6 +185,24 @@ def test_trials_that_share_a_card_give_to_the_last_digit_what_each_gives_alone(t
     for seed in range(6):
         train(seed, alone)
     assert together == alone
+
+
+def test_precision_of_products_is_set_on_a_gpu_alone_and_put_back():
+    for device, inside in (("cuda", "high"), ("cpu", "highest")):
+        with _products(Config(matmul_precision="high"), torch.device(device)):
+            assert torch.get_float32_matmul_precision() == inside
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.gpu
+def test_tf32_products_train_as_well(tiny):
+    losses = {}
+    for precision in ("highest", "high"):
+        config = dataclasses.replace(tiny[0], matmul_precision=precision)
+        trainer = Trainer(config, tiny[1], seeds=(0, 1, 2), device="cuda")
+        losses[precision] = [trainer.epoch().train_loss for _ in range(2)][-1]
+    assert losses["high"] != losses["highest"]
+    assert losses["high"] == pytest.approx(losses["highest"], rel=0.05)
 
 
 @pytest.mark.gpu

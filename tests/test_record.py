@@ -167,6 +167,16 @@ def test_another_space_is_refused_but_a_reworded_reason_is_accepted(folder):
     open_record(folder, dataclasses.replace(SETTINGS, space=space)).close()
 
 
+def test_study_that_is_older_than_a_field_had_its_default(folder):
+    space = SPACE.to_dict()
+    del space["fixed"]["matmul_precision"]
+    open_record(folder, dataclasses.replace(SETTINGS, space=space)).close()
+    open_record(folder).close()
+    space["fixed"]["matmul_precision"] = "high"
+    with pytest.raises(UserError, match="space: matmul_precision highest there, high asked for"):
+        open_record(folder, dataclasses.replace(SETTINGS, space=space))
+
+
 def test_second_driver_is_refused_with_process_number_of_the_first(folder, tmp_path):
     script = (
         "import sys; from pathlib import Path; from study.record import _lock; held = _lock(Path(sys.argv[1]));"
