@@ -124,6 +124,6 @@ def _tables(retina: Retina, unit: float, device: torch.device) -> tuple[Tensor, 
     """offset (K, P): of each box from the centre; weight (K * P * P,): gain / (w**2 * unit)."""
     widths = torch.tensor([[retina.scale_factor**k] for k in range(retina.num_scales)], device=device)
     offset = (widths * torch.arange(retina.patch_size, device=device) - (retina.patch_size * widths) // 2).int()
-    weight = (retina.gain / (unit * widths.float() ** 2)).expand(-1, retina.patch_size**2).reshape(-1)
+    weight = (retina.gain / (unit * widths.float() ** 2)).expand(-1, retina.patch_size**2).flatten().contiguous()
     kernels.wait_for(weight)
     return offset, weight

@@ -1,4 +1,4 @@
-"""What only a GPU can show (-m gpu); and, on the CPU, that the code which calls the CUDA kernels calls them rightly."""
+"""The CUDA kernels, compiled for the CPU and (-m gpu) on a GPU; and what only a GPU can show."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import dataclasses
 import gc
 import threading
 
+import cuda_on_cpu
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from benchmarks.synthetic import synthetic
 from benchmarks.training import operations
-from ramcore import kernels
 from ramcore.config import TASKS, Config
 from ramcore.evaluation import build_model
 from ramcore.model import RAM
-from ramcore.retina import Pyramid, Retina
+from ramcore.retina import Retina
 from ramcore.trainer import Trainer, _products
 
 SMALL = Config(num_glimpses=4, patch_size=5, num_scales=3, glimpse_size=8, hidden_size=12)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 NETWORKS = [
     {},
     {"location_hidden": 6, "location_input": "state+paths", "reinforce_core": True},
@@ -51,50 +51,18 @@ def gradients(config: Config, device: str) -> dict[str, Tensor]:
     return found | {"seen": glimpses.seen.cpu(), "locations": glimpses.locations.cpu(), "mean": mean.hiddens.cpu()}
 
 
-class Pretended:
-    """The kernels, done by torch on the CPU; each counts as one operation. As ramcore/kernels.py describes them."""
-
-    def usable(self, device: torch.device) -> bool:
-        return True
-
-    def wait_for(self, table: Tensor) -> None:
-        pass
-
-    def render(self, images, index, keys, canvas, clutter, sizes) -> Tensor:
-        return torch.zeros(*index.shape, canvas, canvas, dtype=torch.uint8)
-
-    def read(
-        self, canvases: Tensor, location: Tensor, weight: Tensor, out: Tensor, scales: int, patch: int, factor: int
-    ) -> None:
-        retina = Retina(patch_size=patch, num_scales=scales, scale_factor=factor, canvas_size=canvases.shape[-1])
-        seen = retina.see(canvases.float().expand(len(location), -1, -1, -1) / 255, location).flatten(2)
-        out.copy_(seen * weight[0] * 255)
-
-    def rectify(self, out: Tensor, bias: Tensor, other: Tensor | None = None) -> None:
-        out.add_(bias if other is None else bias + other).relu_()
-
-    def paths(self, out: Tensor, what_bias: Tensor, location: Tensor, where: Tensor, where_bias: Tensor) -> None:
-        what, place = out.chunk(2, -1)
-        what += what_bias
-        place.copy_(torch.baddbmm(where_bias, location, where))
-        out.relu_()
-
-    def policy(self, products, bias, noise, std, mean, sample, location) -> None:
-        assert len(products) == 1 or products[1][1].data_ptr() > products[0][1].data_ptr()
-        mean.copy_(torch.tanh(sum((x.bmm(w) for x, w in products), bias)))
-        sample.copy_(mean if noise is None else mean + noise * std)
-        location.copy_(sample.clamp(-1, 1))
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    return tmp_path_factory.mktemp("kernels")
 
 
 @pytest.mark.parametrize("settings", NETWORKS)
-def test_code_that_calls_the_kernels_does_what_the_rest_does(settings, monkeypatch):
+def test_kernels_give_the_same_gradients_as_torch(settings, compiled, monkeypatch):
     config = dataclasses.replace(SMALL, **settings)
     expected = gradients(config, "cpu")
-    pretended = Pretended()
-    for name in ("usable", "read", "rectify", "paths", "policy"):
-        monkeypatch.setattr(kernels, name, getattr(pretended, name))
+    called = cuda_on_cpu.use(compiled, monkeypatch)
     found = gradients(config, "cpu")
-    assert found.keys() == expected.keys()
+    assert found.keys() == expected.keys() and called["read"] and called["paths"]
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
@@ -109,33 +77,38 @@ def test_gpu_and_cpu_have_the_same_gradients(settings):
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("name", list(TASKS))
-def test_cpu_and_gpu_draw_the_same_canvases(digits_task, name):
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernel_draws_the_same_canvases_as_torch(digits_task, name, device, compiled, monkeypatch):
     task, seeds = digits_task(name), torch.tensor([0, 5, 11])
     index = torch.arange(90).view(3, 30) * 7
-    on_gpu = task.to("cuda")
-    for split, chosen in (("train", index), ("test", index[:1])):
-        keys = task.placement_keys(split, seeds, 3)
-        drawn = on_gpu.render(split, chosen.cuda(), on_gpu.placement_keys(split, seeds.cuda(), 3))
-        assert torch.equal(drawn.cpu(), task.render(split, chosen, keys))
+    cases = [("train", index), ("test", index[:1] // 7)]
+    expected = [task.render(split, chosen, task.placement_keys(split, seeds, 3)) for split, chosen in cases]
+    if device == "cpu":
+        cuda_on_cpu.use(compiled, monkeypatch)
+    there = task.to(device)
+    for (split, chosen), canvases in zip(cases, expected, strict=True):
+        keys = there.placement_keys(split, seeds.to(device), 3)
+        assert torch.equal(there.render(split, chosen.to(device), keys).cpu(), canvases)
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("patch", "scales", "factor", "side"), [(12, 3, 2, 60), (5, 2, 3, 100), (1, 6, 2, 28), (60, 1, 2, 60)]
 )
-def test_cpu_and_gpu_read_the_same_bits(patch, scales, factor, side):
+def test_kernel_reads_the_same_bits_as_torch(patch, scales, factor, side, device, compiled, monkeypatch):
     retina = Retina(patch_size=patch, num_scales=scales, scale_factor=factor, canvas_size=side, gain=4.0)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2, 50, side, side), dtype=torch.uint8, generator=generator)
     location = torch.rand(2, 50, 2, generator=generator) * 2 - 1
     location[0, :4] = torch.tensor([[-1.0, -1], [1, 1], [-1, 1], [0, 0]])
-    pyramid: Pyramid = retina.pyramid(images.cuda())
-    assert pyramid.origin is None
-    assert torch.equal(retina.read(pyramid, location.cuda()).cpu(), retina.read(retina.pyramid(images), location))
-    shared = retina.read(retina.pyramid(images[:1].cuda()), location.cuda()).cpu()
-    assert torch.equal(shared, retina.read(retina.pyramid(images[:1].expand(2, -1, -1, -1)), location))
+    expected = [retina.read(retina.pyramid(part), location) for part in (images, images[:1].expand(2, -1, -1, -1))]
+    if device == "cpu":
+        cuda_on_cpu.use(compiled, monkeypatch)
+    for part, seen in zip((images, images[:1]), expected, strict=True):
+        pyramid = retina.pyramid(part.to(device))
+        assert pyramid.origin is None
+        assert torch.equal(retina.read(pyramid, location.to(device)).cpu(), seen)
 
 
 @pytest.mark.gpu
@@ -219,22 +192,11 @@ def test_memory_is_given_back_between_trials(tiny):
     assert held[3] <= held[1]
 
 
-def test_a_step_has_at_most_200_operations_where_kernels_do_the_many_small_ones(monkeypatch):
-    """On the CPU, with pretended kernels that count as one each. A GPU's products sometimes are two kernels."""
-    pretended, called = Pretended(), []
-
-    def one(name):
-        def call(*args):
-            called.append(name)
-            with _disable_current_modes():
-                return getattr(pretended, name)(*args)
-
-        return call
-
-    for name in ("read", "render", "rectify", "paths", "policy"):
-        monkeypatch.setattr(kernels, name, one(name))
-    monkeypatch.setattr(kernels, "usable", pretended.usable)
-    assert operations(synthetic("translated", 500), torch.device("cpu"))["operations"] + len(called) // 3 <= 200
+def test_a_step_has_at_most_200_operations_where_kernels_do_the_many_small_ones(compiled, monkeypatch):
+    """A GPU's products sometimes are two kernels, so that it has some more than operations are counted here."""
+    called = cuda_on_cpu.use(compiled, monkeypatch)
+    counted = operations(synthetic("translated", 500), torch.device("cpu"))["operations"]
+    assert counted + called.total() // 3 <= 200  # three steps were taken
 
 
 @pytest.mark.gpu
