@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from mlflow import MlflowClient
 
+from analysis.importance import analyse
 from analysis.load import StudyData
 from analysis.sensitivity import Args, main
 from study.designs import SEARCH_ORIGINS
@@ -37,6 +39,12 @@ def add(folder: Path, records: StudyData, name: str, **options: object) -> str:
 
 def uri_of(folder: Path) -> str:
     return f"sqlite:///{folder}/mlflow.db"
+
+
+@pytest.fixture
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports in seconds, where a test is not about their numbers."""
+    monkeypatch.setattr("analysis.sensitivity.analyse", partial(analyse, hyperdraws=10))
 
 
 def test_tracked_study_gives_a_report_and_attaches_it(
@@ -119,6 +127,7 @@ def test_unknown_study_and_missing_store_exit_2(store: Path, tmp_path: Path, cap
     assert "there is no" in capfd.readouterr().err
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_running_study_gets_a_partial_report(store: Path, tmp_path: Path) -> None:
     records = simulate(STUDY)
     trials = records.trials.assign(state=["complete"] * 9 + ["running"] * 3)
@@ -129,6 +138,7 @@ def test_running_study_gets_a_partial_report(store: Path, tmp_path: Path) -> Non
     assert "<td>running</td><td>3</td>" in page
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_unwritable_folder_is_one_line_and_exit_2(
     store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,6 +147,7 @@ def test_unwritable_folder_is_one_line_and_exit_2(
     assert "must be writable" in capfd.readouterr().err
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_ofat_study_is_reported_without_a_ranking(store: Path, tmp_path: Path) -> None:
     records = simulate(STUDY)
     rows = ["baseline best"] + [f"baseline best: patch_size={i}" for i in range(11)]
@@ -147,6 +158,7 @@ def test_ofat_study_is_reported_without_a_ranking(store: Path, tmp_path: Path) -
     assert "ofat" not in SEARCH_ORIGINS
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_fixed_design_without_a_trial_does_not_stop_the_report(tmp_path: Path) -> None:
     records = simulate(STUDY)
     same = {"task": "translated", "data": "digits", "epochs": "4"}
@@ -159,6 +171,7 @@ def test_fixed_design_without_a_trial_does_not_stop_the_report(tmp_path: Path) -
     assert "<h2>Replicates</h2>" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_study_of_paper_tables_is_refused_and_the_newest_search_is_found(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
