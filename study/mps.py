@@ -111,7 +111,7 @@ def _runs(pipe: Path) -> bool:
         return True
     with suppress(OSError, ValueError):  # another user's may not answer us, but its number is there
         number = int((pipe / f"{_PROGRAM}.pid").read_text())
-        return Path(f"/proc/{number}/comm").read_text().startswith(_PROCESS)
+        return _PROGRAM in Path(f"/proc/{number}/cmdline").read_text()  # empty of one that has ended
     return False
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 MOST = 16  # trials on a GPU at a time; beyond that, nobody has measured a gain
 _USABLE = 0.95  # share of a GPU's memory that trials may fill
+_RAY_STEP = 0.0001  # Ray rounds parts of a GPU to this: of seven sevenths, rounded up, it would run six
 _CONTEXT = 600e6  # bytes that CUDA itself takes in each process
 _ESTIMATED = 3.0  # torch's allocator and a CUDA graph keep about this many times what `ramcore.cost.memory` counts
 
@@ -88,4 +89,5 @@ def choose(
     if wanted is not None:
         limits.append((math.ceil(wanted / gpus.count), f"{wanted} to run"))
     limits.sort(key=lambda limit: limit[0])
-    return Sharing(device=str(gpus), gpus=1 / max(1, limits[0][0]), why="; ".join(text for _, text in limits))
+    part = math.floor(1 / max(1, limits[0][0]) / _RAY_STEP) * _RAY_STEP
+    return Sharing(device=str(gpus), gpus=round(part, 4), why="; ".join(text for _, text in limits))
