@@ -137,17 +137,19 @@ def _processes(pipe: Path) -> list[int]:
 def main(verb: str, place: str) -> None:
     """Start MPS on a node before Ray, or end it after Ray."""
     folder = Path(place)
-    if verb == "end" or not _answers(folder / "pipe"):
-        end(folder)
-    if verb == "start" and not folder.exists():
-        try:
-            if _runs(Path(_DEFAULT)):  # it is used as it is
-                folder.mkdir(mode=0o700)
-                (folder / "pipe").symlink_to(_DEFAULT)
-            else:
-                start(folder)
-        except (MpsUnusable, OSError) as error:
-            say(f"warning: CUDA's MPS cannot be used ({error}): trials that share a GPU take turns, and gain nothing")
+    if verb == "start" and _answers(folder / "pipe"):
+        return
+    end(folder)
+    if verb == "end":
+        return
+    try:
+        if _runs(Path(_DEFAULT)):  # it is used as it is
+            folder.mkdir(mode=0o700)
+            (folder / "pipe").symlink_to(_DEFAULT)
+        else:
+            start(folder)
+    except (MpsUnusable, OSError) as error:
+        say(f"warning: CUDA's MPS cannot be used ({error}): trials that share a GPU take turns, and gain nothing")
 
 
 if __name__ == "__main__":

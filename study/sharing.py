@@ -87,7 +87,7 @@ def choose(
         size = f"{memory / 2**30:.1f} GiB, {'measured' if measured else 'estimated'}"
         limits.append((fit, f"its memory holds {fit} of {size}"))
     if wanted is not None:
-        limits.append((math.ceil(wanted / gpus.count), f"{wanted} to run"))
+        limits.append((math.ceil(wanted / gpus.count), f"{wanted} trials to run"))
     limits.sort(key=lambda limit: limit[0])
     part = math.floor(1 / max(1, limits[0][0]) / _RAY_STEP) * _RAY_STEP
     return Sharing(device=str(gpus), gpus=round(part, 4), why="; ".join(text for _, text in limits))
