@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -116,8 +117,8 @@ def _lost_gpu(error: Exception) -> bool:
 
     After most errors of CUDA it cannot. Under MPS, one client's error or the server's end breaks all clients.
     """
-    is_cuda = isinstance(error, RuntimeError) and ("CUDA" in str(error) or "CUBLAS" in str(error))
-    return is_cuda and not _lacks_gpu_memory(error)
+    is_cuda = re.search(r"CUDA|CUBLAS|cuda[A-Z]", str(error))
+    return isinstance(error, RuntimeError) and is_cuda is not None and not _lacks_gpu_memory(error)
 
 
 def _train(job: Job, data: SharedData, report: Callable[[dict[str, Any]], None], device: str) -> None:

@@ -20,9 +20,9 @@ import pytest
 import requests
 import yaml
 from clusters import free_port
+from fake_mps import PROGRAM, daemons
 from moto.server import ThreadedMotoServer
 from ray.autoscaler._private.util import prepare_config, validate_config
-from test_mps import PROGRAM, daemons
 
 ROOT = Path(__file__).parent.parent
 RAY = Path(sys.executable).with_name("ray")

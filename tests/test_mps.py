@@ -3,79 +3,25 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fake_mps import daemons
 
 from study import mps, ray_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# `-d` starts a daemon that only writes its number; other calls give it a command, as NVIDIA's program does.
-PROGRAM = f"""\
-#!{sys.executable} -SE
-import os, signal, sys, time
-pipe = os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")
-number, mode = f"{{pipe}}/nvidia-cuda-mps-control.pid", os.environ.get("FAKE_MPS")
-if "-d" in sys.argv:
-    if mode == "hangs":
-        time.sleep(600)
-    if mode == "refuses":
-        sys.exit("MPS is not supported on this device")
-    with open(os.environ["CUDA_MPS_LOG_DIRECTORY"] + "/control.log", "w") as log:
-        print("visible", os.environ.get("CUDA_VISIBLE_DEVICES", "all"), file=log)
-    if daemon := os.fork():
-        with open(number, "w") as file:
-            print(daemon, file=file)
-        sys.exit()
-    signal.pause()
-try:
-    daemon = int(open(number).read())
-    assert open(f"/proc/{{daemon}}/cmdline").read()
-except (OSError, AssertionError):
-    sys.exit("Cannot find MPS control daemon process")
-if input() == "quit" and mode != "never ends":
-    os.remove(number)
-    os.kill(daemon, signal.SIGTERM)
-"""
 
-
-@pytest.fixture
-def place(tmp_path, monkeypatch) -> Iterator[Path]:
-    """A temporary folder for MPS' files, with a program that works first on PATH, and no MPS of the machine's own."""
-    program = tmp_path / "bin" / "nvidia-cuda-mps-control"
-    program.parent.mkdir()
-    program.write_text(PROGRAM)
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
-    monkeypatch.delenv(mps.PIPE, raising=False)
-    monkeypatch.setattr(mps, "_DEFAULT", str(tmp_path / "nvidia-mps"))
-    monkeypatch.setattr(mps, "_SECONDS", 5.0)
-    monkeypatch.setattr(mps, "_END_SECONDS", 1.0)
-    folder = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))
-    monkeypatch.setenv("RAY_TMPDIR", str(folder))
-    yield folder
-    for left in list(folder.glob("**/pipe")):
-        mps.end(left.parent)
-    shutil.rmtree(folder)
-
-
-def daemons(folder: Path) -> list[int]:
-    return mps._processes(folder / "pipe")
-
-
-def test_programs_of_the_block_find_the_daemon_which_ends_with_it(place, monkeypatch):
+def test_programs_of_the_block_find_the_daemon_which_ends_with_it(mps_place, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     monkeypatch.setenv("CUDA_MPS_LOG_DIRECTORY", "/of/the/user")
-    folder = place / "m"
+    folder = mps_place / "m"
     with mps.running(folder):
         assert os.environ[mps.PIPE] == str(folder / "pipe") and len(daemons(folder)) == 1
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -86,20 +32,20 @@ def test_programs_of_the_block_find_the_daemon_which_ends_with_it(place, monkeyp
     assert mps.PIPE not in os.environ and os.environ["CUDA_MPS_LOG_DIRECTORY"] == "/of/the/user"
 
 
-def test_daemon_ends_when_the_block_fails(place):
-    with pytest.raises(KeyError), mps.running(place / "m"):
+def test_daemon_ends_when_the_block_fails(mps_place):
+    with pytest.raises(KeyError), mps.running(mps_place / "m"):
         raise KeyError
-    assert not daemons(place / "m") and not (place / "m").exists()
+    assert not daemons(mps_place / "m") and not (mps_place / "m").exists()
 
 
-def test_daemon_that_does_not_end_is_killed(place, monkeypatch):
-    with mps.running(place / "m"):
+def test_daemon_that_does_not_end_is_killed(mps_place, monkeypatch):
+    with mps.running(mps_place / "m"):
         monkeypatch.setenv("FAKE_MPS", "never ends")
-    assert not daemons(place / "m")
+    assert not daemons(mps_place / "m")
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_daemon_that_runs_already_is_used_as_it_is_and_stays(place, tmp_path, monkeypatch, named):
+def test_daemon_that_runs_already_is_used_as_it_is_and_stays(mps_place, tmp_path, monkeypatch, named):
     theirs = tmp_path / "theirs"
     mps.start(theirs)
     if named:
@@ -107,27 +53,27 @@ def test_daemon_that_runs_already_is_used_as_it_is_and_stays(place, tmp_path, mo
     else:
         monkeypatch.setattr(mps, "_DEFAULT", str(theirs / "pipe"))
     before = dict(os.environ)
-    with mps.running(place / "m"):
-        assert dict(os.environ) == before and not (place / "m").exists()
+    with mps.running(mps_place / "m"):
+        assert dict(os.environ) == before and not (mps_place / "m").exists()
     assert len(daemons(theirs)) == 1
     mps.end(theirs)
 
 
-def test_daemon_of_another_user_that_does_not_answer_is_left_alone(place, tmp_path, monkeypatch):
+def test_daemon_of_another_user_that_does_not_answer_is_left_alone(mps_place, tmp_path, monkeypatch):
     theirs = tmp_path / "theirs"
     mps.start(theirs)
     monkeypatch.setattr(mps, "_DEFAULT", str(theirs / "pipe"))
     monkeypatch.setattr(mps, "_answers", lambda pipe, command="": False)
-    with mps.running(place / "m"):
-        assert not (place / "m").exists()
+    with mps.running(mps_place / "m"):
+        assert not (mps_place / "m").exists()
     monkeypatch.undo()
     mps.end(theirs)
 
 
-def test_dead_daemon_that_the_environment_names_is_replaced_for_the_block(place, tmp_path, monkeypatch):
+def test_dead_daemon_that_the_environment_names_is_replaced_for_the_block(mps_place, tmp_path, monkeypatch):
     monkeypatch.setenv(mps.PIPE, str(tmp_path / "gone"))
-    with mps.running(place / "m"):
-        assert os.environ[mps.PIPE] == str(place / "m" / "pipe")
+    with mps.running(mps_place / "m"):
+        assert os.environ[mps.PIPE] == str(mps_place / "m" / "pipe")
     assert os.environ[mps.PIPE] == str(tmp_path / "gone")
 
 
@@ -139,14 +85,14 @@ def test_dead_daemon_that_the_environment_names_is_replaced_for_the_block(place,
         ("missing", "there is no nvidia-cuda-mps-control"),
     ],
 )
-def test_mps_that_cannot_start_says_why_and_leaves_nothing(place, monkeypatch, mode, said):
+def test_mps_that_cannot_start_says_why_and_leaves_nothing(mps_place, monkeypatch, mode, said):
     monkeypatch.setattr(mps, "_SECONDS", 1.0)
     monkeypatch.setenv("FAKE_MPS", mode)
     if mode == "missing":
         monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    with pytest.raises(mps.MpsUnusable, match=f"^{said}$"), mps.running(place / "m"):
+    with pytest.raises(mps.MpsUnusable, match=f"^{said}$"), mps.running(mps_place / "m"):
         pass
-    assert not daemons(place / "m") and not (place / "m").exists() and mps.PIPE not in os.environ
+    assert not daemons(mps_place / "m") and not (mps_place / "m").exists() and mps.PIPE not in os.environ
 
 
 KILLED = """
@@ -158,7 +104,7 @@ with ray_folder.private_folder(ray_folder.MPS) as folder, mps.running(folder):
 """
 
 
-def test_daemon_of_a_killed_run_is_ended_by_the_next_run_and_that_of_a_live_one_is_kept(place):
+def test_daemon_of_a_killed_run_is_ended_by_the_next_run_and_that_of_a_live_one_is_kept(mps_place):
     run = subprocess.run(
         [sys.executable, "-c", KILLED], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
@@ -169,11 +115,11 @@ def test_daemon_of_a_killed_run_is_ended_by_the_next_run_and_that_of_a_live_one_
         assert not daemons(orphan) and not orphan.parent.exists()
         with ray_folder.private_folder():  # as another run begins
             assert len(daemons(live)) == 1
-    assert not list(place.iterdir())
+    assert not list(mps_place.iterdir())
 
 
-def test_daemon_of_a_node_starts_once_and_ends(place, capsys):
-    folder = place / "m"
+def test_daemon_of_a_node_starts_once_and_ends(mps_place, capsys):
+    folder = mps_place / "m"
     mps.main("start", str(folder))
     (first,) = daemons(folder)
     mps.main("start", str(folder))  # Ray is started again
@@ -187,20 +133,20 @@ def test_daemon_of_a_node_starts_once_and_ends(place, capsys):
     assert not folder.exists() and capsys.readouterr().err == ""
 
 
-def test_nodes_own_daemon_is_found_through_our_folder_and_stays(place, tmp_path, monkeypatch):
+def test_nodes_own_daemon_is_found_through_our_folder_and_stays(mps_place, tmp_path, monkeypatch):
     theirs = tmp_path / "theirs"
     mps.start(theirs)
     monkeypatch.setattr(mps, "_DEFAULT", str(theirs / "pipe"))
-    mps.main("start", str(place / "m"))
-    assert (place / "m" / "pipe").resolve() == theirs / "pipe" and mps._answers(place / "m" / "pipe")
-    mps.main("end", str(place / "m"))
-    assert len(daemons(theirs)) == 1 and not (place / "m").exists()
+    mps.main("start", str(mps_place / "m"))
+    assert (mps_place / "m" / "pipe").resolve() == theirs / "pipe" and mps._answers(mps_place / "m" / "pipe")
+    mps.main("end", str(mps_place / "m"))
+    assert len(daemons(theirs)) == 1 and not (mps_place / "m").exists()
     mps.end(theirs)
 
 
-def test_node_without_mps_says_so_in_one_line(place, monkeypatch, capsys):
+def test_node_without_mps_says_so_in_one_line(mps_place, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    mps.main("start", str(place / "m"))
+    mps.main("start", str(mps_place / "m"))
     said = (
         "warning: CUDA's MPS cannot be used (there is no nvidia-cuda-mps-control): trials that share a GPU take turns"
     )
