@@ -213,6 +213,7 @@ class _Run:
             self._run_trials()
             if self._goes_on() and self.scheduler.retry_crowded():
                 self.ray_pool = replace(self.ray_pool, trial=replace(self.ray_pool.trial, gpus=1.0))
+                self.display.slots = self.ray_pool.slots
                 self._run_trials()
             if self._goes_on():
                 raise pool.PoolLost("Ray Tune ended with trials to go")

@@ -82,7 +82,10 @@ def _start(folder: Path) -> None:
             ).returncode  # fmt: skip
     except subprocess.TimeoutExpired:
         raise MpsUnusable(f"{_PROGRAM} did not start within {_SECONDS:g} s") from None
-    if code or not _answers(folder / "pipe"):
+    last = time.monotonic() + _END_SECONDS  # the daemon may need a moment more
+    while not (answers := code == 0 and _answers(folder / "pipe")) and not code and time.monotonic() < last:
+        time.sleep(0.1)
+    if not answers:
         lines = said.read_text(errors="replace").strip().splitlines() or ["without a word"]
         raise MpsUnusable(f"{_PROGRAM} did not start: {lines[-1][:200]}")
 
