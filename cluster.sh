@@ -4,14 +4,16 @@
 #   cluster.sh node      on every machine: install the project and write the environment
 #   cluster.sh folder    on machines that others use too: make Ray's temporary folder; refuse one that others can enter
 #   cluster.sh head      on the head: make Ray's token and MLflow's password; add the addresses to the environment
+#   cluster.sh mps       on machines with GPUs, before Ray: start CUDA's MPS, under which trials share a GPU with gain
 #   cluster.sh mlflow    on the head: (re)start the MLflow server, which ends when Ray ends
-#   cluster.sh watch     on workers: when the head is gone, end Ray's processes; then run the rest of the command line
+#   cluster.sh watch     on workers: when the head is gone, end Ray and MPS; then run the rest of the command line
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 ENVIRONMENT=~/.ram-study.env # every shell reads it, and so do Ray, its job server and all trials
 MLFLOW_PORT=5001             # not 5000, which macOS uses: the port is forwarded to laptops
 PASSWORD=~/.mlflow-password  # of MLflow's user admin, if RAM_MLFLOW_LOGIN is set
+MPS=${RAY_TMPDIR:-/tmp}/ram-mps
 MLFLOW=http://127.0.0.1:$MLFLOW_PORT
 
 node() {
@@ -56,6 +58,8 @@ with open(sys.argv[1]) as file:
 PYTHON
     echo "export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0"
     echo "export PATH=\"$PWD/.venv/bin:\$PATH\""
+    # Where trials find MPS; for the driver, it means that they may share GPUs. A folder that `metadata` names stays.
+    echo "export CUDA_MPS_PIPE_DIRECTORY=\"\${CUDA_MPS_PIPE_DIRECTORY:-\${RAY_TMPDIR:-/tmp}/ram-mps/pipe}\""
 }
 
 head() {
@@ -69,6 +73,11 @@ head() {
         echo "export MLFLOW_TRACKING_USERNAME=admin MLFLOW_TRACKING_PASSWORD=$(cat "$PASSWORD")" >> "$ENVIRONMENT"
     fi
     echo "export RAY_ADDRESS=auto MLFLOW_TRACKING_URI=$MLFLOW" >> "$ENVIRONMENT"
+}
+
+mps() {
+    compgen -G "/dev/nvidia[0-9]*" > /dev/null || return 0
+    [ "${CUDA_MPS_PIPE_DIRECTORY-}" != "$MPS/pipe" ] || .venv/bin/python -m study.mps start "$MPS"
 }
 
 mlflow() {
@@ -131,10 +140,11 @@ when_alone() {
         pgrep --euid "$(id -u)" --exact raylet > /dev/null || sleep 60
     done
     .venv/bin/ray stop --force || true
+    .venv/bin/python -m study.mps end "$MPS" || true
     "$@"
 }
 
 case ${1-} in
-node | folder | head | mlflow | serve | watch | when_alone) "$@" ;;
-*) sed -n '2,8s/^# \{0,1\}//p' "$0" && exit 2 ;;
+node | folder | head | mps | mlflow | serve | watch | when_alone) "$@" ;;
+*) sed -n '2,9s/^# \{0,1\}//p' "$0" && exit 2 ;;
 esac

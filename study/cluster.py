@@ -29,6 +29,7 @@ import study
 from ramcore.errors import UserError, first_line
 from study.probe import COMPARED, probe, versions
 from study.ray_internals import check_token, cluster_address, ray_reason
+from study.sharing import GPUs, per_gpu
 from study.storage import Storage
 
 JOIN_MINUTES = 15.0  # a study waits at most this long for the first worker of a cluster that grows
@@ -38,6 +39,8 @@ _CONNECT_SECONDS = 5.0
 _LOOK_SECONDS = 5.0  # between two looks at the cluster's nodes
 _SAY_SECONDS = 15.0  # between two lines about waiting
 _HEAD = "node:__internal_head__"  # a resource that Ray gives to the head only
+_ACCELERATOR = "accelerator_type:"  # how Ray's resource that names a node's GPUs begins
+_GPU_MEMORY = "GPU memory"  # of a worker: GiB of each GPU
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # the environment variable of a job's driver; its name is literally this
 
 
@@ -56,7 +59,7 @@ class TrialResources:
         if self.cpus > 0:
             counts.append(math.floor(cpus / self.cpus + 1e-9))
         if 0 < self.gpus < 1:  # a trial's part of a GPU is on one GPU: parts of two do not add up
-            counts.append(math.floor(gpus) * math.floor(1 / self.gpus))
+            counts.append(math.floor(gpus) * per_gpu(self.gpus))
         elif self.gpus > 0:
             counts.append(math.floor(gpus / self.gpus))
         if self.memory > 0 and "memory" in resources:
@@ -69,7 +72,7 @@ class Growth:
     """The size that a cluster may grow to. Its launcher writes it into every node's environment."""
 
     workers: int  # RAM_MAX_WORKERS
-    worker: dict[str, float]  # CPUs and GPUs of each: RAM_WORKER_CPUS, RAM_WORKER_GPUS
+    worker: dict[str, float]  # of each: CPUs, GPUs, and GiB of each GPU, if known (RAM_WORKER_CPUS, ...)
 
     @staticmethod
     def declared() -> Growth | None:
@@ -81,7 +84,8 @@ class Growth:
         if cpus is None:
             fact = "RAM_WORKER_CPUS is not set: set it (and RAM_WORKER_GPUS)"
             raise UserError(f"RAM_MAX_WORKERS needs the size of a worker; {fact}")
-        return Growth(workers=int(workers), worker={"CPU": cpus, "GPU": gpus})
+        size = number("RAM_WORKER_GPU_MEMORY")
+        return Growth(workers=int(workers), worker={"CPU": cpus, "GPU": gpus} | ({_GPU_MEMORY: size} if size else {}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,16 +105,15 @@ class Node:
         return f"{self.address} (the head)" if self.is_head else self.address
 
 
-def share_of_gpus(growth: Growth, cpus: float) -> float:
-    """GPUs of a trial that takes `cpus`, if the trials on a worker share its CPUs and GPUs evenly.
-
-    With 4 CPUs and 1 GPU, four trials of 1 CPU share the GPU. With more GPUs than trials, each trial gets one.
-    """
-    gpus = growth.worker["GPU"]
-    if gpus < 1:
-        return gpus
-    trials = max(1, math.floor(growth.worker["CPU"] / cpus + 1e-9))
-    return 1 / math.ceil(trials / math.floor(gpus))
+def gpus_of(resources: Mapping[str, float]) -> GPUs:
+    """The GPUs of a node or of a worker, at least one, in the words of its resources."""
+    kinds = [name.removeprefix(_ACCELERATOR) for name in resources if name.startswith(_ACCELERATOR)]
+    size = resources.get(_GPU_MEMORY)
+    return GPUs(
+        count=max(1, math.floor(resources["GPU"])),
+        name=kinds[0] if kinds else "GPU a worker",
+        memory=size and size * 2**30,
+    )
 
 
 def number(name: str) -> float | None:

@@ -90,8 +90,9 @@ def time_left(
 class Display:
     """Shows what the scheduler reports; see `study.scheduler.Callback`."""
 
-    def __init__(self, *, study: str, epochs: int) -> None:
+    def __init__(self, *, study: str, epochs: int, device: str = "CPU") -> None:
         self.study = study
+        self.device = device  # in words
         self.epochs = epochs
         self.slots = 1  # trials at a time
         self.origins: Sequence[str] = ()  # of all trials of the study
@@ -174,6 +175,7 @@ class Display:
         head = Table.grid(padding=(0, 2))
         head.add_row(Text(self.study, style="bold"), ProgressBar(total=total, completed=ended, width=30))
         head.add_row("trials", f"{ended} of {total} ended: {counts}")
+        head.add_row("device", self.device)
         head.add_row("best", shown)
         head.add_row("speed", rate + self._left(", "))
         if outage := self.outage():

@@ -11,13 +11,14 @@ from __future__ import annotations
 import platform
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ramcore.errors import UserError, say
 from ramcore.private import without_secrets
-from study import cluster, pool, results, schema, tracking
+from study import cluster, gpus, pool, results, schema, tracking
 from study.designs import DESIGNS
 from study.display import Display
 from study.dry_run import dry_run_lines, planned_configurations
@@ -38,6 +39,7 @@ from study.prepare import Prepared
 from study.probe import versions
 from study.record import Record, RecordGone, RecordLost, open_record
 from study.scheduler import StudyScheduler
+from study.sharing import CPU, Sharing
 from study.trainable import SharedData
 
 _PACKAGES = ("torch", "ray", "optuna", "mlflow", "numpy", "scipy", "ram-study")  # the record holds their versions
@@ -52,27 +54,44 @@ def run_study(flags: Flags, prepared: Prepared) -> int:
     Raises RecordLost if the record cannot be opened.
     """
     uri = tracking_uri(flags.tracking_uri)
-    on_cluster = flags.address is not None
-    ray_pool = pool.Pool(
-        trial=pool.trial_resources(
-            flags.cpus_per_trial, flags.gpus_per_trial or 0.0, planned_configurations(prepared), on_cluster=on_cluster
-        ),
-        max_concurrent=flags.max_concurrent,
-        on_cluster=on_cluster,
-        growth=cluster.Growth.declared() if on_cluster else None,
-    )
+    planned = planned_configurations(prepared)
+    trials = min(prepared.trials_left, flags.max_concurrent or 2**31)  # that could run at a time
+    growth = cluster.Growth.declared() if flags.address is not None else None
+    if flags.address is None:
+        local = gpus.Local(flags, planned, trials, pool.local_resources())
+        sharing, used = local.sharing, local.used(SharedData.of(prepared.data))
+    else:
+        present = _nodes(flags.address) if flags.gpus_per_trial is None and growth is None and trials else []
+        sharing = gpus.of_cluster(flags, growth, present, planned)
+        used = nullcontext(sharing)
+
+    def pool_of(sharing: Sharing) -> pool.Pool:
+        on_cluster = flags.address is not None
+        trial = pool.trial_resources(flags.cpus_per_trial, sharing.gpus, planned, on_cluster=on_cluster)
+        return pool.Pool(trial=trial, max_concurrent=flags.max_concurrent, on_cluster=on_cluster, growth=growth)
+
+    ray_pool = pool_of(sharing)
     if flags.address is None:
         pool.count_slots(pool.local_resources(), ray_pool)
     if flags.dry_run:
-        print(without_secrets("\n".join(dry_run_lines(flags, prepared, uri, ray_pool))))
+        with used as sharing:
+            print(without_secrets("\n".join(dry_run_lines(flags, prepared, uri, pool_of(sharing), sharing))))
         return DONE
     check = cluster.Check(prepared.storage)
     if flags.address is not None:
         cluster.check_lasting(flags.storage, uri)
         _check_cluster(flags.address, prepared, ray_pool, check)
     tracking.check_server(uri, known=prepared.known is not None)
-    with open_record(prepared.storage, prepared.settings, total=prepared.total, rows=prepared.rows, say=say) as record:
-        return _Run(flags, prepared, record, ray_pool, uri, check).run()
+    with (
+        open_record(prepared.storage, prepared.settings, total=prepared.total, rows=prepared.rows, say=say) as record,
+        used as sharing,
+    ):
+        return _Run(flags, prepared, record, pool_of(sharing), uri, check, sharing).run()
+
+
+def _nodes(address: str) -> list[cluster.Node]:
+    with pool.ray_running(address):
+        return cluster.nodes()
 
 
 def _check_cluster(address: str, prepared: Prepared, ray_pool: pool.Pool, check: cluster.Check) -> None:
@@ -92,7 +111,14 @@ class _Run:
     """One run of the command, over an open record."""
 
     def __init__(
-        self, flags: Flags, prepared: Prepared, record: Record, ray_pool: pool.Pool, uri: str, check: cluster.Check
+        self,
+        flags: Flags,
+        prepared: Prepared,
+        record: Record,
+        ray_pool: pool.Pool,
+        uri: str,
+        check: cluster.Check,
+        sharing: Sharing = CPU,
     ) -> None:
         settings = record.settings
         self.flags = flags
@@ -101,7 +127,8 @@ class _Run:
         self.ray_pool = ray_pool
         self.uri = uri  # of MLflow
         self.check = check
-        self.display = Display(study=settings.study, epochs=settings.epochs)
+        self.sharing = sharing
+        self.display = Display(study=settings.study, epochs=settings.epochs, device=str(sharing))
         self.scheduler = StudyScheduler(record, space=prepared.space, storage=prepared.storage, callback=self.display)
         self.tracker: tracking.Tracker | None = None  # until Ray has started
         self.devices = pool.local_resources() if flags.address is None else {}
@@ -178,13 +205,23 @@ class _Run:
             if self.tracker is None:
                 self.record.begin_run(self._provenance())
                 self.tracker = self._start_tracker()
+                if self.sharing != CPU:
+                    self.display.note(f"training on {self.sharing.explained}")
             if self.scheduler.should_stop():  # a signal may have come while Ray started
                 return
             self.trained = True
-            look = None if self.flags.address is None else self._look
-            pool.run_trials(self.scheduler, SharedData.of(self.prepared.data), self.ray_pool, look=look)
+            self._run_trials()
+            if self._goes_on() and self.scheduler.retry_crowded():
+                self.ray_pool = replace(self.ray_pool, trial=replace(self.ray_pool.trial, gpus=1.0))
+                self.display.slots = self.ray_pool.slots
+                self._run_trials()
             if self._goes_on():
                 raise pool.PoolLost("Ray Tune ended with trials to go")
+
+    def _run_trials(self) -> None:
+        if not self.scheduler.nothing_to_start:
+            look = None if self.flags.address is None else self._look
+            pool.run_trials(self.scheduler, SharedData.of(self.prepared.data), self.ray_pool, look=look)
 
     def _after_breakdown(self, error: pool.PoolLost) -> None:
         """Continue the lost trials. After too many breakdowns, fail the trial if it ran alone, else stop the study.
@@ -274,6 +311,7 @@ class _Run:
             "commit_dirty": dirty,
             "versions": versions(_PACKAGES) | {"platform": platform.platform()},
             "devices": self.devices,
+            "device": self.sharing.explained,
         }
         return without_secrets(facts)
 

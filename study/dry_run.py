@@ -3,39 +3,36 @@
 The time is an estimate. An epoch's time is read from the study's own trials if it has any. Else three of its
 configurations, a quarter, half and three quarters up in multiply-adds, are timed for a few seconds where the trials
 would run: on this machine, or on a node that can run a trial. While a cluster has no such node, its head is timed, and
-the output says so. Each is timed alone, on 1/25 or less of the images. The number of epochs is uncertain too, because
-early stopping decides it: see `study.display.time_left`.
+the output says so. As many are timed side by side as share a GPU; on a CPU, each is timed alone (`study.measure`). The
+number of epochs is uncertain too, because early stopping decides it: see `study.display.time_left`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import ray
-import torch
 from ray.exceptions import RayError
 
 from ramcore.config import Config
 from ramcore.cost import cost
-from ramcore.data import Split, SplitName, TaskData
 from ramcore.errors import UserError
-from ramcore.trainer import Trainer
 from study import cluster, pool
 from study.designs import TrialSpec, published, search_origins
 from study.display import duration, time_left
 from study.flags import Flags
+from study.measure import NotMeasured, time_epochs, time_sharing
 from study.prepare import Prepared
 from study.ray_internals import ray_reason
 from study.record import TrialRecord
 from study.search_space import configuration
+from study.sharing import Sharing, per_gpu
 from study.sobol import SobolSequence
 from study.trainable import SharedData
 
-_TIMED_STEPS = 20  # training steps of a timed epoch, at least
-_TIMED_SHARE = 25  # one in this many images is used, at most
 _POINTS = 200  # of the space, to say how large its networks are
+_MANY_SEEDS = 8  # a trial with so many takes 1.3 times as long as with 2, alone on an H200
 _PATIENCE = 180.0  # seconds for the timing on a node, which may be busy with another study
 
 
@@ -58,7 +55,7 @@ class _Place(NamedTuple):
     timed: str = ""  # how these are known
 
 
-def dry_run_lines(flags: Flags, prepared: Prepared, uri: str, ray_pool: pool.Pool) -> list[str]:
+def dry_run_lines(flags: Flags, prepared: Prepared, uri: str, ray_pool: pool.Pool, sharing: Sharing) -> list[str]:
     """The lines that --dry-run prints. Raises UserError."""
     settings = prepared.settings
     trials = _trials(prepared)
@@ -73,18 +70,27 @@ def dry_run_lines(flags: Flags, prepared: Prepared, uri: str, ray_pool: pool.Poo
     if epochs:
         place = place._replace(timed=f"from {epochs} epochs so far")
     storage = prepared.storage if prepared.storage.is_remote else prepared.record_path.parent
-    trial = f"{flags.cpus_per_trial:g} CPU, {flags.gpus_per_trial or 0:g} GPU each"
+    trial = f"{ray_pool.trial.cpus:g} CPU, {ray_pool.trial.gpus:.3g} GPU each"
     return [
         f"Study {settings.study}: {'continues' if prepared.known else 'new'}",
         f"  design     {settings.design}; {settings.epochs} epochs, {settings.seeds_per_trial} seeds a trial",
         f"  task       {settings.task}; data {settings.data} {prepared.data.sizes}, sha256 {settings.digest[:12]}",
         *place.lines,
+        f"  device     {sharing.explained}",
+        *_seeds_line(prepared, sharing),
         f"  slots      {place.slots}, one trial each ({trial})",
         f"  storage    {storage}",
         f"  tracking   {uri}",
         *_time_and_cost(flags, settings.epochs, trials, place),
         *(_search_lines(prepared, trials) if trials.rows is None else _row_lines(trials.rows)),
     ]
+
+
+def _seeds_line(prepared: Prepared, sharing: Sharing) -> list[str]:
+    if not sharing.gpus or prepared.known or prepared.settings.seeds_per_trial >= _MANY_SEEDS:
+        return []
+    cheap = f"{_MANY_SEEDS} seeds a trial take about 1.3 times as long as 2 (alone on an H200)"
+    return [f"             more seeds are nearly free there: {cheap}, see --seeds-per-trial"]
 
 
 def planned_configurations(prepared: Prepared) -> list[tuple[Config, int]]:
@@ -171,8 +177,16 @@ def _here(prepared: Prepared, ray_pool: pool.Pool, to_time: list[Config]) -> _Pl
     slots = pool.count_slots(pool.local_resources(), ray_pool)
     if not to_time:
         return _Place(slots)
-    seconds = time_epochs(to_time, SharedData.of(prepared.data), prepared.settings.seeds_per_trial, ray_pool.trial)
-    return _Place(slots, seconds=seconds, timed=f"{len(to_time)} configurations timed now, on this machine")
+    trial, data, seeds = ray_pool.trial, SharedData.of(prepared.data), prepared.settings.seeds_per_trial
+    timed = f"{len(to_time)} configurations timed now, on this machine"
+    if not trial.gpus:
+        return _Place(slots, seconds=time_epochs(to_time, data, seeds, trial.cpus, 0.0), timed=timed)
+    together = min(slots, per_gpu(trial.gpus))
+    try:
+        seconds = time_sharing(to_time, data, seeds, trial.cpus, trial.gpus, together)
+    except NotMeasured as error:
+        return _Place(slots, timed=f"timing an epoch failed ({error})")
+    return _Place(slots, seconds=seconds, timed=f"{timed}'s GPU, {together} at a time")
 
 
 def _on_cluster(prepared: Prepared, ray_pool: pool.Pool, to_time: list[Config]) -> _Place:
@@ -188,15 +202,18 @@ def _on_cluster(prepared: Prepared, ray_pool: pool.Pool, to_time: list[Config]) 
         return place
     # Without a worker, a node that runs no trials is timed: a dry run must not start a machine that costs money.
     node = (able or present)[0]
-    there = trial if able else cluster.TrialResources(cpus=trial.cpus, gpus=0.0)
-    cpus = trial.cpus if able else 0.0
-    task = ray.remote(num_cpus=cpus, num_gpus=there.gpus, scheduling_strategy=cluster.only_on(node))(time_epochs)
-    data = ray.put(SharedData.of(prepared.data))
+    gpus = trial.gpus if able else 0.0
+    together = min(trial.fits(node.resources), per_gpu(gpus)) if gpus else 1
+    cpus = trial.cpus * together if able else 0.0
+    whole = max(gpus, 1.0) if gpus else 0.0
+    where = ray.remote(num_cpus=cpus, num_gpus=whole, scheduling_strategy=cluster.only_on(node))
+    task = where(time_sharing if gpus else time_epochs)
+    each = (to_time, ray.put(SharedData.of(prepared.data)), prepared.settings.seeds_per_trial, trial.cpus, gpus)
     try:
-        seconds = ray.get(task.remote(to_time, data, prepared.settings.seeds_per_trial, there), timeout=_PATIENCE)
+        seconds = ray.get(task.remote(*each, *([together] if gpus else [])), timeout=_PATIENCE)
     except RayError as error:
         return place._replace(timed=f"timing an epoch on {node} failed ({ray_reason(str(error))})")
-    timed = f"{len(to_time)} configurations timed now, on {node}"
+    timed = f"{len(to_time)} configurations timed now, on {node}{f', {together} at a time' if gpus else ''}"
     if not able:
         timed += f", as no worker is up{' and on its CPU, where a GPU is faster' if trial.gpus else ''}"
     return place._replace(seconds=seconds, timed=timed)
@@ -211,38 +228,3 @@ def _cluster_lines(present: list[cluster.Node], able: list[cluster.Node], growth
     elif not able:
         lines.append("             none can run a trial yet")
     return lines
-
-
-def time_epochs(
-    configs: list[Config], data: SharedData, num_seeds: int, resources: cluster.TrialResources
-) -> list[float]:
-    """Seconds that an epoch of each configuration takes here, trained as `study.trainable` does.
-
-    Each trains one short epoch to warm up and one that is timed, on the first images of each split.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, int(resources.cpus)))
-    device = "cuda" if resources.gpus > 0 and torch.cuda.is_available() else "cpu"
-    found: list[float] = []
-    try:
-        for config in configs:
-            whole = data.task(config.task)
-            short = _shortened(whole, config.batch_size)
-            trainer = Trainer(dataclasses.replace(config, epochs=2), short, seeds=range(num_seeds), device=device)
-            trainer.epoch()
-            steps = len(whole.train.labels) / len(short.train.labels)
-            found.append(trainer.epoch().to_dict()["seconds"] * steps)
-    finally:
-        torch.set_num_threads(threads)
-    return found
-
-
-def _shortened(whole: TaskData, batch_size: int) -> TaskData:
-    """The first images of each split, as many as an epoch is timed on."""
-    total = len(whole.train.labels)
-    share = max(min(total, _TIMED_STEPS * batch_size) / total, 1 / _TIMED_SHARE)
-    splits: dict[str, Split] = {}
-    for name in get_args(SplitName):
-        count = max(1, round(share * whole.sizes[name]))
-        splits[name] = Split(*(part[:count] for part in whole.split(name)))
-    return dataclasses.replace(whole, **splits)  # pyright: ignore[reportArgumentType]

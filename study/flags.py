@@ -102,8 +102,8 @@ class Flags:
     cpus_per_trial: float = 1.0
     """CPU cores of a trial."""
     gpus_per_trial: float | None = None
-    """GPUs of a trial. Trials share a GPU if this is a fraction. Default: 0; on a cluster whose nodes set
-    RAM_WORKER_GPUS and RAM_WORKER_CPUS, the share that goes with --cpus-per-trial."""
+    """GPUs of a trial; 0 trains on the CPU. Trials share a GPU if this is a fraction (0.25: four). Default: where
+    there is a GPU, as many trials share it as its memory, the CPU cores and the gain allow; --dry-run says why."""
     max_concurrent: int | None = None
     """Most trials at a time. Default: as many as fit; on a cluster whose nodes set RAM_MAX_WORKERS, as many as fit
     once it has grown to that size."""

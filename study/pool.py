@@ -24,7 +24,7 @@ from ray.tune.search import ConcurrencyLimiter
 
 from ramcore import machine
 from ramcore.config import Config
-from ramcore.cost import check_memory, memory
+from ramcore.cost import memory
 from ramcore.errors import UserError, first_line
 from study import cluster, ray_folder
 from study.cluster import Growth, TrialResources
@@ -113,18 +113,11 @@ def local_resources() -> dict[str, float]:
 def trial_resources(
     cpus: float, gpus: float, planned: Iterable[tuple[Config, int]], *, on_cluster: bool
 ) -> TrialResources:
-    """What a trial takes, given the (configuration, seeds) of all. On a cluster, memory is not known beforehand.
-
-    Raises UserError if the largest does not fit on this machine's GPU.
-    """
+    """What a trial takes, given the (configuration, seeds) of all. On a cluster, memory is not known beforehand."""
     if on_cluster:
         return TrialResources(cpus=cpus, gpus=gpus)
-    config, seeds = max(planned, key=lambda trial: memory(*trial))
-    if gpus == 0:
-        return TrialResources(cpus=cpus, gpus=gpus, memory=_WORKER + memory(config, seeds))
-    if torch.cuda.is_available():
-        check_memory(config, seeds, torch.cuda.get_device_properties(0).total_memory)
-    return TrialResources(cpus=cpus, gpus=gpus, memory=_WORKER)
+    largest = 0 if gpus else max(memory(config, seeds) for config, seeds in planned)
+    return TrialResources(cpus=cpus, gpus=gpus, memory=_WORKER + largest)
 
 
 def count_slots(resources: Mapping[str, float], pool: Pool) -> int:
@@ -192,8 +185,9 @@ def _never_stuck() -> Iterator[threading.Event]:
 
 
 def _start_ray(folder: str) -> None:
-    cpus = int(local_resources()["CPU"])
-    own: dict[str, Any] = {"num_cpus": cpus, "object_store_memory": _OBJECT_STORE, "_temp_dir": folder}
+    cpus, gpus = (int(local_resources()[kind]) for kind in ("CPU", "GPU"))
+    own: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "object_store_memory": _OBJECT_STORE}
+    own["_temp_dir"] = folder
     try:
         ray.init(address="local", include_dashboard=False, **own, **_QUIET)
     except Exception as error:

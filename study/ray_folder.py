@@ -2,7 +2,7 @@
 
 Ray's own choice, /tmp/ray, is open to all users of the machine, who could replace that code. This folder is the user's
 alone (mode 0700), is made in the temporary folder for one run, and is removed with it. A run that was killed leaves its
-folder to the next run.
+folder to the next run. CUDA's MPS has such a folder, too; the next run also ends an MPS that was left.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ramcore.errors import UserError
+from study import mps
 
 _LONGEST = 107 if sys.platform.startswith("linux") else 103  # bytes: the longest path of a socket
 _NAME = "ram-{}"  # with six hexadecimal digits
@@ -28,6 +29,7 @@ _SOCKET = "session_2026-01-31_00-00-00_000000_4194304/sockets/plasma_store"  # R
 _ROOM = 100 * 2**20  # bytes: of Ray's logs, and more than it writes in a day
 _LOCK = "driver.lock"
 _RAYS = "r"  # the folder inside that Ray gets, because Ray opens it to everybody
+MPS = "m"  # the folder inside that MPS gets
 _FIX = "set RAY_TMPDIR to a folder of your own with a short name"
 
 
@@ -55,12 +57,12 @@ def check() -> None:
 
 
 @contextmanager
-def private_folder() -> Iterator[Path]:
-    """A folder for one run of Ray, inside of one that others cannot enter. Raises OSError."""
+def private_folder(name: str = _RAYS) -> Iterator[Path]:
+    """The path of a folder for one run of Ray, or of MPS, inside of one that others cannot enter. Raises OSError."""
     parent = _parent()
     _remove_left(parent)
     with _made(parent) as folder, FileLock(folder / _LOCK):
-        yield folder / _RAYS
+        yield folder / name
 
 
 def _parent() -> Path:
@@ -89,7 +91,8 @@ def _remove_left(parent: Path) -> None:
         with suppress(OSError, Timeout):
             about = folder.lstat()
             is_ours = re.fullmatch(_NAME.format("[0-9a-f]{6}"), folder.name) and about.st_uid == os.geteuid()
-            is_new = time.time() - about.st_mtime < 60  # perhaps just made, and not locked yet
+            is_new = time.time() - about.st_mtime < 60 and not (folder / MPS).exists()  # perhaps not locked yet
             if is_ours and not is_new and stat.S_ISDIR(about.st_mode) and (folder / _LOCK).is_file():
                 with FileLock(folder / _LOCK, blocking=False):
+                    mps.end(folder / MPS)
                     shutil.rmtree(folder, ignore_errors=True)

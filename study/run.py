@@ -53,12 +53,10 @@ def _settled(flags: Flags) -> Flags:
             f"--address is a job server, or auto on the cluster itself; got {address}, a Ray client's: forward the "
             "head's port 8265 and pass --address http://127.0.0.1:8265"
         )
-    price, gpus = flags.price_per_hour, flags.gpus_per_trial
+    price = flags.price_per_hour
     if price is None:
         price = cluster.number("RAM_PRICE_PER_HOUR") or None
-    if gpus is None and address is not None and (growth := cluster.Growth.declared()):
-        gpus = cluster.share_of_gpus(growth, flags.cpus_per_trial)
-    return replace(flags, address=address, price_per_hour=price, gpus_per_trial=gpus)
+    return replace(flags, address=address, price_per_hour=price)
 
 
 def _submit(flags: Flags, address: str) -> int:

@@ -66,6 +66,7 @@ class StudyScheduler:
             self.origins = [spec.origin for spec in record.rows[: record.totals[-1]]]
         self.total = len(self.origins)  # trials that the study was asked for
         self._interrupted: list[int] = []  # running trials without a worker; the last one is continued first
+        self._crowded: set[int] = set()  # running trials that ran out of a shared GPU's memory; they wait
         self.requeue_running()
         self._replay_rungs()
         # A crash may have come between a trial's end and its tidying.
@@ -103,12 +104,22 @@ class StudyScheduler:
 
     def requeue_running(self) -> None:
         """Have every running trial continued before a new one starts. No worker may be training one of them."""
-        self._interrupted = sorted((n for n, t in self.record.trials.items() if t.state == "running"), reverse=True)
+        running = {number for number, trial in self.record.trials.items() if trial.state == "running"}
+        self._interrupted = sorted(running - self._crowded, reverse=True)
 
     def requeue(self, number: int) -> None:
         """Have a trial that lost its worker continued by another one."""
         if self.record.trials[number].state == "running" and number not in self._interrupted:
             self._interrupted.append(number)
+
+    def retry_crowded(self) -> bool:
+        """Have the trials continued that ran out of a shared GPU's memory; returns whether there are any.
+
+        They must have a GPU each from now on.
+        """
+        self._interrupted += sorted(self._crowded, reverse=True)
+        found, self._crowded = bool(self._crowded), set()
+        return found
 
     # The next trial.
 
@@ -163,6 +174,10 @@ class StudyScheduler:
             return False
         if "interrupted" in result:
             self.stop(result["interrupted"])
+            return False
+        if "out_of_memory" in result:
+            self._crowded.add(number)
+            self.callback.note(f"trial {number:04d} waits for a whole GPU, after the others: {result['out_of_memory']}")
             return False
         if "error" in result:
             self._end(trial, "failed", f"error: {result['error']}")

@@ -20,6 +20,7 @@ COMMIT_DIRTY = "ram.commit_dirty"  # true or false
 PARENT = "mlflow.parentRunId"  # MLflow's own
 
 # Tags of the parent run.
+DEVICE = "ram.device"  # of the last run: what it trained on, and how many trials shared a GPU, in words
 STATUS = "ram.status"  # running, finished, stopped or failed
 TRIALS = "ram.trials"  # number of trials asked for
 PUBLISHED = "ram.published"  # "trial 7": the trial whose model the study has logged

@@ -503,6 +503,7 @@ class Tracker:
         tags = {
             schema.STATUS: "running",
             schema.TRIALS: str(self.record.totals[-1]),
+            schema.DEVICE: provenance.settings.get("device", "unknown"),  # of a record that is older than this tag
             **_commit_tags(provenance.commit, provenance.dirty),
             "mlflow.source.git.commit": provenance.commit,
             "mlflow.note.content": f"RAM study: design {settings.design}, task {settings.task}, data {settings.data}. "

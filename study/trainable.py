@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -74,13 +75,18 @@ class SharedData:
         return TaskData(data=self.data, task=task, digest=self.digest, **splits)
 
 
-def run_trial(job: Job, data: SharedData, report: Callable[[dict[str, Any]], None], device: str = "cpu") -> None:
+def run_trial(
+    job: Job, data: SharedData, report: Callable[[dict[str, Any]], None], device: str = "cpu", shares: bool = False
+) -> None:
     """Train one trial to its last epoch, or until `report` does not return.
 
     `report` is called after each epoch with {"epoch": 1-based, "metrics": EpochMetrics.to_dict()}. In the last epoch of
     a design that reads the test images, "test" is added; if checkpoints could not be used, "notes" (lines). If training
     fails, it is called with {"error": one line, "details": traceback}; if the storage of the checkpoints fails (full,
-    out of reach), with {"interrupted": one line}.
+    out of reach), with {"interrupted": one line}; if the GPU's memory does not suffice and the trial `shares` the GPU
+    with others, with {"out_of_memory": one line}.
+
+    Raises the error of a GPU that is lost to this process, perhaps by another one's fault: another worker may continue.
     """
     if device != "cpu":  # a worker trains one trial after another: free the memory of the one before
         gc.collect()
@@ -90,8 +96,29 @@ def run_trial(job: Job, data: SharedData, report: Callable[[dict[str, Any]], Non
     except _StorageLost as error:
         report({"interrupted": str(error)})
     except Exception as error:  # anything that a trial raises is that trial's failure
+        if _lost_gpu(error):
+            raise
         line = f"{type(error).__name__}: {first_line(error, 1000)}"
-        report({"error": line, "details": traceback.format_exc()})
+        if shares and _lacks_gpu_memory(error):
+            report({"out_of_memory": line})
+        else:
+            report({"error": line, "details": traceback.format_exc()})
+
+
+def _lacks_gpu_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError)
+        and any(mark in str(error) for mark in ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"))
+    )
+
+
+def _lost_gpu(error: Exception) -> bool:
+    """Whether CUDA can no longer be used by this process.
+
+    After most errors of CUDA it cannot. Under MPS, one client's error or the server's end breaks all clients.
+    """
+    is_cuda = re.search(r"CUDA|CUBLAS|cuda[A-Z]", str(error))
+    return isinstance(error, RuntimeError) and is_cuda is not None and not _lacks_gpu_memory(error)
 
 
 def _train(job: Job, data: SharedData, report: Callable[[dict[str, Any]], None], device: str) -> None:
@@ -174,11 +201,16 @@ def test_results(evaluation: Evaluation, epochs: Sequence[int]) -> dict[str, Any
     }
 
 
+def device_of(gpus: float) -> str:
+    """Where a trial with these GPUs trains. It does not ask whether CUDA works: if not, the trial is to fail."""
+    return "cuda" if gpus > 0 and torch.cuda.device_count() else "cpu"
+
+
 def tune_trial(config: dict[str, Any], data: SharedData, cpus: float, gpus: float) -> None:
     """`run_trial` as Tune calls it, in an actor that runs one trial after another."""
     from ray import tune  # puts off Ray
 
     torch.set_num_threads(max(1, int(cpus)))
-    device = "cuda" if gpus > 0 and torch.cuda.is_available() else "cpu"
+    device, shares = device_of(gpus), 0 < gpus < 1
     # Each report is one JSON text, because Tune would make a column of every nested metric.
-    run_trial(Job.from_dict(config), data, lambda result: tune.report({"result": json.dumps(result)}), device)
+    run_trial(Job.from_dict(config), data, lambda result: tune.report({"result": json.dumps(result)}), device, shares)

@@ -3,6 +3,9 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -88,3 +91,27 @@ def idx_folder(tmp_path, monkeypatch, digits) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("RAM_DATA_DIR", raising=False)
     return tmp_path / "data"
+
+
+@pytest.fixture
+def mps_place(tmp_path, monkeypatch) -> Iterator[Path]:
+    """A temporary folder for MPS' files, with a program that works first on PATH, and no MPS of the machine's own."""
+    from fake_mps import PROGRAM
+
+    from study import mps
+
+    program = tmp_path / "bin" / "nvidia-cuda-mps-control"
+    program.parent.mkdir()
+    program.write_text(PROGRAM)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.delenv(mps.PIPE, raising=False)
+    monkeypatch.setattr(mps, "_DEFAULT", str(tmp_path / "nvidia-mps"))
+    monkeypatch.setattr(mps, "_SECONDS", 5.0)
+    monkeypatch.setattr(mps, "_END_SECONDS", 1.0)
+    folder = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))
+    monkeypatch.setenv("RAY_TMPDIR", str(folder))
+    yield folder
+    for left in list(folder.glob("**/pipe")):
+        mps.end(left.parent)
+    shutil.rmtree(folder)

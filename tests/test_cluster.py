@@ -19,7 +19,7 @@ from clusters import add_node, cluster_of
 from ramcore.config import Config
 from ramcore.errors import UserError
 from study import cluster, pool, run
-from study.cluster import Check, Growth, MachineHours, Node, TrialResources, capacity, share_of_gpus, wait_for_workers
+from study.cluster import Check, Growth, MachineHours, Node, TrialResources, capacity, gpus_of, wait_for_workers
 from study.display import Display
 from study.flags import DONE, USAGE, Flags
 from study.pool import Pool, ray_running, run_trials
@@ -78,30 +78,26 @@ def test_capacity_counts_the_nodes_that_a_cluster_can_grow_to():
     assert capacity([node(1), node(1)], None, TrialResources(cpus=2, gpus=0)) == 0
 
 
-def test_gpus_are_shared_among_the_trials_that_fit_by_cpus():
-    assert share_of_gpus(Growth(workers=1, worker={"CPU": 4.0, "GPU": 1.0}), cpus=1) == 0.25
-    assert share_of_gpus(Growth(workers=1, worker={"CPU": 8.0, "GPU": 4.0}), cpus=4) == 1
-    assert share_of_gpus(Growth(workers=1, worker={"CPU": 4.0, "GPU": 0.0}), cpus=1) == 0
-
-
 def test_flags_left_out_are_read_from_the_environment(monkeypatch):
     for name, value in {
         "RAM_STORAGE": "s3://bucket/ram", "RAY_ADDRESS": "auto", "RAM_MAX_WORKERS": "4", "RAM_WORKER_CPUS": "4",
-        "RAM_WORKER_GPUS": "1", "RAM_PRICE_PER_HOUR": "0.5",
+        "RAM_WORKER_GPUS": "1", "RAM_WORKER_GPU_MEMORY": "15", "RAM_PRICE_PER_HOUR": "0.5",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     flags = run._settled(Flags())
     assert (flags.storage, flags.address) == ("s3://bucket/ram", "auto")
-    assert (flags.gpus_per_trial, flags.price_per_hour) == (0.25, 0.5)
-    assert Growth.declared() == Growth(workers=4, worker={"CPU": 4.0, "GPU": 1.0})
+    assert flags.price_per_hour == 0.5
+    growth = Growth.declared()
+    assert growth == Growth(workers=4, worker={"CPU": 4.0, "GPU": 1.0, "GPU memory": 15.0})
+    assert str(gpus_of(growth.worker)) == "1 x GPU a worker (15 GiB)"
     # --address local overrides the environment:
     local = run._settled(Flags(address="local", storage="runs"))
-    assert (local.address, local.storage, local.gpus_per_trial) == (None, "runs", None)
+    assert (local.address, local.storage) == (None, "runs")
 
 
 def test_empty_environment_gives_the_defaults_of_one_machine():
     flags = run._settled(Flags())
-    assert (flags.address, flags.storage, flags.gpus_per_trial, flags.price_per_hour) == (None, "runs", None, None)
+    assert (flags.address, flags.storage, flags.price_per_hour) == (None, "runs", None)
 
 
 def test_machine_hours_add_up_when_the_number_of_machines_changes(monkeypatch):

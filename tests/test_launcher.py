@@ -20,6 +20,7 @@ import pytest
 import requests
 import yaml
 from clusters import free_port
+from fake_mps import PROGRAM, daemons
 from moto.server import ThreadedMotoServer
 from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -463,6 +464,31 @@ def test_own_machines_have_a_private_temporary_folder_made_before_each_start_of_
     assert read["metadata"]["environment"]["RAY_TMPDIR"]
     for kind in ("head", "worker"):
         assert read[f"{kind}_start_ray_commands"][0].endswith("cluster.sh folder")
+
+
+def test_workers_have_an_mps_of_their_own_that_starts_before_ray_and_ends_when_the_head_is_gone(machine):
+    for name in YAML:
+        commands = config(name)["worker_start_ray_commands"]
+        (at,) = (i for i, command in enumerate(commands) if command.endswith("cluster.sh mps"))
+        assert "ray start" in commands[at + 1]
+    path, program = machine / "ram-study" / "cluster.sh", machine / "bin" / "nvidia-cuda-mps-control"
+    program.parent.mkdir()
+    program.write_text(PROGRAM)
+    program.chmod(0o755)
+    (machine / "nvidia0").touch()
+    path.write_text(path.read_text().replace("/dev/nvidia[0-9]*", f"{machine}/nvidia*"))
+    settings = {"RAY_TMPDIR": str(machine / "ray"), "PYTHONPATH": str(ROOT)}
+    settings["PATH"] = f"{program.parent}:{Path(sys.executable).parent}:/usr/bin:/bin"
+    assert script(machine, "node", **settings).returncode == 0
+    line = f". {machine}/.ram-study.env; echo $CUDA_MPS_PIPE_DIRECTORY"
+    pipe = subprocess.run(["bash", "-c", line], env=settings, capture_output=True, text=True).stdout.strip()
+    done = script(machine, "mps", **settings, CUDA_MPS_PIPE_DIRECTORY=pipe)
+    assert (done.returncode, done.stderr) == (0, "")
+    folder = machine / "ray" / "ram-mps"
+    assert len(daemons(folder)) == 1 and pipe == str(folder / "pipe") and folder.stat().st_mode & 0o777 == 0o700
+    path.write_text(path.read_text().replace("pgrep --euid", "false pgrep --euid").replace("ray stop", "true"))
+    assert script(machine, "when_alone", **settings).returncode == 0
+    assert not daemons(folder) and not folder.exists()
 
 
 def test_mlflows_password_is_made_once_in_a_file_of_its_user_alone(machine):
