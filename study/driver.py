@@ -34,13 +34,15 @@ from study.flags import (
     working_tree,
 )
 from study.moved import tracking_uri
-from study.prepare import Prepared
+from study.prepare import Prepared, held_out
 from study.probe import versions
 from study.record import Record, RecordGone, RecordLost, open_record
 from study.scheduler import StudyScheduler
+from study.status import status
 from study.trainable import SharedData
 
 _PACKAGES = ("torch", "ray", "optuna", "mlflow", "numpy", "scipy", "ram-study")  # the record holds their versions
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _FAILURES_SHOWN = 10
 _BREAKDOWNS = 3  # a run gives up after this many breakdowns of Ray in a row, without an epoch between them
 
@@ -64,13 +66,16 @@ def run_study(flags: Flags, prepared: Prepared) -> int:
     if flags.address is None:
         pool.count_slots(pool.local_resources(), ray_pool)
     if flags.dry_run:
-        print(without_secrets("\n".join(dry_run_lines(flags, prepared, uri, ray_pool))))
+        with status("timing an epoch"):
+            lines = dry_run_lines(flags, prepared, uri, ray_pool)
+        print(without_secrets("\n".join(lines)))
         return DONE
     check = cluster.Check(prepared.storage)
     if flags.address is not None:
         cluster.check_lasting(flags.storage, uri)
         _check_cluster(flags.address, prepared, ray_pool, check)
-    tracking.check_server(uri, known=prepared.known is not None)
+    with status(f"checking MLflow ({without_secrets(uri)})"):
+        tracking.check_server(uri, known=prepared.known is not None)
     with open_record(prepared.storage, prepared.settings, total=prepared.total, rows=prepared.rows, say=say) as record:
         return _Run(flags, prepared, record, ray_pool, uri, check).run()
 
@@ -113,12 +118,12 @@ class _Run:
 
     def run(self) -> int:
         """Train, conclude and report; returns the exit code. Raises UserError if Ray could not be joined at all."""
-        with signals_caught(signal.SIGINT, signal.SIGTERM) as self.signals, self.display:
+        with signals_caught(*_SIGNALS, answer=self.display.interrupted) as self.signals, self.display:
             self.scheduler.deadline = self._reason_to_stop
             self.display.resume(list(self.record.trials.values()), self.scheduler.origins)
             self._train()
             code = self._exit_code()
-            outcome = results.conclude(self.record)
+            outcome = self._conclude()
             untracked = self._finish_tracking(code, outcome)
         if gone := self._gone():
             say(f"error: {gone}: put it back and give the same command, or add --repair to rebuild what can be")
@@ -173,7 +178,9 @@ class _Run:
     def _train_with_ray(self) -> None:
         """Start or join Ray once and train there. Raises PoolLost, UserError, RecordLost, OSError."""
         self.trained = False
+        self.display.doing("starting Ray" if self.flags.address is None else "joining the cluster")
         with pool.ray_running(self.flags.address):
+            self.display.doing("starting workers")
             self.display.slots, self.devices = self.ray_pool.slots, self.ray_pool.devices
             if self.tracker is None:
                 self.record.begin_run(self._provenance())
@@ -245,12 +252,22 @@ class _Run:
             return SOME_FAILED if failed else DONE
         return 128 + self.signals[0] if self.signals else STOPPED
 
+    def _conclude(self) -> results.Outcome | None:
+        """The results so far, judged also by held-out seeds."""
+        try:
+            again = held_out(self.prepared.storage, self.record.settings)
+        except OSError as error:
+            say(f"warning: {error}; results on held-out seeds are not looked at")
+            again = []
+        return results.conclude(self.record, again)
+
     def _finish_tracking(self, code: int, outcome: results.Outcome | None) -> str | None:
         """Bring MLflow up to the record; returns what it lacks. A finished study's best model is read and published."""
         tracker = self.tracker or self._start_tracker()
         done = code in (DONE, SOME_FAILED)
         publish = None
         if done and outcome is not None:
+            self.display.doing("reading the best configuration's test accuracy, and completing MLflow")
             self._read_best_test(outcome)
             publish = results.publisher(outcome, self.scheduler.folder, self.prepared.data)
         status = "finished" if done else "failed" if code == BROKEN else "stopped"
@@ -258,7 +275,7 @@ class _Run:
 
     def _read_best_test(self, outcome: results.Outcome) -> None:
         try:
-            if not results.read_best_test(self.record, self.scheduler.folder, self.prepared.data):
+            if not results.read_best_test(self.record, outcome.best, self.scheduler.folder, self.prepared.data):
                 lost = f"the best weights, of trial {outcome.best.number:04d}, are gone"
                 say(f"warning: {lost}: no test accuracy, no model")
         except (RecordLost, OSError) as error:

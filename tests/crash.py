@@ -146,8 +146,8 @@ def work(study: Study, root: Path, trials: int = TOTALS[-1]) -> None:
     if scheduler.error is not None and not isinstance(scheduler.error, RecordLost):
         raise scheduler.error
     with contextlib.suppress(RecordLost):
-        if scheduler.finished:
-            results.read_best_test(record, scheduler.folder, study.data)
+        if scheduler.finished and (outcome := results.conclude(record)):
+            results.read_best_test(record, outcome.best, scheduler.folder, study.data)
     untracked = tracker.finish("finished" if scheduler.finished else "stopped", patience=20)
     gone = isinstance(scheduler.error, RecordGone)
     try:
