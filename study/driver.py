@@ -261,15 +261,19 @@ class _Run:
             again = []
         return results.conclude(self.record, again)
 
+    @property
+    def _searched(self) -> tuple[str, ...]:
+        return self.prepared.space.names if self.prepared.space else ()
+
     def _finish_tracking(self, code: int, outcome: results.Outcome | None) -> str | None:
         """Bring MLflow up to the record; returns what it lacks. A finished study's best model is read and published."""
-        tracker = self.tracker or self._start_tracker()
+        self.tracker = tracker = self.tracker or self._start_tracker()
         done = code in (DONE, SOME_FAILED)
         publish = None
         if done and outcome is not None:
             self.display.doing("reading the best configuration's test accuracy, and completing MLflow")
             self._read_best_test(outcome)
-            publish = results.publisher(outcome, self.scheduler.folder, self.prepared.data)
+            publish = results.publisher(outcome, self._searched, self.scheduler.folder, self.prepared.data)
         status = "finished" if done else "failed" if code == BROKEN else "stopped"
         return tracker.finish(status, publish=publish, hurry=lambda: bool(self.signals))
 
@@ -333,8 +337,7 @@ class _Run:
             f"{states.count('failed')} failed, {states.count('running')} to be continued, of {scheduler.total}"
         )
         if outcome is not None:
-            searched = self.prepared.space.names if self.prepared.space else ()
-            print("\n".join(results.summary_lines(outcome, searched)))
+            print("\n".join(results.summary_lines(outcome, self._searched)))
         failed = [f"failed: trial {trial.number:04d}: {trial.reason}" for trial in trials if trial.state == "failed"]
         if len(failed) > _FAILURES_SHOWN:
             failed[_FAILURES_SHOWN:] = [f"and {len(failed) - _FAILURES_SHOWN} more"]
@@ -350,7 +353,9 @@ class _Run:
         print("Next:")
         default = self.uri == schema.DEFAULT_TRACKING_URI
         if not self.uri.startswith("http"):
-            print(f"  mlflow ui{'' if default else f' --backend-store-uri {without_secrets(self.uri)}'}")
+            print(f"  mlflow ui{'' if default else f' --backend-store-uri {without_secrets(self.uri)}'}   and open")
+        if self.tracker is not None:
+            print(f"  {self.tracker.page}")
         report = "paper" if DESIGNS[self.record.settings.design].report == "tables" else "sensitivity"
         place = "" if default else f" --tracking-uri {without_secrets(self.uri)}"
         print(f"  python -m analysis.{report} --study {name}{place}")

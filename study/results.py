@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from study import mlflow_settings as mlflow_settings  # before MLflow, which rea
 import mlflow
 import numpy as np
 import torch
+from mlflow.entities import Metric, RunTag
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 from scipy.stats import t
@@ -45,6 +47,7 @@ class Outcome(NamedTuple):
     """The results of a study, for the screen and for MLflow."""
 
     best: TrialRecord  # see `conclude`
+    ended: int  # trials that have ended
     against_default: str  # how it compares with the default, in words; empty where no default was trained
     front: tuple[TrialRecord, ...]  # see `pareto_trials`
 
@@ -63,7 +66,8 @@ def conclude(record: Record, held_out: Sequence[TrialRecord] = ()) -> Outcome | 
     usual = configuration(space, space.default) if space.dimensions else None
     if (default := next((trial for trial in trials if trial.spec.config == usual), None)) is not None:
         best, compared = _against_default(best, default, trials, held_out)
-    return Outcome(best, compared, pareto_trials(trials))
+    ended = sum(trial.ended is not None for trial in record.trials.values())
+    return Outcome(best, ended, compared, pareto_trials(trials))
 
 
 def _against_default(
@@ -154,8 +158,6 @@ def _best_weights(trial: TrialRecord, folder: Folder) -> dict[str, Any] | None:
 def summary_lines(outcome: Outcome, searched: tuple[str, ...]) -> list[str]:
     """The lines that a study prints at its end, with the searched fields (or else those that are not the default)."""
     best, spec = outcome.best, outcome.best.spec
-    config, default = asdict(spec.config), asdict(Config())
-    fields = searched or [name for name in config if config[name] != default[name]]
     lines = [
         f"Best configuration: trial {best.number:04d} ({spec.origin}{f', {spec.row}' if spec.row else ''})",
         f"  validation accuracy  {percent(accuracies(best))} over seeds {', '.join(map(str, spec.seeds))}",
@@ -167,7 +169,7 @@ def summary_lines(outcome: Outcome, searched: tuple[str, ...]) -> list[str]:
         lines.append(f"  against the default  {outcome.against_default}")
     size = cost(spec.config)
     lines.append(f"  size                 {size.parameters:,} parameters, {size.macs:,} multiply-adds an image")
-    lines += [f"  {name:20s} {shown(config[name], digits=4)}" for name in fields]
+    lines += [f"  {name:20s} {shown(value, digits=4)}" for name, value in _telling(spec.config, searched).items()]
     lines.append("Accuracy against multiply-adds an image (none is both cheaper and better than these):")
     for trial in outcome.front:
         size, name = cost(trial.spec.config), trial.spec.row or _brief(trial.spec.config)
@@ -175,8 +177,16 @@ def summary_lines(outcome: Outcome, searched: tuple[str, ...]) -> list[str]:
     return lines
 
 
-def publisher(outcome: Outcome, folder: Folder, data: TaskData) -> Publish:
-    """A call that logs best_config.json, and the best model and its glimpses if the weights are there."""
+def _telling(config: Config, searched: tuple[str, ...]) -> dict[str, Any]:
+    """The searched fields of a configuration, or else those that are not the default."""
+    values, default = asdict(config), asdict(Config())
+    return {name: values[name] for name in searched or [n for n in values if values[n] != default[n]]}
+
+
+def publisher(outcome: Outcome, searched: tuple[str, ...], folder: Folder, data: TaskData) -> Publish:
+    """A call that logs what is best to the parent run: its accuracy and its values (those searched, or else those that
+    are not the default), best_config.json, and the model and its glimpses if the weights are there.
+    """
     best, spec = outcome.best, outcome.best.spec
     facts = {
         "trial": best.number,
@@ -185,12 +195,18 @@ def publisher(outcome: Outcome, folder: Folder, data: TaskData) -> Publish:
         "seeds": spec.seeds,
         "config": asdict(spec.config),
         "val_accuracy": accuracies(best),
-        "against_default": outcome.against_default,
         "test": best.test,
         "cost": cost(spec.config)._asdict(),
     }
 
+    reached = {schema.OBJECTIVE: accuracies(best)} | (
+        {schema.TEST_ACCURACY: best.test["accuracy"]} if best.test else {}
+    )
+    metrics = [Metric(name, statistics.fmean(seeds), best.ended or 0, outcome.ended) for name, seeds in reached.items()]
+
     def publish(client: mlflow.MlflowClient, run_id: str) -> None:
+        values = _telling(spec.config, searched).items()
+        client.log_batch(run_id, metrics, tags=[RunTag(schema.BEST + name, str(value)) for name, value in values])
         client.log_text(run_id, json.dumps(facts, indent=1), schema.BEST_CONFIG_FILE)
         saved = _best_weights(best, folder)
         if saved is None:
@@ -200,13 +216,18 @@ def publisher(outcome: Outcome, folder: Folder, data: TaskData) -> Publish:
                 picture = Path(scratch) / "glimpses.png"
                 _draw(best, saved["weights"], replace(data, task=spec.config.task), picture)
                 client.log_artifact(run_id, str(picture))
-            _log_model(run_id, best, saved["weights"], Path(scratch))
+            _log_model(run_id, best, saved["weights"], metrics, Path(scratch))
 
     return Publish(key=f"trial {best.number}", call=publish)
 
 
-def _log_model(run_id: str, trial: TrialRecord, weights: dict[str, Tensor], scratch: Path) -> None:
-    """Log the trial's networks as an MLflow model of the run; see `study.served` for how to load it."""
+def _log_model(
+    run_id: str, trial: TrialRecord, weights: dict[str, Tensor], metrics: Sequence[Metric], scratch: Path
+) -> None:
+    """Log the trial's networks as an MLflow model of the run, with its configuration and what it reached.
+
+    See `study.served` for how to load it.
+    """
     import mlflow.pyfunc  # takes seconds, so it is imported at the end of a study only
 
     config = trial.spec.config
@@ -215,8 +236,9 @@ def _log_model(run_id: str, trial: TrialRecord, weights: dict[str, Tensor], scra
     classes = TensorSpec(np.dtype(np.float32), (-1, len(trial.spec.seeds), NUM_CLASSES))
     with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*An input example was not provided", category=UserWarning)
-        mlflow.pyfunc.log_model(
+        model = mlflow.pyfunc.log_model(
             name=schema.MODEL,
+            params=asdict(config),
             python_model=Path(__file__).with_name("served.py"),
             artifacts={"weights": str(scratch / "weights.pt"), "config": str(scratch / "config.json")},
             code_paths=[str(Path(ramcore.__path__[0]))],
@@ -225,6 +247,8 @@ def _log_model(run_id: str, trial: TrialRecord, weights: dict[str, Tensor], scra
             # PyPI has no local versions such as 2.13.0+cpu.
             pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "numpy", "mlflow")],
         )
+        for m in metrics:
+            mlflow.log_metric(m.key, m.value, step=m.step, timestamp=m.timestamp, model_id=model.model_id)
 
 
 def _draw(trial: TrialRecord, weights: dict[str, Tensor], data: TaskData, path: Path) -> None:
