@@ -17,7 +17,7 @@ from typing import Any
 
 from ramcore.errors import UserError, say
 from ramcore.private import without_secrets
-from study import cluster, pool, results, schema, tracking
+from study import best, cluster, pool, results, schema, tracking
 from study.designs import DESIGNS
 from study.display import Display
 from study.dry_run import dry_run_lines, planned_configurations
@@ -47,7 +47,7 @@ _FAILURES_SHOWN = 10
 _BREAKDOWNS = 3  # a run gives up after this many breakdowns of Ray in a row, without an epoch between them
 
 
-def run_study(flags: Flags, prepared: Prepared) -> int:
+def run_prepared(flags: Flags, prepared: Prepared) -> int:
     """Run or continue a prepared study, or print what it would do; returns the exit code.
 
     Raises UserError if the machines, the tracking server or the record cannot be used: nothing was started then.
@@ -252,20 +252,20 @@ class _Run:
             return SOME_FAILED if failed else DONE
         return 128 + self.signals[0] if self.signals else STOPPED
 
-    def _conclude(self) -> results.Outcome | None:
+    def _conclude(self) -> best.Outcome | None:
         """The results so far, judged also by held-out seeds."""
         try:
             again = held_out(self.prepared.storage, self.record.settings)
         except OSError as error:
             say(f"warning: {error}; results on held-out seeds are not looked at")
             again = []
-        return results.conclude(self.record, again)
+        return best.conclude(self.record.trials.values(), self.record.settings, again)
 
     @property
     def _searched(self) -> tuple[str, ...]:
         return self.prepared.space.names if self.prepared.space else ()
 
-    def _finish_tracking(self, code: int, outcome: results.Outcome | None) -> str | None:
+    def _finish_tracking(self, code: int, outcome: best.Outcome | None) -> str | None:
         """Bring MLflow up to the record; returns what it lacks. A finished study's best model is read and published."""
         self.tracker = tracker = self.tracker or self._start_tracker()
         done = code in (DONE, SOME_FAILED)
@@ -277,7 +277,7 @@ class _Run:
         status = "finished" if done else "failed" if code == BROKEN else "stopped"
         return tracker.finish(status, publish=publish, hurry=lambda: bool(self.signals))
 
-    def _read_best_test(self, outcome: results.Outcome) -> None:
+    def _read_best_test(self, outcome: best.Outcome) -> None:
         try:
             if not results.read_best_test(self.record, outcome.best, self.scheduler.folder, self.prepared.data):
                 lost = f"the best weights, of trial {outcome.best.number:04d}, are gone"
@@ -321,7 +321,7 @@ class _Run:
         self.display.outage = lambda: tracker.outage
         return tracker
 
-    def _report(self, code: int, outcome: results.Outcome | None, untracked: str | None) -> None:
+    def _report(self, code: int, outcome: best.Outcome | None, untracked: str | None) -> None:
         """Print the results to stdout, and what went wrong to stderr."""
         scheduler, name = self.scheduler, self.record.settings.study
         if code == BROKEN:

@@ -190,6 +190,16 @@ def parse(arguments: Sequence[str]) -> Flags:
     return tyro.cli(flags, prog="python -m study.run", description=about, args=arguments, config=config)
 
 
+def arguments(flags: Flags) -> list[str]:
+    """The command line of these flags, without --address and without the flags at their defaults."""
+    found: list[str] = []
+    default = vars(Flags())
+    for name, value in vars(flags).items():
+        if name != "address" and value != default[name]:
+            found += [f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", str(value)]
+    return found
+
+
 def check(flags: Flags) -> None:
     """Refuse flags that can be judged without the data, the storage or the cluster. Raises UserError."""
     for name, choices in (("task", TASKS), ("data", DATA), ("design", DESIGNS)):

@@ -246,7 +246,7 @@ def _read(
     """
     try:
         try:
-            return _stored(storage, name)
+            return stored_study(storage, name)
         except RecordDamaged as damage:
             if flags is None or warnings is None or not flags.repair:
                 raise
@@ -254,12 +254,13 @@ def _read(
 
             found = repair(storage, name, tracking_uri(flags.tracking_uri))
             warnings += [str(damage).split(": ")[0], *found]
-            return _stored(storage, name)
+            return stored_study(storage, name)
     except OSError as error:
         raise storage.unreachable(error) from error
 
 
-def _stored(storage: Storage, name: str) -> StoredStudy | None:
+def stored_study(storage: Storage, name: str) -> StoredStudy | None:
+    """The study of a name in a storage; None if there is none. Raises OSError, UserError, RecordDamaged, RecordLost."""
     fetch(storage, name)
     known = read_study(storage.record_folder(name) / RECORD, numbers_present(storage.folder(name)))
     if known is not None and (own := known.settings.study) != name:

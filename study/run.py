@@ -97,11 +97,11 @@ def _run(flags: Flags) -> int:
         if flags.address is None:
             _protect_local_ray()
         tell("loading Ray and MLflow")
-        from study.driver import run_study  # puts off Ray and MLflow
+        from study.driver import run_prepared  # puts off Ray and MLflow
 
         _quieten()
     try:
-        return run_study(flags, prepared)
+        return run_prepared(flags, prepared)
     except RecordLost as error:
         return stopped(error)
 

@@ -10,12 +10,8 @@ VERSION = 2  # of these names; version 1 had ram.arm for ram.origin, and no base
 EXPERIMENT = "ram-study"
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"  # in the working directory, where `mlflow ui` looks
 
-# Tags of the experiment that MLflow's page reads: it opens the runs, not the traces, and shows accuracy first.
-PAGE = {
-    "mlflow.experimentKind": "custom_model_development",
-    "mlflow.experiment.primaryMetric.name": "val_accuracy",
-    "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
-}
+# A tag of the experiment that MLflow's page reads: it is about runs, not about traces.
+KIND_OF_EXPERIMENT = ("mlflow.experimentKind", "custom_model_development")
 
 # Tags of the parent run and of its children.
 KIND = "ram.kind"  # study or trial

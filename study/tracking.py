@@ -61,7 +61,7 @@ _UPLOAD_SECONDS = 600.0  # for all of them, with drawing and imports
 _TELL = 5.0  # seconds of waiting at the end, before it is said
 _LATE = 10.0  # seconds in which a server may still carry out a call that timed out
 _HURRY = 10.0  # seconds from a signal to the end of waiting
-_MEANS = (*schema.EPOCH_MEANS, schema.OBJECTIVE)
+_MEANS = (schema.OBJECTIVE, *schema.EPOCH_MEANS)  # MLflow's page compares runs by the metric that was logged first
 _DESCRIPTION, _MODEL = f"{schema.SETTINGS_FILE} and {schema.SPACE_FILE}", "the best model"
 _RUN_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}  # of a study
 _TRIAL_STATUS: dict[State, str] = {"complete": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
@@ -78,7 +78,7 @@ def check_server(uri: str, *, known: bool = False) -> None:
     try:
         client = _connect(uri)
         experiment = _experiment(client, uri)
-        for tag, value in {schema.SCHEMA: str(schema.VERSION), **schema.PAGE}.items():
+        for tag, value in ((schema.SCHEMA, str(schema.VERSION)), schema.KIND_OF_EXPERIMENT):
             client.set_experiment_tag(experiment.experiment_id, tag, value)
     except UserError:
         raise
@@ -292,6 +292,7 @@ class Tracker:
         server = urllib.parse.urlsplit(self.uri)
         base = f"{server.scheme}://{server.netloc.rpartition('@')[2]}{server.path.rstrip('/')}"
         query = {
+            "workflowType": "machine_learning",  # else the page is about traces
             "searchFilter": f"tags.`{schema.STUDY}`='{self.record.settings.study}'",
             "orderByKey": f"metrics.`{schema.OBJECTIVE}`",
             "orderByAsc": "false",
@@ -542,9 +543,7 @@ class Tracker:
         params: list[Param] = []
         metrics: list[Metric] = []
         if child.epochs < 0:
-            size = cost(trial.spec.config)
             params = [Param(name, str(value)) for name, value in asdict(trial.spec.config).items()]
-            metrics = _metrics({schema.PARAMETERS: size.parameters, schema.MACS: size.macs}, trial.started, 0)
         start, last = max(child.epochs, 0), False
         epochs_a_call = max(1, _METRICS_A_CALL // (len(_MEANS) + 2 + len(trial.spec.seeds)))
         while not last:
@@ -553,6 +552,9 @@ class Tracker:
             last = stop >= len(epochs)
             for number, epoch in enumerate(epochs[start:stop], start + 1):
                 metrics += _metrics(_epoch_values(epoch.metrics), epoch.time, number)
+            if start == 0 and (stop > 0 or state != "running"):  # with the first epoch, after its accuracy
+                size = cost(trial.spec.config)
+                metrics += _metrics({schema.PARAMETERS: size.parameters, schema.MACS: size.macs}, trial.started, 0)
             tags = {schema.TRACKED_EPOCHS: str(stop)}
             if last:
                 tags |= {schema.STATE: state}

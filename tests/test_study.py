@@ -28,12 +28,12 @@ from ramcore.config import TASKS, Config
 from ramcore.errors import UserError
 from ramcore.sources import load_task
 from ramcore.space import Dimension
-from study import designs, driver, pool, prepare, ray_folder, results, tracking
+from study import best, designs, driver, pool, prepare, ray_folder, results, tracking
+from study.best import pareto_trials
 from study.checkpoints import Checkpoints
 from study.display import Display, duration, percent, time_left
 from study.flags import DONE, SOME_FAILED, STOPPED, UNTRACKED, USAGE, Flags, parse, signals_caught
 from study.record import Epoch, Record, TrialRecord, read_study
-from study.results import pareto_trials
 from study.run import main
 from study.search_space import configuration, search_space
 from study.trainable import run_trial
@@ -411,7 +411,7 @@ def test_terminal_shows_what_is_loaded_before_anything_else(here):
 def concluded(*trials: TrialRecord, held_out: tuple[TrialRecord, ...] = ()) -> tuple[int, str]:
     """The number of the best trial of a study, and how it compares with the default, which is trial 0."""
     settings = SimpleNamespace(space=search_space(Config(epochs=4)).to_dict())
-    outcome = results.conclude(SimpleNamespace(trials={t.number: t for t in trials}, settings=settings), held_out)  # type: ignore[arg-type]
+    outcome = best.conclude(trials, settings, held_out)  # type: ignore[arg-type]
     assert outcome is not None
     return outcome.best.number, outcome.against_default
 
