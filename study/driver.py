@@ -353,7 +353,7 @@ class _Run:
         print("Next:")
         default = self.uri == schema.DEFAULT_TRACKING_URI
         if not self.uri.startswith("http"):
-            print(f"  mlflow ui{'' if default else f' --backend-store-uri {without_secrets(self.uri)}'}   and open")
+            print(f"  mlflow ui{'' if default else f' --backend-store-uri {without_secrets(self.uri)}'}    # then open")
         if self.tracker is not None:
             print(f"  {self.tracker.page}")
         report = "paper" if DESIGNS[self.record.settings.design].report == "tables" else "sensitivity"

@@ -768,7 +768,8 @@ def test_study_prints_results_to_stdout_and_progress_to_stderr(finished):
         "Best configuration: trial",
         "test accuracy",
         "read once",
-        "mlflow ui",
+        "mlflow ui    # then open\n  http://127.0.0.1:5000/#/experiments/",
+        "against the default",
         "analysis.sensitivity --study",
     ):
         assert said in done.stdout
@@ -791,6 +792,8 @@ def test_finished_study_is_reported_again_without_new_trials(finished):
         study_name="original-digits-search", storage=f"sqlite:///{folder}/runs/original-digits-search/study.db"
     )
     assert len(study.trials) == 4
+    for stored in study.trials:  # a stopped trial keeps its last value, too, for Optuna's dashboard
+        assert stored.value == stored.intermediate_values[max(stored.intermediate_values)]
 
 
 def test_other_settings_under_same_name_are_refused(finished, monkeypatch, capsys):
@@ -809,9 +812,20 @@ def test_published_model_loads_and_reproduces_test_accuracy(finished, monkeypatc
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name("ram-study")
     (parent,) = client.search_runs([experiment.experiment_id], "tags.`ram.kind` = 'study'")
+    (trials,) = {m.step for m in client.get_metric_history(parent.info.run_id, "test_accuracy")}
+    assert trials == 4
     artifacts = {a.path for a in client.list_artifacts(parent.info.run_id)}
     assert artifacts >= {"study.json", "space.json", "best_config.json", "glimpses.png"}
     best = mlflow.artifacts.load_dict(f"runs:/{parent.info.run_id}/best_config.json")
+
+    (logged,) = client.search_logged_models([experiment.experiment_id])
+    for measured in (parent.data.metrics, {m.key: m.value for m in logged.metrics}):
+        assert measured["test_accuracy"] == pytest.approx(np.mean(best["test"]["accuracy"]))
+        assert measured["val_accuracy"] == pytest.approx(np.mean(best["val_accuracy"]))
+    values = {name: str(value) for name, value in best["config"].items()}
+    assert values.items() <= logged.params.items()
+    shown = {k.removeprefix("best."): v for k, v in parent.data.tags.items() if k.startswith("best.")}
+    assert len(shown) == 8 and shown.items() <= values.items()
 
     model = mlflow.pyfunc.load_model(f"runs:/{parent.info.run_id}/model")
 
