@@ -50,16 +50,18 @@ def _against_default(
     best: TrialRecord, default: TrialRecord, trials: Sequence[TrialRecord], held_out: Sequence[TrialRecord]
 ) -> tuple[TrialRecord, str]:
     """The better one of a study's highest trial and its default, and how sure that is."""
-    if best is default:
-        return default, "nothing beats it" if len(trials) > 1 else ""
+    if best.spec.config == default.spec.config:
+        return best, "nothing beats it" if len(trials) > 1 else ""
     again = {trial.spec.config: trial for trial in held_out}
-    pair, tried = (best, default), len(trials) - 1
-    where = f"the highest of {tried} others" if tried > 1 else "the only other one"
-    if best.spec.config in again and default.spec.config in again:
-        pair, trials, tried = (again[best.spec.config], again[default.spec.config]), held_out, 1
-        where = "on held-out seeds"
-    low, ahead, high = _difference(*pair, noise=trials, tried=tried)
-    if where == "on held-out seeds" and ahead <= 0:
+    is_held_out = best.spec.config in again and default.spec.config in again
+    if is_held_out:
+        pair = [again[trial.spec.config] for trial in (best, default)]
+        noise, tried, where = held_out, 1, "on held-out seeds"
+    else:
+        pair, noise, tried = [best, default], trials, len(trials) - 1
+        where = f"the highest of {tried} others" if tried > 1 else "the only other one"
+    low, ahead, high = _difference(*pair, noise=noise, tried=tried)
+    if is_held_out and ahead <= 0:
         ours, theirs = (percent(accuracies(trial)) for trial in pair)
         return default, f"nothing beats it: on held-out seeds, trial {best.number:04d} has {ours}, the default {theirs}"
     points = f"{ahead:.2f} points ({low:.2f} to {high:.2f}, {where})"
