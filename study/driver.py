@@ -271,7 +271,8 @@ class _Run:
         done = code in (DONE, SOME_FAILED)
         publish = None
         if done and outcome is not None:
-            self.display.doing("reading the best configuration's test accuracy, and completing MLflow")
+            if self.trained:
+                self.display.doing("reading the best configuration's test accuracy, and completing MLflow")
             self._read_best_test(outcome)
             publish = results.publisher(outcome, self._searched, self.scheduler.folder, self.prepared.data)
         status = "finished" if done else "failed" if code == BROKEN else "stopped"
