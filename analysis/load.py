@@ -32,8 +32,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from ramcore.errors import UserError, first_line, say
 from ramcore.private import without_secrets
 from ramcore.space import Space
-from study import schema
-from study.moved import follow_move
+from study import moved, schema
 
 EPOCH_METRICS = (*schema.EPOCH_MEANS, schema.EPOCH_SECONDS)
 RUNS_PER_REQUEST = 100  # MLflow's limit for one bulk request
@@ -95,7 +94,7 @@ def connect(uri: str) -> MlflowClient:
                 "name the right one with --tracking-uri"
             )
         with contextlib.suppress(sqlite3.Error):  # one that cannot be written has its artifacts where they were
-            follow_move(path)
+            moved.follow_move(path)
     try:
         client = MlflowClient(uri)
         client.search_experiments(max_results=1)
@@ -104,6 +103,21 @@ def connect(uri: str) -> MlflowClient:
             f"the tracking server must answer; {uri} does not ({first_line(error)}). Check --tracking-uri"
         ) from error
     return client
+
+
+def open_study(
+    name: str | None = None,
+    *,
+    tracking_uri: str | None = None,
+    records: Path | None = None,
+    on_progress: OnProgress = lambda done, total: None,
+) -> StudyData:
+    """Read a study by its name, or the newest one, from MLflow or from the folder `records` of exported ones.
+
+    Raises UserError if there is no such study, it has no trial yet, or it cannot be read.
+    """
+    source = open_source(moved.tracking_uri(tracking_uri), records)
+    return load_study(source, find_study(list_studies(source), name), on_progress)
 
 
 def open_source(uri: str, folder: Path | None) -> Source:

@@ -1,19 +1,22 @@
-"""The study's progress on the screen: a live display in a terminal, else a line for each trial and each minute.
+"""The study's progress on the screen: in a terminal a live part below the lines of the trials that have ended; else
+these lines, and one each minute.
 
 All of it goes to stderr.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -21,9 +24,11 @@ from rich.text import Text
 
 from study.designs import STOPPABLE
 from study.record import TrialRecord, best_trial
+from study.status import console, is_live
 
 _SHOWN_RUNNING = 8  # rows of running trials at most
 _QUIET = 60.0  # seconds between plain lines, at most, while epochs are reported
+_STOPPING = "stopping; what is trained stays, to be continued (Ctrl-C again: at once)"
 _FULL_SPREAD = (0.8, 1.25)  # factors of an epoch's time, while fewer than four trials have been timed
 
 
@@ -99,14 +104,15 @@ class Display:
         self.outage: Callable[[], str | None] = lambda: None  # why tracking is behind; None: it is not
         self._trials: dict[int, TrialRecord] = {}
         self._recent: deque[float] = deque(maxlen=200)  # when the last epochs were reported
-        self._notes: deque[str] = deque(maxlen=4)
-        self._console = Console(stderr=True, highlight=False)
+        self._doing = ""  # instead of training
+        self._stopping = False  # since a signal
+        self._console = console()
         self._live: Live | None = None
-        self._last_said = time.monotonic()
+        self._began = self._last_said = time.monotonic()
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
-            self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=2, transient=True)
+        if is_live(self._console):
+            self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=True)
             self._live.start()
         return self
 
@@ -120,6 +126,19 @@ class Display:
         self.origins = origins
         self._trials = {t.number: t for t in trials}
 
+    def doing(self, text: str) -> None:
+        """Show what is done instead of training, until the next call or the next epoch."""
+        self._doing = text
+        if self._live is None and not self._stopping:
+            self.note(text)
+
+    def interrupted(self) -> None:
+        """Answer a first signal at once. Called by its handler, in which nothing else may print."""
+        self._stopping = True
+        if self._live is None:
+            with suppress(OSError):
+                os.write(2, f"{_STOPPING}\n".encode())
+
     def started(self, trial: TrialRecord) -> None:
         """A trial starts on a worker."""
         self._trials[trial.number] = trial
@@ -128,30 +147,49 @@ class Display:
         """A trial has a new epoch."""
         now = time.monotonic()
         self._recent.append(now)
-        if self._live is None and now - self._last_said >= _QUIET:
+        self._doing = ""
+        is_first = sum(len(t.epochs) for t in self._trials.values()) == 1
+        if self._live is None and (is_first or now - self._last_said >= _QUIET):
             state = f"{_epoch(trial)}, {percent(accuracies(trial))}"
-            self.note(f"{self._count()} trial {trial.number:04d}: {state}{self._left('; ')}")
+            self.note(f"{self._count()} {_named(trial)}: {state}; best {self._best()}{self._left('; ')}")
 
     def ended(self, trial: TrialRecord) -> None:
         """A trial has ended."""
         took = duration(sum(e.metrics["seconds"] for e in trial.epochs))
-        best = best_trial(list(self._trials.values()))
-        shown = f"best {percent(accuracies(best))} (trial {best.number:04d})" if best else "no complete trial yet"
-        label = f"{trial.spec.origin} {trial.spec.row}".rstrip()
-        result = f"{percent(accuracies(trial))} after {len(trial.epochs)} epochs, {took}; {trial.reason}"
-        self.note(f"{self._count()} trial {trial.number:04d} {label}: {result}; {shown}{self._left(', ')}")
+        result = percent(accuracies(trial))
+        if trial.state == "failed":
+            result = f"failed, {trial.reason}"
+        elif trial.state == "pruned":
+            result += f", stopped at epoch {len(trial.epochs)} after {took}"
+        else:
+            result += f" in {took}"
+        line = f"{self._count()} {_named(trial)}: {result}"
+        if (best := best_trial(list(self._trials.values()))) and best.number == trial.number:
+            line += ", best so far"
+        elif self._live is None:
+            line += f"; best {self._best()}"
+        self.note(line + ("" if self._live else self._left("; ")))
 
     def note(self, text: str) -> None:
-        """Show a line."""
+        """Show a line that stays: on a terminal above the live part, wrapped at words."""
         self._last_said = time.monotonic()
         if self._live is not None:
-            self._notes.append(text)
+            self._console.print(Text(text))
         else:
             print(text, file=sys.stderr, flush=True)
 
     def _count(self) -> str:
-        """'[3/40]': trials that have ended, of all trials of the study."""
-        return f"[{sum(t.state != 'running' for t in self._trials.values())}/{len(self.origins)}]"
+        """'[3/40] 12 min,': trials that have ended, of all trials of the study, and since when this run works."""
+        ended = sum(t.state != "running" for t in self._trials.values())
+        return f"[{ended}/{len(self.origins)}] {duration(time.monotonic() - self._began)},"
+
+    def _best(self) -> str:
+        """The best complete trial; before there is one, the running trial that leads."""
+        trials = list(self._trials.values())
+        if best := best_trial(trials):
+            return f"{percent(accuracies(best))}, {_named(best)}"
+        leads = max((t for t in trials if t.epochs), key=lambda t: t.epochs[-1].value, default=None)
+        return f"so far {percent(accuracies(leads))}, {_named(leads)}, {_epoch(leads)}" if leads else "-"
 
     def _left(self, before: str) -> str:
         left = time_left(list(self._trials.values()), self.origins, self.epochs, self.slots)
@@ -167,28 +205,35 @@ class Display:
         ended, total = len(trials) - len(running), len(self.origins)
         counts = f"{states.count('complete')} finished, {states.count('pruned')} stopped early"
         counts += f", {states.count('failed')} failed; {len(running)} running"
-        best = best_trial(trials)
-        shown = f"{percent(accuracies(best))}, trial {best.number:04d} ({best.spec.origin})" if best else "-"
         now = time.monotonic()
         recent = [t for t in list(self._recent) if now - t < 60]  # list: the driver thread appends meanwhile
-        rate = f"{len(recent) / max(now - recent[0], 1):.2f} epochs/s" if len(recent) > 1 else "-"
+        rate = f", {len(recent) / max(now - recent[0], 1):.2f} epochs/s" if len(recent) > 1 else ""
         head = Table.grid(padding=(0, 2))
         head.add_row(Text(self.study, style="bold"), ProgressBar(total=total, completed=ended, width=30))
-        head.add_row("trials", f"{ended} of {total} ended: {counts}")
-        head.add_row("device", self.device)
-        head.add_row("best", shown)
-        head.add_row("speed", rate + self._left(", "))
-        if outage := self.outage():
-            head.add_row("tracking", Text(f"behind ({outage}); training goes on", style="yellow"))
+        lines = [
+            f"trials  {ended} of {total} ended: {counts}",
+            f"device  {self.device}",
+            f"best    {self._best()}",
+            f"time    {duration(now - self._began)}{rate}{self._left(', ')}",
+        ]
         rows = Table.grid(padding=(0, 2))
         for trial in running[:_SHOWN_RUNNING]:
             name = trial.spec.row or trial.spec.origin
             rows.add_row(f"  {trial.number:04d}", name, _epoch(trial), percent(accuracies(trial)))
         if len(running) > _SHOWN_RUNNING:
             rows.add_row("", f"and {len(running) - _SHOWN_RUNNING} more")
-        notes = (Text(note, style="dim", overflow="ellipsis", no_wrap=True) for note in list(self._notes))
-        return Group(head, rows, *notes)
+        outage = self.outage()
+        asides = [
+            _STOPPING if self._stopping else self._doing,
+            f"tracking is behind ({outage}); training goes on" if outage else "",
+        ]
+        return Group(head, *map(Text, lines), rows, *(Text(aside, style="yellow") for aside in asides if aside))
 
 
 def _epoch(trial: TrialRecord) -> str:
     return f"epoch {len(trial.epochs)}/{trial.spec.config.epochs}"
+
+
+def _named(trial: TrialRecord) -> str:
+    """'trial 0003 sobol'; with its row where it has one."""
+    return f"trial {trial.number:04d} {trial.spec.origin} {trial.spec.row}".rstrip()

@@ -18,7 +18,7 @@ from typing import Any
 
 from ramcore.errors import UserError, say
 from ramcore.private import without_secrets
-from study import cluster, gpus, pool, results, schema, tracking
+from study import best, cluster, gpus, pool, results, schema, tracking
 from study.designs import DESIGNS
 from study.display import Display
 from study.dry_run import dry_run_lines, planned_configurations
@@ -35,19 +35,21 @@ from study.flags import (
     working_tree,
 )
 from study.moved import tracking_uri
-from study.prepare import Prepared
+from study.prepare import Prepared, held_out
 from study.probe import versions
 from study.record import Record, RecordGone, RecordLost, open_record
 from study.scheduler import StudyScheduler
 from study.sharing import CPU, Sharing
+from study.status import status
 from study.trainable import SharedData
 
 _PACKAGES = ("torch", "ray", "optuna", "mlflow", "numpy", "scipy", "ram-study")  # the record holds their versions
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _FAILURES_SHOWN = 10
 _BREAKDOWNS = 3  # a run gives up after this many breakdowns of Ray in a row, without an epoch between them
 
 
-def run_study(flags: Flags, prepared: Prepared) -> int:
+def run_prepared(flags: Flags, prepared: Prepared) -> int:
     """Run or continue a prepared study, or print what it would do; returns the exit code.
 
     Raises UserError if the machines, the tracking server or the record cannot be used: nothing was started then.
@@ -74,14 +76,16 @@ def run_study(flags: Flags, prepared: Prepared) -> int:
     if flags.address is None:
         pool.count_slots(pool.local_resources(), ray_pool)
     if flags.dry_run:
-        with used as sharing:
-            print(without_secrets("\n".join(dry_run_lines(flags, prepared, uri, pool_of(sharing), sharing))))
+        with used as sharing, status("timing an epoch"):
+            lines = dry_run_lines(flags, prepared, uri, pool_of(sharing), sharing)
+        print(without_secrets("\n".join(lines)))
         return DONE
     check = cluster.Check(prepared.storage)
     if flags.address is not None:
         cluster.check_lasting(flags.storage, uri)
         _check_cluster(flags.address, prepared, ray_pool, check)
-    tracking.check_server(uri, known=prepared.known is not None)
+    with status(f"checking MLflow ({without_secrets(uri)})"):
+        tracking.check_server(uri, known=prepared.known is not None)
     with (
         open_record(prepared.storage, prepared.settings, total=prepared.total, rows=prepared.rows, say=say) as record,
         used as sharing,
@@ -140,12 +144,12 @@ class _Run:
 
     def run(self) -> int:
         """Train, conclude and report; returns the exit code. Raises UserError if Ray could not be joined at all."""
-        with signals_caught(signal.SIGINT, signal.SIGTERM) as self.signals, self.display:
+        with signals_caught(*_SIGNALS, answer=self.display.interrupted) as self.signals, self.display:
             self.scheduler.deadline = self._reason_to_stop
             self.display.resume(list(self.record.trials.values()), self.scheduler.origins)
             self._train()
             code = self._exit_code()
-            outcome = results.conclude(self.record)
+            outcome = self._conclude()
             untracked = self._finish_tracking(code, outcome)
         if gone := self._gone():
             say(f"error: {gone}: put it back and give the same command, or add --repair to rebuild what can be")
@@ -200,7 +204,9 @@ class _Run:
     def _train_with_ray(self) -> None:
         """Start or join Ray once and train there. Raises PoolLost, UserError, RecordLost, OSError."""
         self.trained = False
+        self.display.doing("starting Ray" if self.flags.address is None else "joining the cluster")
         with pool.ray_running(self.flags.address):
+            self.display.doing("starting workers")
             self.display.slots, self.devices = self.ray_pool.slots, self.ray_pool.devices
             if self.tracker is None:
                 self.record.begin_run(self._provenance())
@@ -282,20 +288,35 @@ class _Run:
             return SOME_FAILED if failed else DONE
         return 128 + self.signals[0] if self.signals else STOPPED
 
-    def _finish_tracking(self, code: int, outcome: results.Outcome | None) -> str | None:
+    def _conclude(self) -> best.Outcome | None:
+        """The results so far, judged also by held-out seeds."""
+        try:
+            again = held_out(self.prepared.storage, self.record.settings)
+        except OSError as error:
+            say(f"warning: {error}; results on held-out seeds are not looked at")
+            again = []
+        return best.conclude(self.record.trials.values(), self.record.settings, again)
+
+    @property
+    def _searched(self) -> tuple[str, ...]:
+        return self.prepared.space.names if self.prepared.space else ()
+
+    def _finish_tracking(self, code: int, outcome: best.Outcome | None) -> str | None:
         """Bring MLflow up to the record; returns what it lacks. A finished study's best model is read and published."""
-        tracker = self.tracker or self._start_tracker()
+        self.tracker = tracker = self.tracker or self._start_tracker()
         done = code in (DONE, SOME_FAILED)
         publish = None
         if done and outcome is not None:
+            if self.trained:
+                self.display.doing("reading the best configuration's test accuracy, and completing MLflow")
             self._read_best_test(outcome)
-            publish = results.publisher(outcome, self.scheduler.folder, self.prepared.data)
+            publish = results.publisher(outcome, self._searched, self.scheduler.folder, self.prepared.data)
         status = "finished" if done else "failed" if code == BROKEN else "stopped"
         return tracker.finish(status, publish=publish, hurry=lambda: bool(self.signals))
 
-    def _read_best_test(self, outcome: results.Outcome) -> None:
+    def _read_best_test(self, outcome: best.Outcome) -> None:
         try:
-            if not results.read_best_test(self.record, self.scheduler.folder, self.prepared.data):
+            if not results.read_best_test(self.record, outcome.best, self.scheduler.folder, self.prepared.data):
                 lost = f"the best weights, of trial {outcome.best.number:04d}, are gone"
                 say(f"warning: {lost}: no test accuracy, no model")
         except (RecordLost, OSError) as error:
@@ -338,7 +359,7 @@ class _Run:
         self.display.outage = lambda: tracker.outage
         return tracker
 
-    def _report(self, code: int, outcome: results.Outcome | None, untracked: str | None) -> None:
+    def _report(self, code: int, outcome: best.Outcome | None, untracked: str | None) -> None:
         """Print the results to stdout, and what went wrong to stderr."""
         scheduler, name = self.scheduler, self.record.settings.study
         if code == BROKEN:
@@ -354,8 +375,7 @@ class _Run:
             f"{states.count('failed')} failed, {states.count('running')} to be continued, of {scheduler.total}"
         )
         if outcome is not None:
-            searched = self.prepared.space.names if self.prepared.space else ()
-            print("\n".join(results.summary_lines(outcome, searched)))
+            print("\n".join(results.summary_lines(outcome, self._searched)))
         failed = [f"failed: trial {trial.number:04d}: {trial.reason}" for trial in trials if trial.state == "failed"]
         if len(failed) > _FAILURES_SHOWN:
             failed[_FAILURES_SHOWN:] = [f"and {len(failed) - _FAILURES_SHOWN} more"]
@@ -371,7 +391,9 @@ class _Run:
         print("Next:")
         default = self.uri == schema.DEFAULT_TRACKING_URI
         if not self.uri.startswith("http"):
-            print(f"  mlflow ui{'' if default else f' --backend-store-uri {without_secrets(self.uri)}'}")
+            print(f"  mlflow ui{'' if default else f' --backend-store-uri {without_secrets(self.uri)}'}    # then open")
+        if self.tracker is not None:
+            print(f"  {self.tracker.page}")
         report = "paper" if DESIGNS[self.record.settings.design].report == "tables" else "sensitivity"
         place = "" if default else f" --tracking-uri {without_secrets(self.uri)}"
         print(f"  python -m analysis.{report} --study {name}{place}")

@@ -5,6 +5,7 @@ This module is a leaf. It imports no torch, Ray, Optuna or MLflow, so that --hel
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -13,7 +14,8 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +26,8 @@ import tyro
 
 from ramcore.config import TASKS, Data
 from ramcore.errors import UserError, say
-from study.designs import DESIGNS
+from study.designs import DEFAULT_SOBOL_SHARE, DEFAULT_TRIALS, DESIGNS
+from study.schema import DEFAULT_TRACKING_URI
 
 # Exit codes, in README.md, too. SIGINT and SIGTERM give 130 and 143; the same command continues then.
 DONE = 0
@@ -56,70 +59,145 @@ def _defaults(field_name: str) -> str:
     return ", ".join([*(f"{value} for {' and '.join(groups[value])}" for value in special), f"{usual} for the others"])
 
 
+def _default(text: str) -> Any:
+    """The default that --help shows for a flag whose value is settled later."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {text})")
+
+
 # Help texts with facts of the designs; the other flags have docstrings.
 _TASK = tyro.conf.arg(
-    metavar=_one_of(TASKS), help=f"How digits are placed on the canvas. Default: {_defaults('tasks')}."
+    metavar=_one_of(TASKS),
+    help="How digits are placed on the canvas.",
+    help_behavior_hint=f"(default: {_defaults('tasks')})",
 )
-_SUMMARIES = "".join(f"{name}: {design.summary}. " for name, design in DESIGNS.items())
-_DESIGN = tyro.conf.arg(metavar=_one_of(DESIGNS), help=f"Which configurations are tried. {_SUMMARIES}Default: search.")
-_EPOCHS = tyro.conf.arg(help=f"Epochs of a trial that is not stopped early. Default: {_defaults('epochs')}.")
-_SEEDS = tyro.conf.arg(help=f"Seeds of a trial, trained side by side. Default: {_defaults('seeds_per_trial')}.")
+_SUMMARIES = " ".join(f"{name}: {design.summary}." for name, design in DESIGNS.items())
+_DESIGN = tyro.conf.arg(
+    metavar=_one_of(DESIGNS),
+    help=f"Which configurations are tried. {_SUMMARIES}",
+    help_behavior_hint="(default: search)",
+)
+
+_GPUS = "as many trials share a GPU as its memory, the CPU cores and the gain allow; --dry-run says why"
+_CONCURRENT = "as many as fit; on a cluster whose nodes set RAM_MAX_WORKERS, as many as fit once it has grown"
+
+# The flags, in the groups of --help.
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags:
-    """Run a hyperparameter study of the recurrent attention model, or continue the one of that name.
-
-    Without flags, this is a search on translated MNIST, or on the bundled digits if MNIST cannot be had. It runs on
-    this machine; on a node of a cluster whose environment says so, it runs on the cluster.
-    """
+class StudyFlags:
+    """What is studied."""
 
     task: Annotated[str | None, _TASK] = None
     data: Annotated[str, tyro.conf.arg(metavar=_one_of(DATA))] = "auto"
     """The images. auto: MNIST if it can be had, else the bundled digits, with a warning."""
-    data_dir: Path | None = None
-    """Folder of the IDX files. Default: $RAM_DATA_DIR, then the per-user cache, then a download."""
+    data_dir: Annotated[Path | None, _default("$RAM_DATA_DIR, then the per-user cache, then a download")] = None
+    """Folder of the IDX files."""
     design: Annotated[str | None, _DESIGN] = None
-    trials: int | None = None
-    """Trials that the study has in the end, with those of earlier runs. Default: 40 for a search; the other designs
-    have one for each of their rows."""
-    epochs: Annotated[int | None, _EPOCHS] = None
-    seeds_per_trial: Annotated[int | None, _SEEDS] = None
-    sobol_share: float | None = None
-    """Share of a search's trials that are Sobol points. These are never stopped early. Default: 0.4."""
-    study: str | None = None
-    """Name of the study. An existing study is continued with its own settings. Default: made of task, data and
-    design."""
-    storage: str = field(default_factory=lambda: os.environ.get("RAM_STORAGE") or "runs")
-    """Folder of the record and the checkpoints, or s3://bucket/folder. On several nodes, all of them must see it.
-    Default: $RAM_STORAGE, else runs."""
-    tracking_uri: str | None = None
-    """MLflow server or database. Default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db."""
-    address: str | None = field(default_factory=lambda: os.environ.get("RAY_ADDRESS") or None)
-    """Where to run. local: this machine alone. auto or host:port: the Ray cluster that this node belongs to.
-    http://127.0.0.1:8265: a cluster's job server; the command is submitted there and followed. Default: $RAY_ADDRESS,
-    else local."""
+    trials: Annotated[int | None, _default(f"{DEFAULT_TRIALS} for search, one for each row for the others")] = None
+    """Trials that the study has in the end, with those of earlier runs."""
+    epochs: Annotated[int | None, _default(_defaults("epochs"))] = None
+    """Epochs of a trial that is not stopped early."""
+    seeds_per_trial: Annotated[int | None, _default(_defaults("seeds_per_trial"))] = None
+    """Seeds of a trial, trained side by side."""
+    sobol_share: Annotated[float | None, _default(f"{DEFAULT_SOBOL_SHARE:g}")] = None
+    """Share of a search's trials that are Sobol points. These are never stopped early."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordFlags:
+    """Where the results are kept."""
+
+    study: Annotated[str | None, _default("made of task, data and design")] = None
+    """Name of the study. An existing study is continued with its own settings."""
+    storage: Annotated[str, _default("$RAM_STORAGE, else runs")] = field(
+        default_factory=lambda: os.environ.get("RAM_STORAGE") or "runs"
+    )
+    """Folder of the record and the checkpoints, or s3://bucket/folder. On several nodes, all of them must see it."""
+    tracking_uri: Annotated[str | None, _default(f"$MLFLOW_TRACKING_URI, else {DEFAULT_TRACKING_URI}")] = None
+    """MLflow server or database."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineFlags:
+    """Where the trials run."""
+
+    address: Annotated[str | None, _default("$RAY_ADDRESS, else local")] = field(
+        default_factory=lambda: os.environ.get("RAY_ADDRESS") or None
+    )
+    """local: this machine alone. auto or host:port: the Ray cluster of this node. http://127.0.0.1:8265: a cluster's
+    job server; the command is submitted there and followed."""
     cpus_per_trial: float = 1.0
     """CPU cores of a trial."""
-    gpus_per_trial: float | None = None
-    """GPUs of a trial; 0 trains on the CPU. Trials share a GPU if this is a fraction (0.25: four). Default: where
-    there is a GPU, as many trials share it as its memory, the CPU cores and the gain allow; --dry-run says why."""
-    max_concurrent: int | None = None
-    """Most trials at a time. Default: as many as fit; on a cluster whose nodes set RAM_MAX_WORKERS, as many as fit
-    once it has grown to that size."""
-    time_budget: float | None = None
-    """Minutes after which this run stops; the same command continues. Default: none."""
-    price_per_hour: float | None = None
+    gpus_per_trial: Annotated[float | None, _default(_GPUS)] = None
+    """GPUs of a trial; 0 trains on the CPU. Trials share a GPU if this is a fraction (0.25: four)."""
+    max_concurrent: Annotated[int | None, _default(_CONCURRENT)] = None
+    """Most trials at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitFlags:
+    """What a run may take."""
+
+    time_budget: Annotated[float | None, _default("no limit")] = None
+    """Minutes after which this run stops; the same command continues."""
+    price_per_hour: Annotated[float | None, _default("$RAM_PRICE_PER_HOUR, else none")] = None
     """Price of an hour of this machine, or of each worker of a cluster, in any currency. Used by --money-budget and
-    --dry-run. Default: $RAM_PRICE_PER_HOUR."""
-    money_budget: float | None = None
+    --dry-run."""
+    money_budget: Annotated[float | None, _default("no limit")] = None
     """Most that the machines of this run may cost, in the currency of --price-per-hour. A cluster's head is not
-    counted. Default: no limit."""
-    repair: bool = False
+    counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionFlags:
+    """What else the command can do."""
+
+    repair: Annotated[bool, _default("no")] = False
     """Rebuild a damaged or lost record from its backups, the checkpoints and MLflow, say what could not be, and go
     on."""
-    dry_run: bool = False
+    dry_run: Annotated[bool, _default("no")] = False
     """Print the plan, with an estimate of its time and cost, and exit. On a cluster, no machine is started."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags(ActionFlags, LimitFlags, MachineFlags, RecordFlags, StudyFlags):
+    """Run a study of the Recurrent Attention Model's hyperparameters, or continue it.
+
+    Without flags, this is a search on translated MNIST on this machine.
+
+    Examples:
+      python -m study.run --dry-run
+          print what would be done and how long it takes
+      python -m study.run --data digits --task original --epochs 8 --trials 28
+          a small study, minutes on two cores; the same command continues it
+      python -m study.run --task cluttered --data mnist --trials 60
+          a real one; a larger --trials later adds trials
+      python -m study.run --task cluttered --data mnist --design replicate
+          train its best configuration and the default again, on held-out seeds
+    """
+
+
+def parse(arguments: Sequence[str]) -> Flags:
+    """The flags of a command line. Ends the process after --help, or with a message if they cannot be read."""
+
+    def flags(
+        study: StudyFlags, record: RecordFlags, machine: MachineFlags, limit: LimitFlags, action: ActionFlags
+    ) -> Flags:
+        return Flags(**vars(study), **vars(record), **vars(machine), **vars(limit), **vars(action))
+
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
+    about = inspect.cleandoc(Flags.__doc__ or "")
+    return tyro.cli(flags, prog="python -m study.run", description=about, args=arguments, config=config)
+
+
+def arguments(flags: Flags) -> list[str]:
+    """The command line of these flags, without --address and without the flags at their defaults."""
+    found: list[str] = []
+    default = vars(Flags())
+    for name, value in vars(flags).items():
+        if name != "address" and value != default[name]:
+            found += [f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", str(value)]
+    return found
 
 
 def check(flags: Flags) -> None:
@@ -206,17 +284,24 @@ def stopped(reason: object, *, broken: bool = True) -> int:
 
 
 @contextmanager
-def signals_caught(*numbers: signal.Signals, raising: type[Exception] | None = None) -> Iterator[list[int]]:
+def signals_caught(
+    *numbers: signal.Signals, answer: Callable[[], None] = lambda: None, raising: type[Exception] | None = None
+) -> Iterator[list[int]]:
     """Collect the signals that come inside the block, first one first. A second one ends the process at once.
 
-    The first one raises `raising` in the main thread, if that is given.
+    The first one calls `answer`, and raises `raising` in the main thread if that is given. In another thread than the
+    main one, which gets all signals, nothing is caught.
     """
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
 
     def note(number: int, _: FrameType | None) -> None:
         if received:
             os._exit(128 + number)
         received.append(number)
+        answer()
         if raising is not None:
             raise raising
 

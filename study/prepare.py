@@ -22,7 +22,7 @@ from study.designs import DESIGNS, DesignInputs, TrialSpec
 from study.flags import Flags, check_design
 from study.integrity import RecordDamaged
 from study.moved import tracking_uri
-from study.record import RecordLost, StoredStudy, StudySettings, best_trial, read_study
+from study.record import RecordLost, StoredStudy, StudySettings, TrialRecord, best_trial, read_study
 from study.search_space import checked, search_space
 from study.snapshots import fetch
 from study.sobol import SobolSequence
@@ -182,7 +182,8 @@ def _load(source: str, task: str, data_dir: Path | None, warnings: list[str]) ->
 
 def _find_source(flags: Flags, storage: Storage, task: str, data: str, warnings: list[str]) -> StoredStudy:
     """The newest search of this task and data that has a complete trial. Raises UserError if there is none."""
-    searches = {name: search for name in storage.studies() if (search := _read_search(storage, name, task, data))}
+    found = _studies_of(storage, "search", task, data)
+    searches = {name: search for name, search in found.items() if best_trial(search.trials)}
     if not searches:
         raise UserError(
             f"this design starts from a search's best configuration; {flags.storage} holds no search of {task} {data} "
@@ -198,17 +199,29 @@ def _find_source(flags: Flags, storage: Storage, task: str, data: str, warnings:
     return source
 
 
-def _read_search(storage: Storage, name: str, task: str, data: str) -> StoredStudy | None:
-    """The study of a name; None unless it is a search of that task and data with a complete trial."""
-    try:
-        known = _read(storage, name)
-    except (UserError, RecordLost) as error:
-        logger.warning("the study %s is left out: %s", name, error)
-        return None
-    if known is None or best_trial(known.trials) is None:
-        return None
-    is_search = (known.settings.design, known.settings.task, known.settings.data) == ("search", task, data)
-    return known if is_search else None
+def held_out(storage: Storage, settings: StudySettings) -> list[TrialRecord]:
+    """The complete trials on held-out seeds (design replicate) of a search's task and data.
+
+    Raises OSError if the storage cannot be reached.
+    """
+    if settings.design != "search":
+        return []
+    studies = _studies_of(storage, "replicate", settings.task, settings.data).values()
+    return [trial for study in studies for trial in study.trials if trial.value is not None]
+
+
+def _studies_of(storage: Storage, *kind: str) -> dict[str, StoredStudy]:
+    """The studies of a (design, task, data) by name; those that cannot be read are left out."""
+    found: dict[str, StoredStudy] = {}
+    for name in storage.studies():
+        try:
+            known = _read(storage, name)
+        except (UserError, RecordLost) as error:
+            logger.warning("the study %s is left out: %s", name, error)
+            continue
+        if known is not None and (known.settings.design, known.settings.task, known.settings.data) == kind:
+            found[name] = known
+    return found
 
 
 def _around_best(inputs: DesignInputs, source: StoredStudy) -> DesignInputs:
@@ -233,7 +246,7 @@ def _read(
     """
     try:
         try:
-            return _stored(storage, name)
+            return stored_study(storage, name)
         except RecordDamaged as damage:
             if flags is None or warnings is None or not flags.repair:
                 raise
@@ -241,12 +254,13 @@ def _read(
 
             found = repair(storage, name, tracking_uri(flags.tracking_uri))
             warnings += [str(damage).split(": ")[0], *found]
-            return _stored(storage, name)
+            return stored_study(storage, name)
     except OSError as error:
         raise storage.unreachable(error) from error
 
 
-def _stored(storage: Storage, name: str) -> StoredStudy | None:
+def stored_study(storage: Storage, name: str) -> StoredStudy | None:
+    """The study of a name in a storage; None if there is none. Raises OSError, UserError, RecordDamaged, RecordLost."""
     fetch(storage, name)
     known = read_study(storage.record_folder(name) / RECORD, numbers_present(storage.folder(name)))
     if known is not None and (own := known.settings.study) != name:

@@ -20,7 +20,7 @@ In the storage:
                           readers); "epoch 0007" (one an epoch: {"time": ms since 1970, "metrics":
                           EpochMetrics.to_dict()}); end ({"state", "reason", "time", "test", "diverged"})
   intermediate values     mean validation accuracy over seeds, by epoch
-  state                   RUNNING; COMPLETE with the last epoch's value; PRUNED; FAIL
+  state                   RUNNING; COMPLETE or PRUNED with the last epoch's value; FAIL
 """
 
 from __future__ import annotations
@@ -408,7 +408,9 @@ class Record:
             self._rdb.set_trial_intermediate_value(self._trial_ids[trial.number], epoch, value)
 
     def _set_state(self, trial: TrialRecord) -> None:
-        values = [trial.value] if trial.value is not None else None
+        # Optuna also keeps the last value of a stopped trial, for its dashboard.
+        last = trial.epochs[-1].value if trial.epochs and trial.state in ("complete", "pruned") else math.nan
+        values = [last] if math.isfinite(last) else None
         self._rdb.set_trial_state_values(self._trial_ids[trial.number], OPTUNA_STATE[trial.state], values)
 
     @property

@@ -1,14 +1,16 @@
-"""The results of a study: the best configuration, its accuracy on the test images, and accuracy against cost."""
+"""The results of a study, for the screen and for MLflow: the best configuration, its test accuracy, its model."""
 
 from __future__ import annotations
 
 import json
+import statistics
 import tempfile
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from study import mlflow_settings as mlflow_settings  # before MLflow, which reads them when it is imported
 
@@ -16,56 +18,34 @@ from study import mlflow_settings as mlflow_settings  # before MLflow, which rea
 import mlflow
 import numpy as np
 import torch
+from mlflow.entities import Metric, RunTag
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 from torch import Tensor
 
 import ramcore
 from ramcore.config import NUM_CLASSES, Config
-from ramcore.cost import cost, pareto_front
+from ramcore.cost import cost
 from ramcore.data import TaskData
 from ramcore.errors import first_line
 from ramcore.evaluation import build_model, evaluate
 from ramcore.pictures import draw_glimpses, glimpse_paths
 from ramcore.space import shown
 from study import schema
+from study.best import Outcome
 from study.checkpoints import UNUSABLE, Checkpoints
 from study.display import accuracies, percent
-from study.record import Record, TrialRecord, best_trial
+from study.record import Record, TrialRecord
 from study.storage import Folder
 from study.tracking import Publish
 from study.trainable import test_results
 
 
-class Outcome(NamedTuple):
-    """The results of a study, for the screen and for MLflow."""
-
-    best: TrialRecord
-    front: tuple[TrialRecord, ...]  # see `pareto_trials`
-
-
-def conclude(record: Record) -> Outcome | None:
-    """The results so far; None while no trial is complete."""
-    trials = list(record.trials.values())
-    best = best_trial(trials)
-    return None if best is None else Outcome(best, pareto_trials(trials))
-
-
-def pareto_trials(trials: list[TrialRecord]) -> tuple[TrialRecord, ...]:
-    """Complete trials that are more accurate than every cheaper one; cheapest first."""
-    complete = [(t, t.value) for t in trials if t.value is not None]
-    front = pareto_front([cost(t.spec.config).macs for t, _ in complete], [value for _, value in complete])
-    return tuple(complete[i][0] for i in front)
-
-
-def read_best_test(record: Record, folder: Folder, data: TaskData) -> bool:
+def read_best_test(record: Record, best: TrialRecord, folder: Folder, data: TaskData) -> bool:
     """Evaluate the best trial on the test images, unless the record holds that already.
 
     Returns whether the record holds it now; it does not if the best weights are lost.
     """
-    best = best_trial(list(record.trials.values()))
-    if best is None:
-        return False
     if best.test is not None:
         return True
     saved = _best_weights(best, folder)
@@ -100,8 +80,6 @@ def _best_weights(trial: TrialRecord, folder: Folder) -> dict[str, Any] | None:
 def summary_lines(outcome: Outcome, searched: tuple[str, ...]) -> list[str]:
     """The lines that a study prints at its end, with the searched fields (or else those that are not the default)."""
     best, spec = outcome.best, outcome.best.spec
-    config, default = asdict(spec.config), asdict(Config())
-    fields = searched or [name for name in config if config[name] != default[name]]
     lines = [
         f"Best configuration: trial {best.number:04d} ({spec.origin}{f', {spec.row}' if spec.row else ''})",
         f"  validation accuracy  {percent(accuracies(best))} over seeds {', '.join(map(str, spec.seeds))}",
@@ -109,9 +87,11 @@ def summary_lines(outcome: Outcome, searched: tuple[str, ...]) -> list[str]:
     if best.test is not None:
         mean, epochs = percent(tuple(best.test["accuracy"])), ", ".join(map(str, best.test["epoch"]))
         lines.append(f"  test accuracy        {mean} (weights of epochs {epochs}; read once)")
+    if outcome.against_default:
+        lines.append(f"  against the default  {outcome.against_default}")
     size = cost(spec.config)
     lines.append(f"  size                 {size.parameters:,} parameters, {size.macs:,} multiply-adds an image")
-    lines += [f"  {name:20s} {shown(config[name], digits=4)}" for name in fields]
+    lines += [f"  {name:20s} {shown(value, digits=4)}" for name, value in _telling(spec.config, searched).items()]
     lines.append("Accuracy against multiply-adds an image (none is both cheaper and better than these):")
     for trial in outcome.front:
         size, name = cost(trial.spec.config), trial.spec.row or _brief(trial.spec.config)
@@ -119,8 +99,16 @@ def summary_lines(outcome: Outcome, searched: tuple[str, ...]) -> list[str]:
     return lines
 
 
-def publisher(outcome: Outcome, folder: Folder, data: TaskData) -> Publish:
-    """A call that logs best_config.json, and the best model and its glimpses if the weights are there."""
+def _telling(config: Config, searched: tuple[str, ...]) -> dict[str, Any]:
+    """The searched fields of a configuration, or else those that are not the default."""
+    values, default = asdict(config), asdict(Config())
+    return {name: values[name] for name in searched or [n for n in values if values[n] != default[n]]}
+
+
+def publisher(outcome: Outcome, searched: tuple[str, ...], folder: Folder, data: TaskData) -> Publish:
+    """A call that logs what is best to the parent run: its accuracy and its values (those searched, or else those that
+    are not the default), best_config.json, and the model and its glimpses if the weights are there.
+    """
     best, spec = outcome.best, outcome.best.spec
     facts = {
         "trial": best.number,
@@ -133,7 +121,14 @@ def publisher(outcome: Outcome, folder: Folder, data: TaskData) -> Publish:
         "cost": cost(spec.config)._asdict(),
     }
 
+    reached = {schema.OBJECTIVE: accuracies(best)} | (
+        {schema.TEST_ACCURACY: best.test["accuracy"]} if best.test else {}
+    )
+    metrics = [Metric(name, statistics.fmean(seeds), best.ended or 0, outcome.ended) for name, seeds in reached.items()]
+
     def publish(client: mlflow.MlflowClient, run_id: str) -> None:
+        values = _telling(spec.config, searched).items()
+        client.log_batch(run_id, metrics, tags=[RunTag(schema.BEST + name, str(value)) for name, value in values])
         client.log_text(run_id, json.dumps(facts, indent=1), schema.BEST_CONFIG_FILE)
         saved = _best_weights(best, folder)
         if saved is None:
@@ -143,13 +138,18 @@ def publisher(outcome: Outcome, folder: Folder, data: TaskData) -> Publish:
                 picture = Path(scratch) / "glimpses.png"
                 _draw(best, saved["weights"], replace(data, task=spec.config.task), picture)
                 client.log_artifact(run_id, str(picture))
-            _log_model(run_id, best, saved["weights"], Path(scratch))
+            _log_model(run_id, best, saved["weights"], metrics, Path(scratch))
 
     return Publish(key=f"trial {best.number}", call=publish)
 
 
-def _log_model(run_id: str, trial: TrialRecord, weights: dict[str, Tensor], scratch: Path) -> None:
-    """Log the trial's networks as an MLflow model of the run; see `study.served` for how to load it."""
+def _log_model(
+    run_id: str, trial: TrialRecord, weights: dict[str, Tensor], metrics: Sequence[Metric], scratch: Path
+) -> None:
+    """Log the trial's networks as an MLflow model of the run, with its configuration and what it reached.
+
+    See `study.served` for how to load it.
+    """
     import mlflow.pyfunc  # takes seconds, so it is imported at the end of a study only
 
     config = trial.spec.config
@@ -158,8 +158,9 @@ def _log_model(run_id: str, trial: TrialRecord, weights: dict[str, Tensor], scra
     classes = TensorSpec(np.dtype(np.float32), (-1, len(trial.spec.seeds), NUM_CLASSES))
     with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*An input example was not provided", category=UserWarning)
-        mlflow.pyfunc.log_model(
+        model = mlflow.pyfunc.log_model(
             name=schema.MODEL,
+            params=asdict(config),
             python_model=Path(__file__).with_name("served.py"),
             artifacts={"weights": str(scratch / "weights.pt"), "config": str(scratch / "config.json")},
             code_paths=[str(Path(ramcore.__path__[0]))],
@@ -168,6 +169,8 @@ def _log_model(run_id: str, trial: TrialRecord, weights: dict[str, Tensor], scra
             # PyPI has no local versions such as 2.13.0+cpu.
             pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "numpy", "mlflow")],
         )
+        for m in metrics:
+            mlflow.log_metric(m.key, m.value, step=m.step, timestamp=m.timestamp, model_id=model.model_id)
 
 
 def _draw(trial: TrialRecord, weights: dict[str, Tensor], data: TaskData, path: Path) -> None:

@@ -13,12 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
-import tyro
-
 from ramcore.errors import UserError, first_line, say
 from ramcore.private import private_arguments, without_secrets
 from study import cluster, ray_folder
-from study.flags import USAGE, Flags, check, stopped
+from study.flags import USAGE, Flags, check, parse, stopped
+from study.status import status
 from study.storage import Storage
 
 _CONNECT_SECONDS = 5.0  # for a job server to answer
@@ -42,6 +41,7 @@ def main(flags: Flags) -> int:
         say(f"error: {error}")
         return USAGE
     except KeyboardInterrupt:
+        say("stopped; no trial was started")
         return 128 + signal.SIGINT
 
 
@@ -81,19 +81,25 @@ def _submit(flags: Flags, address: str) -> int:
 
 def _run(flags: Flags) -> int:
     """Prepare the study, then run it. Raises UserError."""
-    from study.prepare import RecordLost, prepare  # puts off torch: a refusal need not wait for it
+    with status("loading PyTorch") as tell:
+        from study.prepare import RecordLost, prepare  # puts off torch: a refusal need not wait for it
 
-    _quieten()
-    try:
-        prepared = prepare(flags)
+        _quieten()
+        try:
+            tell("reading the images and the record")
+            prepared = prepare(flags)
+        except RecordLost as error:
+            return stopped(error)
         for warning in prepared.warnings:
             say(f"warning: {warning}")
         if flags.address is None:
             _protect_local_ray()
-        from study.driver import run_study  # puts off Ray and MLflow
+        tell("loading Ray and MLflow")
+        from study.driver import run_prepared  # puts off Ray and MLflow
 
         _quieten()
-        return run_study(flags, prepared)
+    try:
+        return run_prepared(flags, prepared)
     except RecordLost as error:
         return stopped(error)
 
@@ -133,9 +139,7 @@ def _quieten() -> None:
 
 def cli() -> None:
     """The console entry point."""
-    arguments = private_arguments()
-    flags = tyro.cli(Flags, prog="python -m study.run", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
-    sys.exit(main(flags))
+    sys.exit(main(parse(private_arguments())))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ VERSION = 2  # of these names; version 1 had ram.arm for ram.origin, and no base
 EXPERIMENT = "ram-study"
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"  # in the working directory, where `mlflow ui` looks
 
+# A tag of the experiment that MLflow's page reads: it is about runs, not about traces.
+KIND_OF_EXPERIMENT = ("mlflow.experimentKind", "custom_model_development")
+
 # Tags of the parent run and of its children.
 KIND = "ram.kind"  # study or trial
 STUDY = "ram.study"  # the study's name
@@ -24,6 +27,7 @@ DEVICE = "ram.device"  # of the last run: what it trained on, and how many trial
 STATUS = "ram.status"  # running, finished, stopped or failed
 TRIALS = "ram.trials"  # number of trials asked for
 PUBLISHED = "ram.published"  # "trial 7": the trial whose model the study has logged
+BEST = "best."  # then a field of Config: its value in the best configuration. No param, because those never change
 
 # Tags of a trial.
 TRIAL = "ram.trial"  # its number, from 0
@@ -46,6 +50,7 @@ SEED_TEST_ACCURACY = "test_accuracy.seed_"  # then the seed
 PARAMETERS, MACS = "parameters", "macs"  # of one network; multiply-accumulates an image
 EPOCH_MEANS = ("val_loss", "train_loss", "train_accuracy", "reward", "baseline_error", "gradient_norm")
 EPOCH_SECONDS = "epoch_seconds"
+# Also of the parent run: OBJECTIVE and TEST_ACCURACY, of the best configuration of a finished study.
 TRIALS_FINISHED, BEST_OBJECTIVE = "trials_finished", "best_val_accuracy"  # of the parent run
 
 # Artifacts of the parent run.

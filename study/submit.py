@@ -25,7 +25,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ramcore.errors import UserError, first_line, say
 from ramcore.private import without_secrets
 from study.cluster import code_folder, no_job_server, wrong_token
-from study.flags import DONE, STOPPED, SUBMITTED, Flags, command, signals_caught, working_tree
+from study.flags import DONE, STOPPED, SUBMITTED, Flags, arguments, command, signals_caught, working_tree
 
 _TAG = "ram-study"  # the job's metadata: which study it runs
 _AGAIN_SECONDS = 5.0  # between two tries of a lost connection
@@ -83,16 +83,6 @@ def _submit_or_follow(flags: Flags, address: str) -> int:
 
 class _Left(Exception):
     """The user stops following the job: Ctrl-C, SIGTERM, or a closed terminal."""
-
-
-def arguments(flags: Flags) -> list[str]:
-    """The command line of these flags, without --address and without the flags at their defaults."""
-    found: list[str] = []
-    default = vars(Flags())
-    for name, value in vars(flags).items():
-        if name != "address" and value != default[name]:
-            found += [f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", str(value)]
-    return found
 
 
 def study_of(flags: Flags) -> str:

@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import threading
 import time
+import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -48,7 +49,7 @@ from ramcore.private import without_secrets
 from study import schema
 from study.faults import fault_point
 from study.moved import follow_move
-from study.record import Record, TrialRecord
+from study.record import Record, State, TrialRecord
 
 _SQLITE = ("sqlite:", "sqlite+")
 _METRICS_A_CALL = 900  # MLflow takes at most 1,000 in one call; some are not an epoch's
@@ -60,9 +61,10 @@ _UPLOAD_SECONDS = 600.0  # for all of them, with drawing and imports
 _TELL = 5.0  # seconds of waiting at the end, before it is said
 _LATE = 10.0  # seconds in which a server may still carry out a call that timed out
 _HURRY = 10.0  # seconds from a signal to the end of waiting
-_MEANS = (*schema.EPOCH_MEANS, schema.OBJECTIVE)
+_MEANS = (schema.OBJECTIVE, *schema.EPOCH_MEANS)  # MLflow's page compares runs by the metric that was logged first
 _DESCRIPTION, _MODEL = f"{schema.SETTINGS_FILE} and {schema.SPACE_FILE}", "the best model"
-_RUN_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+_RUN_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}  # of a study
+_TRIAL_STATUS: dict[State, str] = {"complete": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
 logger = logging.getLogger(__name__)
 
 
@@ -76,7 +78,8 @@ def check_server(uri: str, *, known: bool = False) -> None:
     try:
         client = _connect(uri)
         experiment = _experiment(client, uri)
-        client.set_experiment_tag(experiment.experiment_id, schema.SCHEMA, str(schema.VERSION))
+        for tag, value in ((schema.SCHEMA, str(schema.VERSION)), schema.KIND_OF_EXPERIMENT):
+            client.set_experiment_tag(experiment.experiment_id, tag, value)
     except UserError:
         raise
     except Exception as error:  # a store may raise anything
@@ -225,7 +228,7 @@ class _ChildRun:
         return _ChildRun(
             run_id=run.info.run_id,
             epochs=int(run.data.tags.get(schema.TRACKED_EPOCHS, -1)),
-            ended=run.info.status in ("FINISHED", "FAILED"),
+            ended=run.info.status in _TRIAL_STATUS.values(),
             tested=schema.TEST_ACCURACY in run.data.metrics,
         )
 
@@ -261,6 +264,7 @@ class Tracker:
         self.provenance = provenance
         self.space = space
         self.run_id = ""  # of the parent run, once known
+        self._experiment_id = ""  # likewise
         self.outage: str | None = None  # why MLflow cannot be written at present; None if it can
         self._tags = {schema.STUDY: record.settings.study, schema.SCHEMA: str(schema.VERSION), schema.UID: record.uid}
         self._children: dict[int, _ChildRun] = {}  # by trial number
@@ -281,6 +285,20 @@ class Tracker:
         self._abandoned = threading.Event()
         self._idle = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="tracking", daemon=True)
+
+    @property
+    def page(self) -> str:
+        """The address of the study's table of runs, most accurate first, on the server or on a local `mlflow ui`."""
+        server = urllib.parse.urlsplit(self.uri)
+        base = f"{server.scheme}://{server.netloc.rpartition('@')[2]}{server.path.rstrip('/')}"
+        query = {
+            "workflowType": "machine_learning",  # else the page is about traces
+            "searchFilter": f"tags.`{schema.STUDY}`='{self.record.settings.study}'",
+            "orderByKey": f"metrics.`{schema.OBJECTIVE}`",
+            "orderByAsc": "false",
+        }
+        where = base if server.scheme in ("http", "https") else "http://127.0.0.1:5000"
+        return f"{where}/#/experiments/{self._experiment_id}/runs?{urllib.parse.urlencode(query)}"
 
     def start(self) -> None:
         """Start the thread."""
@@ -526,9 +544,7 @@ class Tracker:
         params: list[Param] = []
         metrics: list[Metric] = []
         if child.epochs < 0:
-            size = cost(trial.spec.config)
             params = [Param(name, str(value)) for name, value in asdict(trial.spec.config).items()]
-            metrics = _metrics({schema.PARAMETERS: size.parameters, schema.MACS: size.macs}, trial.started, 0)
         start, last = max(child.epochs, 0), False
         epochs_a_call = max(1, _METRICS_A_CALL // (len(_MEANS) + 2 + len(trial.spec.seeds)))
         while not last:
@@ -537,6 +553,9 @@ class Tracker:
             last = stop >= len(epochs)
             for number, epoch in enumerate(epochs[start:stop], start + 1):
                 metrics += _metrics(_epoch_values(epoch.metrics), epoch.time, number)
+            if start == 0 and (stop > 0 or state != "running"):  # with the first epoch, after its accuracy
+                size = cost(trial.spec.config)
+                metrics += _metrics({schema.PARAMETERS: size.parameters, schema.MACS: size.macs}, trial.started, 0)
             tags = {schema.TRACKED_EPOCHS: str(stop)}
             if last:
                 tags |= {schema.STATE: state}
@@ -551,7 +570,9 @@ class Tracker:
             self._note_progress()
         child.tested = test is not None
         if state != "running" and not child.ended:
-            client.set_terminated(child.run_id, "FAILED" if state == "failed" else "FINISHED", trial.ended)
+            if state == "pruned":  # MLflow's page shows the same mark for a killed and a failed run
+                client.update_run(child.run_id, name=f"{_run_name(trial)} stopped early")
+            client.set_terminated(child.run_id, _TRIAL_STATUS[state], trial.ended)
             child.ended = True
         self._note_progress()
 
@@ -573,10 +594,14 @@ class Tracker:
             **_commit_tags(commit, dirty),
         }
         fault_point("tracking.run.before")
-        name = f"trial {trial.number:04d}"
+        name = _run_name(trial)
         run = client.create_run(self._experiment_id, start_time=trial.started, run_name=name, tags=tags)
         fault_point("tracking.run.after")
         return _ChildRun(run_id=run.info.run_id)
+
+
+def _run_name(trial: TrialRecord) -> str:
+    return f"trial {trial.number:04d}"
 
 
 def _connect(uri: str) -> mlflow.MlflowClient:

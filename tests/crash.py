@@ -42,7 +42,7 @@ from ramcore.data import Split, SplitName, TaskData, make_task
 from ramcore.sources import load_source
 from ramcore.space import Space
 from ramcore.trainer import Trainer
-from study import designs, faults, results
+from study import best, designs, faults, results
 from study.asha import ASHA
 from study.integrity import RecordDamaged
 from study.record import Record, RecordGone, RecordLost, StudySettings
@@ -146,8 +146,8 @@ def work(study: Study, root: Path, trials: int = TOTALS[-1]) -> None:
     if scheduler.error is not None and not isinstance(scheduler.error, RecordLost):
         raise scheduler.error
     with contextlib.suppress(RecordLost):
-        if scheduler.finished:
-            results.read_best_test(record, scheduler.folder, study.data)
+        if scheduler.finished and (outcome := best.conclude(record.trials.values(), record.settings)):
+            results.read_best_test(record, outcome.best, scheduler.folder, study.data)
     untracked = tracker.finish("finished" if scheduler.finished else "stopped", patience=20)
     gone = isinstance(scheduler.error, RecordGone)
     try:

@@ -139,9 +139,12 @@ def tracked(folder: Path, stored: list[optuna.trial.FrozenTrial], uri: str) -> N
     assert parent.data.metrics["trials_finished"] == len(stored)
     for trial in stored:
         child = children[trial.number]
-        expected = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
-        assert child.data.tags["ram.state"] == expected[trial.state]
-        assert child.info.status == ("FAILED" if trial.state == TrialState.FAIL else "FINISHED")
+        expected = {
+            TrialState.COMPLETE: ("complete", "FINISHED"),
+            TrialState.PRUNED: ("pruned", "KILLED"),
+            TrialState.FAIL: ("failed", "FAILED"),
+        }
+        assert (child.data.tags["ram.state"], child.info.status) == expected[trial.state]
         assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
         history = client.get_metric_history(child.info.run_id, "val_accuracy")
         assert {m.step: m.value for m in history} == pytest.approx(trial.intermediate_values)

@@ -106,7 +106,7 @@ def test_best_model_of_a_moved_project_loads(project, tmp_path):
     (tmp_path / "scratch").mkdir()
     try:
         mlflow.set_tracking_uri(uri(project))
-        results._log_model(study.run_id, trial, weights, tmp_path / "scratch")
+        results._log_model(study.run_id, trial, weights, [], tmp_path / "scratch")
         shutil.move(project, tmp_path / "new")
         load.connect(uri(tmp_path / "new"))
         mlflow.set_tracking_uri(uri(tmp_path / "new"))

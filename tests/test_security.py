@@ -271,7 +271,7 @@ def test_model_with_pickled_code_is_refused_and_the_code_does_not_run(tmp_path, 
         client = mlflow.MlflowClient()
         run = client.create_run(client.create_experiment("e")).info.run_id
         (tmp_path / "scratch").mkdir()
-        results._log_model(run, trial, weights, tmp_path / "scratch")
+        results._log_model(run, trial, weights, [], tmp_path / "scratch")
         folder = Path(mlflow.artifacts.download_artifacts(f"runs:/{run}/model", dst_path=str(tmp_path / "model")))
         files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
         assert not [name for name in files if name.endswith((".pkl", ".pickle", ".joblib"))]

@@ -5,6 +5,8 @@ import dataclasses
 import io
 import json
 import os
+import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import numpy as np
@@ -25,12 +28,12 @@ from ramcore.config import TASKS, Config
 from ramcore.errors import UserError
 from ramcore.sources import load_task
 from ramcore.space import Dimension
-from study import designs, driver, pool, prepare, ray_folder, results, tracking
+from study import best, designs, driver, pool, prepare, ray_folder, results, tracking
+from study.best import pareto_trials
 from study.checkpoints import Checkpoints
 from study.display import Display, duration, percent, time_left
-from study.flags import DONE, SOME_FAILED, STOPPED, UNTRACKED, USAGE, Flags, signals_caught
+from study.flags import DONE, SOME_FAILED, STOPPED, UNTRACKED, USAGE, Flags, parse, signals_caught
 from study.record import Epoch, Record, TrialRecord, read_study
-from study.results import pareto_trials
 from study.run import main
 from study.search_space import configuration, search_space
 from study.trainable import run_trial
@@ -151,8 +154,8 @@ def test_gpu_share_without_gpu_is_refused(here, capsys):
     ("line", "code", "said"),
     [
         ("--help", 0, "{search,paper,mnih,ablation,ofat,replicate}"),
-        ("--help", 0, f"Default: {designs.DEFAULT_TRIALS} for a search"),
-        ("--help", 0, f"Default: {designs.DEFAULT_SOBOL_SHARE}."),
+        ("--help", 0, f"(default: {designs.DEFAULT_TRIALS} for search"),
+        ("--help", 0, f"(default: {designs.DEFAULT_SOBOL_SHARE})"),
         ("--trials 0", 2, "error: --trials must be at least 1"),
         ("--design paper --task original", 2, "error: --design paper is for the tasks translated, cluttered"),
         ("--design paper --sobol-share 0.5", 2, "error: --sobol-share is a search's"),
@@ -168,6 +171,19 @@ def test_help_and_refusals_do_not_import_torch_ray_mlflow_or_scipy(here, line, c
     assert done.returncode == code and said in done.stdout + done.stderr
     imported = set(done.stdout.splitlines()[-1].split())
     assert "tyro" in imported and not imported & {"torch", "ray", "mlflow", "scipy", "pandas", "optuna"}
+
+
+def test_help_has_groups_examples_and_no_default_that_is_none(here):
+    program = "import sys; sys.argv[1:] = ['--help']; from study.run import cli; cli()"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"}
+    shown = subprocess.run([sys.executable, "-c", program], cwd=here, env=env, capture_output=True, text=True).stdout
+    for group in ("What is studied.", "Where the results are kept.", "Where the trials run.", "What a run may take."):
+        assert group in shown
+    assert "Examples:\n  python -m study.run --dry-run\n" in shown
+    assert "default: None" not in shown and shown.count("(default:") == len(dataclasses.fields(Flags))
+    assert max(map(len, shown.splitlines())) <= 80
+    examples = re.findall(r"(?m)^  python -m study.run (.*)$", shown)
+    assert len(examples) >= 3 and all(parse(example.split()) for example in examples)
 
 
 def test_dry_run_prints_plan_and_writes_nothing(here, capsys):
@@ -297,32 +313,149 @@ def test_time_left_is_a_range_that_allows_for_early_stopping():
     assert time_left([*done, trial(3, 0.1, origin="tpe", state="pruned")], origins, 4, slots=1) == (0, 0)
 
 
-def test_live_display_shows_counts_best_trial_and_running_trials():
+@pytest.fixture
+def progress() -> Display:
+    """A display of five trials: one complete, one stopped, one in its first of four epochs."""
     progress = Display(study="a-study", epochs=4)
     running = trial(2, 0.5, origin="tpe", state="running")
     progress.resume([trial(0, 0.5, 0.6, 0.7, 0.8), trial(1, 0.1, origin="tpe", state="pruned"), running], ["tpe"] * 5)
-    for _ in range(2):
-        progress.reported(running)
-    progress.outage = lambda: "connection refused"
-    console = Console(record=True, width=120, file=io.StringIO())
+    return progress
+
+
+def rendered(progress: Display) -> str:
+    """What the live part shows at 80 columns; no line is cut."""
+    console = Console(record=True, width=80, file=io.StringIO())
     console.print(progress._render())
     shown = console.export_text()
+    assert "…" not in shown
+    return shown
+
+
+def test_live_display_shows_counts_best_trial_and_running_trials(progress):
+    for _ in range(2):
+        progress.reported(progress._trials[2])
+    progress.outage = lambda: "connection refused"
+    shown = rendered(progress)
     assert "a-study" in shown and "2 of 5 ended: 1 finished, 1 stopped early, 0 failed; 1 running" in shown
-    assert "80.00 +- 1.41 %, trial 0000 (sobol)" in shown and "epochs/s" in shown and " left" in shown
+    assert "best    80.00 +- 1.41 %, trial 0000 sobol" in shown and "epochs/s" in shown and " left" in shown
+    assert "time    0 s, " in shown
     assert "behind (connection refused); training goes on" in shown
     assert "0002  tpe  epoch 1/4  50.00 +- 1.41 %" in shown
 
 
-def test_long_trial_without_terminal_is_printed_once_a_minute(monkeypatch, capsys):
+def test_best_before_a_trial_is_complete_is_the_one_that_leads(progress):
+    progress.resume([trial(0, 0.5, state="running"), trial(1, 0.6, 0.7, state="running")], ["sobol"] * 5)
+    assert "best    so far 70.00 +- 1.41 %, trial 0001 sobol, epoch 2/4" in rendered(progress)
+    progress.resume([], ["sobol"] * 5)
+    assert "best    -" in rendered(progress)
+
+
+def test_lines_of_trials_that_ended_stay_above_the_live_display_in_80_columns(progress):
+    console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True)
+    progress._console, progress._live = console, object()  # type: ignore[assignment]
+    progress.ended(trial(0, 0.5, 0.6, 0.7, 0.8, origin="published"))
+    progress.ended(trial(1, 0.1, origin="tpe", state="pruned"))
+    lines = console.export_text().splitlines()
+    assert lines == [
+        "[2/5] 0 s, trial 0000 published: 80.00 +- 1.41 % in 40 s, best so far",
+        "[2/5] 0 s, trial 0001 tpe: 10.00 +- 1.41 %, stopped at epoch 1 after 10 s",
+    ]
+
+
+def test_signal_is_answered_at_once_and_the_answer_stays(progress, capfd):
+    with signals_caught(signal.SIGUSR1, answer=progress.interrupted):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        said = capfd.readouterr().err
+    assert said == "stopping; what is trained stays, to be continued (Ctrl-C again: at once)\n"
+    progress.doing("starting workers")
+    assert capfd.readouterr().err == ""
+    assert "stopping; what is trained stays" in rendered(progress) and "starting workers" not in rendered(progress)
+
+
+def test_study_without_terminal_prints_its_first_epoch_then_once_a_minute(monkeypatch, capsys):
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     progress = Display(study="a-study", epochs=4)
+    first = trial(0, 0.5, state="running")
+    progress.resume([first], ["tpe"] * 5)
+    progress.reported(first)
+    said = capsys.readouterr().err
+    assert said.startswith("[0/5] 0 s, trial 0000 sobol: epoch 1/4, 50.00 +- 1.41 %; best so far 50.00 +- 1.41 %, ")
     running = trial(2, 0.5, origin="tpe", state="running")
     progress.resume([trial(0, 0.5, 0.6, 0.7, 0.8), running], ["tpe"] * 5)
     for clock[0] in (50, 70, 100, 140):
         progress.reported(running)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and all(line.startswith("[1/5] trial 0002: epoch 1/4, 50.00 +- 1.41 %; ") for line in lines)
+    assert [line.partition(",")[0] for line in lines] == ["[1/5] 70 s", "[1/5] 2 min"]
+    assert all("trial 0002 tpe: epoch 1/4, 50.00 +- 1.41 %; best 80.00 +- 1.41 %" in line for line in lines)
+
+
+def test_terminal_shows_what_is_loaded_before_anything_else(here):
+    leader, follower = pty.openpty()
+    line = [sys.executable, "-m", "study.run", "--data", "mnist", "--data-dir", "/no/such"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "80"}
+    done = subprocess.run(line, cwd=here, env=env, stdout=subprocess.PIPE, stderr=follower, check=False)
+    os.close(follower)
+    shown = b""
+    with contextlib.suppress(OSError):
+        while part := os.read(leader, 65536):
+            shown += part
+    os.close(leader)
+    assert done.returncode == USAGE and done.stdout == b""
+    assert shown.index(b"loading PyTorch") < shown.index(b"reading the images") < shown.index(b"error: --data-dir must")
+
+
+# What is best.
+
+
+def concluded(*trials: TrialRecord, held_out: tuple[TrialRecord, ...] = ()) -> tuple[int, str]:
+    """The number of the best trial of a study, and how it compares with the default, which is trial 0."""
+    settings = SimpleNamespace(space=search_space(Config(epochs=4)).to_dict())
+    outcome = best.conclude(trials, settings, held_out)  # type: ignore[arg-type]
+    assert outcome is not None
+    return outcome.best.number, outcome.against_default
+
+
+def test_nothing_beats_a_default_that_is_highest():
+    assert concluded(trial(0, 0.9), trial(1, 0.8, num_glimpses=4)) == (0, "nothing beats it")
+    assert concluded(trial(0, 0.9)) == (0, "")  # nothing else was tried
+    assert concluded(trial(1, 0.8, num_glimpses=4)) == (1, "")  # the default was not
+
+
+def test_highest_trial_is_said_to_beat_the_default_only_beyond_seed_noise():
+    assert concluded(trial(0, 0.5), trial(1, 0.9, num_glimpses=4)) == (
+        1,
+        "better by 40.00 points (35.87 to 44.13, the only other one)",
+    )
+    number, said = concluded(trial(0, 0.89), trial(1, 0.9, num_glimpses=4))
+    assert number == 1 and said.startswith("nothing surely beats it; ahead by 1.00 points (-3.13 to 5.13,")
+    # The highest of many is more likely to be so by chance: a wider interval for the same noise.
+    worse = [trial(n, 0.1, num_glimpses=n) for n in range(2, 6)]
+    assert (
+        "points (30.15 to 49.85, the highest of 5 others)"
+        in concluded(trial(0, 0.5), trial(1, 0.9, num_glimpses=8), *worse)[1]
+    )
+
+
+def test_one_seed_each_cannot_tell_chance():
+    alone = [dataclasses.replace(t, spec=dataclasses.replace(t.spec, seeds=(0,))) for t in (trial(0), trial(1))]
+    for t, accuracy in zip(alone, (0.8, 0.9), strict=True):
+        t.epochs = [Epoch(time=0, value=accuracy, metrics={"val_accuracy": [accuracy], "seconds": 1.0})]
+    alone[1].spec = dataclasses.replace(alone[1].spec, config=dataclasses.replace(alone[1].spec.config, num_glimpses=4))
+    assert concluded(*alone)[1].startswith("ahead by 10.00 points (the only other one); one seed each cannot tell")
+
+
+def test_held_out_seeds_decide_between_the_highest_trial_and_the_default():
+    search = [trial(0, 0.8), trial(1, 0.9, num_glimpses=4)]
+    worse = (trial(0, 0.7, num_glimpses=4), trial(1, 0.75))  # the replicate design's own numbers
+    assert concluded(*search, held_out=worse) == (
+        0,
+        "nothing beats it: on held-out seeds, trial 0001 has 70.00 +- 1.41 %, the default 75.00 +- 1.41 %",
+    )
+    better = (trial(0, 0.9, num_glimpses=4), trial(1, 0.75))
+    assert concluded(*search, held_out=better)[1] == "better by 15.00 points (10.87 to 19.13, on held-out seeds)"
+    of_others = (trial(0, 0.7, num_glimpses=2), trial(1, 0.75))
+    assert "the only other one" in concluded(*search, held_out=of_others)[1]
 
 
 def test_percent_and_duration_are_formatted():
@@ -635,11 +768,16 @@ def test_study_prints_results_to_stdout_and_progress_to_stderr(finished):
         "Best configuration: trial",
         "test accuracy",
         "read once",
-        "mlflow ui",
+        "mlflow ui    # then open\n  http://127.0.0.1:5000/#/experiments/",
+        "against the default",
         "analysis.sensitivity --study",
     ):
         assert said in done.stdout
-    assert done.stderr.count("; finished; ") + done.stderr.count("stopped by successive halving") == 4
+    assert done.stderr.startswith("starting Ray\nstarting workers\n[0/4] ")
+    assert (
+        len(re.findall(r"(?m)^\[\d/4\] .* trial 000\d .* (in \d+ s|, stopped at epoch \d after \d+ s)", done.stderr))
+        == 4
+    )
     for noise in ("╭", "Trial status", "INFO", "Warning", "\x1b"):
         assert noise not in done.stdout + done.stderr
     assert sorted(p.name for p in folder.iterdir()) == ["mlflow.db", "mlruns", "runs"]
@@ -654,6 +792,8 @@ def test_finished_study_is_reported_again_without_new_trials(finished):
         study_name="original-digits-search", storage=f"sqlite:///{folder}/runs/original-digits-search/study.db"
     )
     assert len(study.trials) == 4
+    for stored in study.trials:  # a stopped trial keeps its last value, too, for Optuna's dashboard
+        assert stored.value == stored.intermediate_values[max(stored.intermediate_values)]
 
 
 def test_other_settings_under_same_name_are_refused(finished, monkeypatch, capsys):
@@ -672,9 +812,20 @@ def test_published_model_loads_and_reproduces_test_accuracy(finished, monkeypatc
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name("ram-study")
     (parent,) = client.search_runs([experiment.experiment_id], "tags.`ram.kind` = 'study'")
+    (trials,) = {m.step for m in client.get_metric_history(parent.info.run_id, "test_accuracy")}
+    assert trials == 4
     artifacts = {a.path for a in client.list_artifacts(parent.info.run_id)}
     assert artifacts >= {"study.json", "space.json", "best_config.json", "glimpses.png"}
     best = mlflow.artifacts.load_dict(f"runs:/{parent.info.run_id}/best_config.json")
+
+    (logged,) = client.search_logged_models([experiment.experiment_id])
+    for measured in (parent.data.metrics, {m.key: m.value for m in logged.metrics}):
+        assert measured["test_accuracy"] == pytest.approx(np.mean(best["test"]["accuracy"]))
+        assert measured["val_accuracy"] == pytest.approx(np.mean(best["val_accuracy"]))
+    values = {name: str(value) for name, value in best["config"].items()}
+    assert values.items() <= logged.params.items()
+    shown = {k.removeprefix("best."): v for k, v in parent.data.tags.items() if k.startswith("best.")}
+    assert len(shown) == 8 and shown.items() <= values.items()
 
     model = mlflow.pyfunc.load_model(f"runs:/{parent.info.run_id}/model")
 

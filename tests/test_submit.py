@@ -20,8 +20,8 @@ from typing import NamedTuple
 import pytest
 from clusters import free_port
 
-from study.flags import Flags
-from study.submit import arguments, study_of
+from study.flags import Flags, arguments
+from study.submit import study_of
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDY = ("--data", "digits", "--task", "original", "--trials", "2")

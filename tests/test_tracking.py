@@ -133,6 +133,38 @@ def test_tracked_study_has_the_names_that_analysis_reads(record, uri):
     assert history(uri, failed, "val_accuracy") == [(1, pytest.approx(0.3))]  # a NaN is no metric
     assert history(uri, failed, "val_accuracy.seed_0") == [(1, 0.2), (2, 0.5)]
     assert (running.info.status, running.data.tags["ram.state"]) == ("RUNNING", "running")
+    assert next(iter(first.data.metrics)) == "val_accuracy"  # MLflow's page compares runs by the first one
+
+
+def test_trial_that_was_stopped_early_is_told_apart_from_a_finished_one(record, uri):
+    trial(record, (0.5, 0.7))
+    trial(record, (0.2, 0.4), end="pruned")
+    assert track(record, uri) is None
+    found = runs(uri)
+    assert found["trial 0000"].info.status == "FINISHED"
+    assert found["trial 0001 stopped early"].info.status == "KILLED"
+    assert track(record, uri) is None  # the next run finds it again, and changes nothing
+    again = runs(uri)
+    assert again["trial 0001 stopped early"].info.end_time == found["trial 0001 stopped early"].info.end_time
+
+
+@pytest.mark.parametrize(
+    ("server", "at"),
+    [
+        ("sqlite:///mlflow.db", "http://127.0.0.1:5000/#/experiments/"),
+        ("https://me:secret@host:99/prefix/", "https://host:99/prefix/#/experiments/"),
+    ],
+)
+def test_link_opens_the_runs_of_the_study_and_shows_no_password(record, server, at):
+    page = Tracker(record, server, PROVENANCE, {}).page
+    assert page.startswith(at) and "/runs?workflowType=machine_learning&searchFilter=" in page
+    assert "tags.%60ram.study%60%3D%27a+study%27" in page and "val_accuracy" in page and "secret" not in page
+
+
+def test_experiment_is_marked_as_one_of_training_runs(uri):
+    check_server(uri)
+    experiment = mlflow.MlflowClient(uri).get_experiment_by_name("ram-study")
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
 
 
 def test_metric_has_the_time_of_its_epoch_in_the_record(record, uri):
