@@ -71,7 +71,17 @@ def run_study(flags: Flags, prepared: Prepared) -> int:
         cluster.check_lasting(flags.storage, uri)
         _check_cluster(flags.address, prepared, ray_pool, check)
     tracking.check_server(uri, known=prepared.known is not None)
-    with open_record(prepared.storage, prepared.settings, total=prepared.total, rows=prepared.rows, say=say) as record:
+    with open_record(
+        prepared.storage,
+        prepared.settings,
+        total=prepared.total,
+        rows=prepared.rows,
+        asked=prepared.asked,
+        taken=prepared.taken,
+        say=say,
+    ) as record:
+        if record.taken:
+            say(f"learns {record.taken.summary(record.settings.epochs)}")
         return _Run(flags, prepared, record, ray_pool, uri, check).run()
 
 
@@ -290,6 +300,9 @@ class _Run:
             "trials": record.totals[-1],
             "runs": record.runs,
             "data_sizes": self.prepared.data.sizes,
+            "asked": [point.text for point in record.asked],
+            "taken_over": record.taken
+            and {"study": record.taken.study, "trials": [t.number for t in record.taken.trials]},
             "record": f"{self.flags.storage.rstrip('/')}/{settings.study}/study.db",
         }
         params["trials"] = str(record.totals[0])

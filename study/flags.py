@@ -18,13 +18,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import tyro
 
-from ramcore.config import TASKS, Data
+from ramcore.config import SOURCES, TASKS, nearest
 from ramcore.errors import UserError, say
 from study.designs import DESIGNS
+from study.space_flags import SpaceFlags
 
 # Exit codes, in README.md, too. SIGINT and SIGTERM give 130 and 143; the same command continues then.
 DONE = 0
@@ -38,7 +39,7 @@ MOST = 1_000_000  # trials, epochs, seeds or slots; more than that means nothing
 RAY_STEP = 0.0001  # CPUs: Ray counts in these
 
 SUBMITTED = "RAM_STUDY_SUBMITTED"  # environment variable of a submitted job: command, commit, dirty, as JSON
-DATA = ("auto", *get_args(Data))
+DATA = ("auto", *SOURCES)
 
 
 def _one_of(names: Collection[str]) -> str:
@@ -66,6 +67,14 @@ _EPOCHS = tyro.conf.arg(help=f"Epochs of a trial that is not stopped early. Defa
 _SEEDS = tyro.conf.arg(help=f"Seeds of a trial, trained side by side. Default: {_defaults('seeds_per_trial')}.")
 
 
+_Texts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]  # of a flag that may be given again and again
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field of `Flags`. A field whose flag is a word of Python ends with "_"."""
+    return f"--{name.rstrip('_').replace('_', '-')}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Flags:
     """Run a hyperparameter study of the recurrent attention model, or continue the one of that name.
@@ -75,8 +84,11 @@ class Flags:
     """
 
     task: Annotated[str | None, _TASK] = None
-    data: Annotated[str, tyro.conf.arg(metavar=_one_of(DATA))] = "auto"
-    """The images. auto: MNIST if it can be had, else the bundled digits, with a warning."""
+    data: Annotated[str, tyro.conf.arg(metavar=_one_of([*DATA, "PATH"]))] = "auto"
+    """The images. auto: MNIST if it can be had, else the bundled digits, with a warning. PATH: own images, an .npz file
+    or a folder of IDX files (on a cluster: on its head); `ramcore.sources.load_images` says what it holds."""
+    canvas: int | None = None
+    """Pixels along a side of the canvas. Default: the task's; with own images and --task original, the images'."""
     data_dir: Path | None = None
     """Folder of the IDX files. Default: $RAM_DATA_DIR, then the per-user cache, then a download."""
     design: Annotated[str | None, _DESIGN] = None
@@ -87,6 +99,24 @@ class Flags:
     seeds_per_trial: Annotated[int | None, _SEEDS] = None
     sobol_share: float | None = None
     """Share of a search's trials that are Sobol points. These are never stopped early. Default: 0.4."""
+    space: Path | None = None
+    """TOML file with the space of a search, in place of study/search_space.py: a table for each field, with low, high,
+    and step or log; or with choices. See --print-space."""
+    range_: Annotated[_Texts, tyro.conf.arg(name="range", metavar="NAME=LOW:HIGH[:log|:STEP]")] = ()
+    """Search a field of Config, a number, between these: num_scales=1:3, learning_rate=1e-4:3e-3:log."""
+    choices: Annotated[_Texts, tyro.conf.arg(metavar="NAME=VALUE,VALUE")] = ()
+    """Search a field of Config among these: core=rnn,gru,lstm or layer_norm=true,false."""
+    set_: Annotated[_Texts, tyro.conf.arg(name="set", metavar="NAME=VALUE")] = ()
+    """Fix a field of Config in all trials: input_gain=2."""
+    try_: Annotated[_Texts, tyro.conf.arg(name="try", metavar="NAME=VALUE,NAME=VALUE")] = ()
+    """Try this point next; what it does not say is the default's."""
+    from_: Annotated[str | None, tyro.conf.arg(name="from", metavar="STUDY")] = None
+    """A search: begin with that study's space, and learn from its trials that lie in the new one. They are never
+    counted as trials of the new study, whose name --study says. ofat and replicate: the search to start from."""
+    print_space: bool = False
+    """Print the space, as --space reads it, and exit."""
+    cancel: int | None = None
+    """Stop the trial of this number after its next epoch, in the study that is running with the same name, and exit."""
     study: str | None = None
     """Name of the study. An existing study is continued with its own settings. Default: made of task, data and
     design."""
@@ -121,11 +151,22 @@ class Flags:
     dry_run: bool = False
     """Print the plan, with an estimate of its time and cost, and exit. On a cluster, no machine is started."""
 
+    @property
+    def space_flags(self) -> SpaceFlags:
+        """The flags that ask for a space."""
+        return SpaceFlags(file=self.space, ranges=self.range_, choices=self.choices, fixed=self.set_)
+
 
 def check(flags: Flags) -> None:
     """Refuse flags that can be judged without the data, the storage or the cluster. Raises UserError."""
-    for name, choices in (("task", TASKS), ("data", DATA), ("design", DESIGNS)):
+    for name, choices in (("task", TASKS), ("design", DESIGNS)):
         _require(flags, name, f"one of {', '.join(choices)}", choices.__contains__, "pass one of these")
+    if flags.data not in DATA and not re.search(r"[./]", flags.data) and not Path(flags.data).exists():
+        fix = nearest(flags.data, DATA) or ": pass one of these, or the path of own images"
+        raise UserError(f"--data must be one of {', '.join(DATA)}; got {flags.data!r}{fix}")
+    _require(flags, "space", "a file", lambda v: v.is_file(), "--print-space writes one")
+    _require(flags, "canvas", "at least 8 and at most 1000", lambda v: 8 <= v <= 1000, "pass another number of pixels")
+    _require(flags, "cancel", "at least 0", lambda v: v >= 0, "pass a trial's number")
     for name in ("trials", "epochs", "seeds_per_trial", "max_concurrent"):
         _require(flags, name, "at least 1", lambda v: v >= 1, "pass a larger number or leave it out")
         _require(flags, name, f"at most {MOST}", lambda v: v <= MOST, "pass a smaller number")
@@ -155,8 +196,8 @@ def _require(flags: Flags, name: str, rule: str, fulfils: Callable[[Any], bool],
     """Refuse a flag that is given and breaks the rule. Raises UserError."""
     value = getattr(flags, name)
     if value is not None and not fulfils(value):
-        got = repr(value) if isinstance(value, str) else f"{value:g}"
-        raise UserError(f"--{name.replace('_', '-')} must be {rule}; got {got}: {fix}")
+        got = f"{value:g}" if isinstance(value, int | float) else repr(value) if isinstance(value, str) else str(value)
+        raise UserError(f"{flag_of(name)} must be {rule}; got {got}: {fix}")
 
 
 def check_design(flags: Flags, name: str) -> None:
@@ -169,8 +210,15 @@ def check_design(flags: Flags, name: str) -> None:
             f"--design {name} is for the tasks {', '.join(design.possible_tasks)}; got --task {flags.task}: "
             "leave --task out, or pass one of these"
         )
-    if flags.sobol_share is not None and design.rows is not None:
-        raise UserError(f"--sobol-share is a search's; the design is {name}: leave it out")
+    for field_name in ("sobol_share", "space", "range_", "choices", "set_", "try_", "print_space"):
+        if getattr(flags, field_name) not in (None, (), False) and design.rows is not None:
+            raise UserError(f"{flag_of(field_name)} is a search's; the design is {name}: leave it out")
+    if flags.from_ is not None and not design.has_space:
+        raise UserError(
+            f"--from is for searches, and for designs that start from one; the design is {name}: leave it out"
+        )
+    if flags.from_ is not None and name == "search" and flags.study in (None, flags.from_):
+        raise UserError(f"a study that learns from {flags.from_} needs a name of its own; pass --study with a new name")
 
 
 def command() -> str:

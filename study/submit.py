@@ -15,8 +15,10 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import aiohttp
 from ray.exceptions import AuthenticationError
@@ -25,9 +27,10 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ramcore.errors import UserError, first_line, say
 from ramcore.private import without_secrets
 from study.cluster import code_folder, no_job_server, wrong_token
-from study.flags import DONE, STOPPED, SUBMITTED, Flags, command, signals_caught, working_tree
+from study.flags import DONE, STOPPED, SUBMITTED, Flags, command, flag_of, signals_caught, working_tree
 
 _TAG = "ram-study"  # the job's metadata: which study it runs
+SPACE_FILE = "space.toml"  # what --space names is sent with the code, under this name
 _AGAIN_SECONDS = 5.0  # between two tries of a lost connection
 _STOP_SECONDS = "60"  # Ray gives the driver this long to stop; its default is 3
 
@@ -53,7 +56,8 @@ def _submit_or_follow(flags: Flags, address: str) -> int:
             "RAM_STORAGE in the environment of the cluster's nodes, and leave the flag out"
         )
     study = study_of(flags)
-    running = None if flags.dry_run else _running(client, study)
+    only_asks = flags.dry_run or flags.print_space or flags.cancel is not None  # such a job runs no study
+    running = None if only_asks else _running(client, study)
     if running is not None and running.entrypoint != entrypoint:
         raise UserError(
             f"a study has one driver at a time; job {running.submission_id} runs {study} as `{running.entrypoint}`: "
@@ -66,14 +70,14 @@ def _submit_or_follow(flags: Flags, address: str) -> int:
             if running is not None:
                 say(f"job {job} is running this study: following it")
             else:
-                _submit(client, job, entrypoint, {} if flags.dry_run else {_TAG: study})
-                goes_on = "" if flags.dry_run else "; it goes on without this machine"
+                _submit(client, job, entrypoint, {} if only_asks else {_TAG: study}, flags.space)
+                goes_on = "" if only_asks else "; it goes on without this machine"
                 say(f"submitted to {address} as job {job}{goes_on}")
             return _follow(client, job)
         except _Left:
-            if flags.dry_run:
+            if only_asks:
                 client.stop_job(job)
-                say("left; the plan is not made")
+                say("left; the plan is not made" if flags.dry_run else "left; the job is stopped")
             else:
                 say(f"left; the job goes on\n  follow it  {command()}")
                 say(f"  stop it    {_ray_job('stop', address, job)}")
@@ -90,8 +94,10 @@ def arguments(flags: Flags) -> list[str]:
     found: list[str] = []
     default = vars(Flags())
     for name, value in vars(flags).items():
-        if name != "address" and value != default[name]:
-            found += [f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", str(value)]
+        if name == "address" or value == default[name]:
+            continue
+        values = value if isinstance(value, tuple) else (SPACE_FILE if name == "space" else value,)
+        found += [word for one in values for word in ([flag_of(name)] if one is True else [flag_of(name), str(one)])]
     return found
 
 
@@ -115,12 +121,16 @@ def _running(client: JobSubmissionClient, study: str) -> JobDetails | None:
     return max(jobs, key=lambda j: j.start_time or 0, default=None)
 
 
-def _submit(client: JobSubmissionClient, job: str, entrypoint: str, metadata: dict[str, str]) -> None:
-    """Send the command and its code. Raises UserError if the cluster refuses them."""
+def _submit(
+    client: JobSubmissionClient, job: str, entrypoint: str, metadata: dict[str, str], space: Path | None
+) -> None:
+    """Send the command, its code and the file of the space. Raises UserError if the cluster refuses them."""
     commit, dirty = working_tree()
     submitted = json.dumps({"command": command(), "commit": commit, "dirty": dirty})
     variables = {SUBMITTED: submitted, "RAY_JOB_STOP_WAIT_TIME_S": _STOP_SECONDS}
     with code_folder() as folder:
+        if space is not None:
+            shutil.copy2(space, folder / SPACE_FILE)
         runtime = {"working_dir": str(folder), "env_vars": variables}
         try:
             client.submit_job(entrypoint=entrypoint, submission_id=job, metadata=metadata, runtime_env=runtime)
