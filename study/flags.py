@@ -22,10 +22,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from ramcore.config import SOURCES, TASKS, nearest
+from ramcore.config import SOURCES, TASKS, Config, nearest
 from ramcore.errors import UserError, say
 from study.designs import DESIGNS
-from study.space_flags import SpaceFlags
+from study.search_space import search_space
+from study.space_flags import SpaceFlags, asked_space
 
 # Exit codes, in README.md, too. SIGINT and SIGTERM give 130 and 143; the same command continues then.
 DONE = 0
@@ -181,6 +182,7 @@ def check(flags: Flags) -> None:
             f"--storage must be a folder or a URI such as s3://bucket/folder; got {flags.storage}, which is neither: "
             "write :// after the kind, or ./ before a folder's name"
         )
+    asked_space(search_space(Config()), flags.space_flags)  # refuses wrong names and values at once
     if flags.repair and flags.dry_run:
         raise UserError("--dry-run writes nothing, and --repair does: pass one of them")
     if flags.study is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", flags.study):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -100,7 +101,8 @@ def space_toml(space: Space, base: Config) -> str:
     lines = [
         "# A table for each field that is searched: low, high, and step or log; or choices. NAME = VALUE fixes one."
     ]
-    lines += [f"# Fixed: {', '.join(f'{name}={value}' for name, value in rest.items())}"]
+    fixed = f"Fixed: {', '.join(f'{name}={value}' for name, value in rest.items())}"
+    lines += textwrap.wrap(fixed, width=110, initial_indent="# ", subsequent_indent="# ")
     lines += [f"{name} = {json.dumps(value)}" for name, value in own.items()]
     for d in space.dimensions:
         number = int if d.type == "int" else float
