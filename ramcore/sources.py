@@ -269,10 +269,12 @@ def load_images(path: Path | str, task: str = "original", canvas: int = 0) -> Ta
 def _npz_file(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz file. Raises UserError."""
     wanted = "train_images, train_labels, test_images and test_labels"
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} must be an .npz file with {wanted}; it is none: write it with numpy.savez")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, TypeError, AttributeError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         rule = f"{path} must be an .npz file with {wanted}"
         raise UserError(f"{rule}; reading it failed ({first_line(error)}): write it with numpy.savez") from error
     if missing := [name for name in _OWN_ARRAYS if name not in arrays]:

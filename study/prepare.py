@@ -109,7 +109,8 @@ def prepare(flags: Flags) -> Prepared:
 
     followed = known or source
     epochs = flags.epochs or (followed.settings.epochs if followed else design.epochs)
-    seeds = flags.seeds_per_trial or (known.settings.seeds_per_trial if known else design.seeds_per_trial)
+    like = known or (None if design.from_search else source)
+    seeds = flags.seeds_per_trial or (like.settings.seeds_per_trial if like else design.seeds_per_trial)
     total = flags.trials or (designs.DEFAULT_TRIALS if design.rows is None else None)
     if known:
         total = _total(flags.trials, known, warnings)
