@@ -257,6 +257,8 @@ def _find_study(
             name = known.settings.study
             warnings.append(f"{name} is continued, on the bundled digits: pass --data mnist for a study of MNIST")
     data = _load(source, tasks[0], canvas, flags.data_dir, warnings)
+    if like and data.digest == like.settings.digest:  # own images may have been renamed
+        data = dataclasses.replace(data, data=like.settings.data)
     name = flags.study or _default_name(tasks, data.data, design)
     return name, design, tasks, data, known or read(name)
 
