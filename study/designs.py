@@ -161,7 +161,7 @@ def ofat(inputs: DesignInputs) -> list[TrialSpec]:
     """
     space, best = inputs.space, inputs.best
     assert space is not None and best is not None
-    small = space.clamped(best | {"patch_size": SMALL_PATCH})
+    small = space.clamped(best | {"patch_size": SMALL_PATCH}) if "patch_size" in space.names else best
     specs: list[TrialSpec] = []
     baselines = {"best": best} | ({"small patch": small} if small != best and space.contains(small) else {})
     for name, baseline in baselines.items():
