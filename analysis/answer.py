@@ -91,12 +91,11 @@ def _what_else(analysis: Analysis) -> str:
 
 def _claims(analysis: Analysis, verdicts: Sequence[Verdict], runs: str) -> str:
     kinds = [v.verdict for v in verdicts]
-    counted = [f"{kinds.count(k)} {k}" for k in ("confirmed", "refuted", "undecided", "not tested") if k in kinds]
+    counted = [f"{kinds.count(k)} {k}" for k in ("confirmed", "refuted", "undecided") if k in kinds]
+    of = "four claims," if len(kinds) == 4 else f"four claims, {len(kinds)} can be judged:"
     biased = "; a biased sample, see below" if analysis.data.biased else ""
-    return (
-        f"Of the case study's four claims, {join(counted)} on these data ({runs}; unseen trials are predicted with "
-        f"R² = {analysis.trust.fit.r2:.2f}{biased})."
-    )
+    rest = f"{runs}; unseen trials are predicted with R² = {analysis.trust.fit.r2:.2f}{biased}"
+    return f"Of the case study's {of} {join(counted)} on these data ({rest})." if kinds else f"This rests on {rest}."
 
 
 def cautions(analysis: Analysis) -> list[str]:

@@ -20,6 +20,8 @@ def compare_configurations(selection: Selection, predictor: Predictor) -> tuple[
     at = np.array([d.to_unit([default[d.name]])[0] for d in varied])
     inside = all(d.name in saved for d in varied) and bool(np.all((at >= -1e-9) & (at <= 1 + 1e-9)))
     default_x = np.clip(np.nan_to_num(at, nan=0.5), 0.0, 1.0)
+    for i in (i for i, d in enumerate(varied) if d.type == "categorical"):  # nothing lies between two choices
+        default_x[i] = varied[i].to_unit(varied[i].from_unit(default_x[[i]]))[0]
 
     row = _best_row(selection, predictor)
     best_x = selection.observations.x[row, :-1]

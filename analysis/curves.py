@@ -26,12 +26,15 @@ def marginal_curve(dimension: Dimension, found: Marginal) -> Curve:
 
 def supported(data: Data, attempts: Attempts, i: int) -> NDArray[np.bool_]:
     """Which values of dimension i's grid are tried: at most a step of the grid beyond all but one of the trials near
-    the full budget, and not mostly forbidden in combination with the other parameters -> (G,) bool.
+    the full budget, and not mostly forbidden in combination with the other parameters; of choices, those with two such
+    trials -> (G,) bool.
     """
     grid = data.dimensions[i].grid(GRID)
     at = np.sort(attempts.x[at_full_budget(attempts.u, data.budget), i])
     if len(at) < 4:
         return np.zeros(len(grid), dtype=bool)
+    if data.dimensions[i].type == "categorical":  # no value lies between two others
+        return np.array([np.sum(np.abs(at - value) < 1e-9) > 1 for value in grid])
     near = 0.0 if data.dimensions[i].levels else 1 / (GRID - 1)
     found = (grid >= at[1] - near - 1e-9) & (grid <= at[-2] + near + 1e-9)
     varied = data.dimensions[:-1]

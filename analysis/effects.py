@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import qmc
 
-from analysis.results import CHANCE, DUMMY, TIE, Effect, Matrix, Ranking, interval
+from analysis.results import DUMMY, TIE, Effect, Matrix, Ranking, interval
 from analysis.surrogate import Posterior, Surface
 from analysis.training import Training
 from ramcore.space import Array, Dimension, Space
@@ -47,11 +47,14 @@ def sobol_indices(surface: Surface, posterior: Posterior, epoch: int = -1) -> In
 class Predictor:
     """What is expected of configurations at the full budget, by posterior draw.
 
-    A run trains with some probability, and then has some accuracy; if it does not, it has CHANCE, of logit `floor`.
+    A run trains with some probability, and then has some accuracy; if it does not, it has the
+    accuracy `chance`, of logit `floor`.
     """
 
-    def __init__(self, surface: Surface, posterior: Posterior, training: Training | None, floor: float) -> None:
-        self.surface, self.training, self.floor = surface, training, floor
+    def __init__(
+        self, surface: Surface, posterior: Posterior, training: Training | None, floor: float, chance: float
+    ) -> None:
+        self.surface, self.training, self.floor, self.chance = surface, training, floor, chance
         self.weights = np.ascontiguousarray(posterior.weights[:, :, -1].T)  # (P, S)
         self.level = posterior.level[:, -1]
 
@@ -72,7 +75,7 @@ class Predictor:
         return 1.0 if self.training is None else self.training.probability(x)
 
     def _accuracy(self, logits: Array, trains: Array | float) -> Array:
-        return 100 * (trains / (1 + np.exp(-logits)) + (1 - trains) * CHANCE)
+        return 100 * (trains / (1 + np.exp(-logits)) + (1 - trains) * self.chance)
 
     def along(self, x: Array, i: int, grid: Array) -> Along:
         """Predictions with coordinate i at each of G values and the others as in x (N, D)."""

@@ -28,6 +28,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = (
 GREY, PALE = "#767676", "#D9D9D9"
 ORIGIN_STYLE = {  # colour, marker, words
     "published": (BLACK, "*", "published settings"),
+    "asked": (GREEN, "P", "asked for (--try)"),
     "sobol": (BLUE, "o", "space-filling (Sobol)"),
     "tpe": (ORANGE, "s", "optimiser (TPE)"),
     "paper": (GREEN, "D", "paper's rows"),
@@ -198,8 +199,12 @@ def marginal(
         if part := [(x, trial.last) for x, trial in points if trial.complete == complete]:
             style = {"s": 14, "marker": marker, "color": colour, "alpha": 0.75, "lw": 0.9, "zorder": 2}
             ax.scatter(*zip(*part, strict=True), label=label, **style)
-    ax.fill_between(xs, curve.low, curve.high, color=BLUE, alpha=0.22, lw=0, zorder=3)
-    ax.plot(xs, curve.mid, color=BLUE, lw=2, zorder=4, marker="." if dimension.levels else None)
+    if names:  # nothing lies between two choices
+        ax.vlines(xs, curve.low, curve.high, color=BLUE, alpha=0.22, lw=6, zorder=3)
+    else:
+        ax.fill_between(xs, curve.low, curve.high, color=BLUE, alpha=0.22, lw=0, zorder=3)
+    line: dict[str, Any] = {"ls": "none", "ms": 9} if names else {"lw": 2}
+    ax.plot(xs, curve.mid, color=BLUE, zorder=4, marker="." if dimension.levels else None, **line)
     hatch = {"facecolor": "none", "hatch": "///", "edgecolor": PALE, "linewidth": 0, "zorder": 1}
     ax.fill_between(xs, 0, 1, where=curve.extrapolated.tolist(), transform=ax.get_xaxis_transform(), **hatch)
     if names:

@@ -72,7 +72,7 @@ def analyse(
     failures = fit_training(surface.bases, Attempts(selection.tried, np.ones_like(lost), 1 - lost, lost), draws, rng)
 
     on_step("computing effects and indices")
-    predictor = Predictor(surface, posterior, training, selection.floor)
+    predictor = Predictor(surface, posterior, training, selection.floor, data.chance)
     points = space_points(dimensions, CUBE_POINTS, seed)
     every = range(len(dimensions))
     marginals = [
@@ -128,6 +128,6 @@ def analyse(
                 marginal=dict(zip(dimensions[i].from_unit(marginals[i].grid), marginals[i].rows, strict=True)),
             )
             for i in every
-            if dimensions[i].name in (*CLAIMED, DUMMY)
+            if dimensions[i].name in (*CLAIMED, DUMMY) and dimensions[i].type != "categorical"
         },
     )

@@ -404,9 +404,9 @@ def _trial_table(runs: Iterable[Run]) -> pd.DataFrame:
 
 
 def _upgrade(trials: pd.DataFrame) -> pd.DataFrame:
-    """Records of schema 1 as of schema 2. They name the origin `arm`; divergence and the rows' facts are text."""
+    """Older records as those of today. Schema 1 has the origin as `arm`, and divergence and rows' facts as text."""
     trials = trials.rename(columns={"arm": "origin"})
-    added = {"baseline": "", "parameter": "", "diverged": False}
+    added = {"baseline": "", "parameter": "", "diverged": False, "canvas": 0, "num_classes": 10}
     trials = trials.assign(**{name: default for name, default in added.items() if name not in trials})
     trials["diverged"] |= (trials["state"] == "failed") & trials["stop_reason"].str.startswith("diverged")
     for number, row in trials.loc[(trials["origin"] == "ofat") & (trials["baseline"] == ""), "row"].items():

@@ -28,7 +28,7 @@ from analysis import figures, load
 from analysis.load import Exported, NoTrials, Source, StudyData, StudyRun
 from analysis.results import INTERVAL, Interval, mean_interval
 from analysis.text import number, span
-from ramcore.config import TASKS, Config, Data
+from ramcore.config import SOURCES, TASKS, Config
 from ramcore.data import TaskData
 from ramcore.errors import UserError, say
 from ramcore.pictures import GlimpsePath, draw_canvas, draw_glimpses, glimpse_paths
@@ -210,7 +210,7 @@ def _same(row: Published, trial: dict[Any, Any]) -> bool:
         expected["hidden_size"] = row.hidden
     elif row.glimpses:
         expected |= {"num_glimpses": row.glimpses, "patch_size": row.patch, "num_scales": row.scales}
-    return all(trial.get(name) == value for name, value in expected.items())
+    return not trial.get("canvas") and all(trial.get(name) == value for name, value in expected.items())
 
 
 # ---- Markdown ------------------------------------------------------------------------------------------------
@@ -390,7 +390,7 @@ def write_tables(out: Path, records: Sequence[StudyData]) -> str:
     return text
 
 
-def draw_pictures(out: Path, model: SavedModel | None, source: Data, data_dir: Path | None) -> str:
+def draw_pictures(out: Path, model: SavedModel | None, source: str, data_dir: Path | None) -> str:
     """Save sample digits, glimpses and their animation to `out`. Gives one line on what was drawn."""
     tasks = tuple(TASKS)
     try:
@@ -428,13 +428,12 @@ def _find_model(uri: str, studies: Sequence[StudyRun], name: str | None) -> Save
     return next(filter(None, (load_model(uri, study) for study in chosen[:10])), None)
 
 
-def _images(studies: Sequence[StudyRun], records: Sequence[StudyData], model: SavedModel | None) -> Data:
+def _images(studies: Sequence[StudyRun], records: Sequence[StudyData], model: SavedModel | None) -> str:
     """The images to draw: those of the model, else of the newest study."""
     if model is not None:
         return model.config.data
     named = [one.study.params.get("data") for one in records] + [study.params.get("data") for study in studies]
-    known: dict[str | None, Data] = {"mnist": "mnist", "fashion-mnist": "fashion-mnist"}
-    return known.get(named[0], "digits")
+    return named[0] if named[0] in SOURCES else "digits"
 
 
 def cli() -> int:

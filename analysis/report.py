@@ -24,7 +24,7 @@ from analysis.fixed_designs import FixedDesigns, completion_line
 from analysis.importance import DRAWS_EACH, HYPERDRAWS
 from analysis.load import StudyData, plain_trials
 from analysis.results import DUMMY, INTERVAL, MIN_R2, TIE, Analysis, Interval
-from analysis.selection import outcomes
+from analysis.selection import outcomes, trained_above
 from analysis.text import join, number, percent, span
 from analysis.verdicts import THRESHOLDS, Verdict
 from ramcore.space import RULE_REASON, shown, words
@@ -220,6 +220,7 @@ def write_report(
         "origins": ", ".join(f"{count} {origin}" for origin, count in analysis.data.origins.items()),
         "crosschecks": _cells(crosschecks),
         "fixed_designs": fixed_designs,
+        "trained_above": 100 * trained_above(analysis.data.chance),
     }
     paths = _write_page(out, "search.html.j2", records, drawn, values)
     return paths + [out / name for name in ("importance.csv", "verdicts.json", "diagnostics.json")]

@@ -15,7 +15,7 @@ from scipy.stats import t
 from ramcore.space import Array, Dimension, Space
 
 DUMMY = "dummy (no effect)"
-CHANCE = 0.1  # accuracy of guessing one of ten digits, which a run that does not train has
+TRAINED = 1 / 18  # of the way from guessing to no error, above which a run has trained: 15 % with ten classes
 INTERVAL = 0.90  # posterior probability inside every interval
 MIN_TRIALS = 5  # the least that can be cross-validated
 MIN_RANKED = 8  # trials; with fewer, a surface over several dimensions is a guess, whatever its fit
@@ -61,6 +61,7 @@ class Data(NamedTuple):
     untrained: tuple[int, int]  # runs that did not train, and all runs
     budget: int  # epochs the answers are for
     evaluation_size: int  # images behind an accuracy
+    chance: float  # accuracy of guessing one of the classes, which a run that does not train has
     biased: bool  # the search algorithm chose most trials, so they crowd where accuracy is high
     warnings: tuple[str, ...]
 

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from analysis.load import StudyData
 from analysis.observations import Observations, log_epoch, logit, observe
-from analysis.results import CHANCE, DUMMY, MIN_RANKED, MIN_TRIALS, Counts, Data
+from analysis.results import DUMMY, MIN_RANKED, MIN_TRIALS, TRAINED, Counts, Data
 from analysis.training import Attempts
 from ramcore.errors import UserError
 from ramcore.space import Array, Dimension, Space
 from study.designs import SEARCH_ORIGINS
 
-TRAINED = 1.5  # times the accuracy of guessing, above which a run has trained
+TAKEN_OVER = "taken over"  # origin of the trials of other studies: none is of this study's own Sobol sequence
 DEFAULT_EVALUATION_SIZE = 10_000  # images behind an accuracy, if the study does not say
 
 
@@ -74,7 +74,7 @@ def combine(records: StudyData, others: Sequence[StudyData]) -> tuple[StudyData,
             mine = other.epochs.loc[(other.epochs["trial"] == old) & other.epochs["seed"].isin(list(fresh))]
             if mine.empty:
                 continue
-            trials.append(inside.loc[[old]].set_axis([number]))
+            trials.append(inside.loc[[old]].assign(origin=TAKEN_OVER).set_axis([number]))
             epochs.append(mine.assign(trial=number))
             added[other.study.name] = added.get(other.study.name, 0) + 1
             number += 1
@@ -139,13 +139,14 @@ def select(records: StudyData, others: Sequence[StudyData] = ()) -> Selection:
         raise UserError(f"a ranking needs a parameter that varies; every trial of {name} has the same configuration")
     budget = min(full, int(epochs["epoch"].to_numpy().max()))
     size = evaluation_size(records.settings)
+    chance = 1 / float(trials["num_classes"].to_numpy(dtype=float).max()) if "num_classes" in trials else 0.1
     early = f"No trial has reached the full budget of {full} epochs yet; answers are for epoch {budget}."
 
     x = x[[d.name for d in varied]].assign(**{DUMMY: [_dummy(int(trial)) for trial in x.index]})
     ended = outcomes(trials)
     diverged = [trial for trial in x.index if ended[trial] == "diverged"]
-    attempts, floor, final = _attempts(epochs, records.epochs, x, diverged, budget, size)
-    observations = observe(epochs.loc[epochs["val_accuracy"] > TRAINED * CHANCE], x, budget, size)
+    attempts, floor, final = _attempts(epochs, records.epochs, x, diverged, budget, size, chance)
+    observations = observe(epochs.loc[epochs["val_accuracy"] > trained_above(chance)], x, budget, size)
     used = trials.loc[list(observations.trials)]
     own = used.index.isin(searched)
     data = Data(
@@ -159,6 +160,7 @@ def select(records: StudyData, others: Sequence[StudyData] = ()) -> Selection:
         untrained=(int(attempts.failed.sum()), int((attempts.failed + attempts.trained).sum())),
         budget=budget,
         evaluation_size=size,
+        chance=chance,
         biased=bool((used["origin"] == "sobol").sum() < max(1, 0.25 * own.sum())),
         warnings=(early,) if budget < full else (),
     )
@@ -175,20 +177,31 @@ def select(records: StudyData, others: Sequence[StudyData] = ()) -> Selection:
     )
 
 
+def trained_above(chance: float) -> float:
+    """The accuracy above which a run has trained, where guessing has the accuracy `chance`."""
+    return chance + (1 - chance) * TRAINED
+
+
 def _attempts(
-    epochs: pd.DataFrame, every: pd.DataFrame, x: pd.DataFrame, diverged: Sequence[int], budget: int, size: int
+    epochs: pd.DataFrame,
+    every: pd.DataFrame,
+    x: pd.DataFrame,
+    diverged: Sequence[int],
+    budget: int,
+    size: int,
+    chance: float,
 ) -> tuple[Attempts, float, pd.Series]:
     """How the runs ended, the mean logit of those that do not train, and each trial's mean logit at its end.
 
-    A run trains if its last accuracy is above TRAINED times that of guessing. One that diverged does not, and would not
+    A run trains if its last accuracy is above `trained_above(chance)`. One that diverged does not, and would not
     have by the full budget; the other seeds of its trial were cut short and tell nothing.
     """
     ended = epochs.loc[~epochs["trial"].isin(list(diverged))].sort_values("epoch")
     last = ended.drop_duplicates(["trial", "seed"], keep="last")
     accuracy = last["val_accuracy"].to_numpy(dtype=float)
-    last = last.assign(failed=accuracy <= TRAINED * CHANCE, y=logit(accuracy, size))
+    last = last.assign(failed=accuracy <= trained_above(chance), y=logit(accuracy, size))
     lost = last.loc[last["failed"], "y"].to_numpy(dtype=float)
-    floor = float(lost.mean()) if len(lost) else float(logit(np.array(CHANCE), size))
+    floor = float(lost.mean()) if len(lost) else float(logit(np.array(chance), size))
     columns = {"epoch": ("epoch", "max"), "failed": ("failed", "sum"), "seeds": ("failed", "size"), "y": ("y", "mean")}
     broken = every.loc[every["trial"].isin(list(diverged)) & every["val_accuracy"].isna()].groupby("trial")
     seeds = [max(1, len(set(broken.get_group(trial)["seed"])) if trial in broken.groups else 1) for trial in diverged]

@@ -33,26 +33,27 @@ class Verdict(NamedTuple):
     """One claim, its verdict and the numbers behind it."""
 
     claim: str
-    verdict: str  # confirmed, refuted, undecided or not tested
+    verdict: str  # confirmed, refuted or undecided
     probability: float | None  # posterior probability of the claim
     evidence: str
     estimate: Interval | None
 
 
 def judge(analysis: Analysis) -> tuple[Verdict, ...]:
-    """All four claims, in the case study's order."""
-    return (
+    """Those of the four claims whose parameters were varied, in the case study's order."""
+    claims = (
         _patch_first(analysis),
         _hardly(analysis, "num_scales", "The number of scales hardly matters"),
         _hardly(analysis, "num_glimpses", "The number of glimpses hardly matters"),
         _more_glimpses(analysis),
     )
+    return tuple(claim for claim in claims if claim is not None)
 
 
-def _patch_first(analysis: Analysis) -> Verdict:
+def _patch_first(analysis: Analysis) -> Verdict | None:
     claim = "Patch (retina) size matters most of patch size, number of scales and number of glimpses"
-    if missing := [name for name in TRIED if name not in analysis.draws]:
-        return _untested(claim, missing)
+    if any(name not in analysis.draws for name in TRIED):
+        return None
     patch, scales, glimpses = (analysis.draws[name].total for name in TRIED)
     probability = float(np.mean(patch > np.maximum(scales, glimpses)))
     evidence = (
@@ -70,9 +71,9 @@ def _patch_first(analysis: Analysis) -> Verdict:
     return _decide(analysis, claim, probability, evidence, interval(patch))
 
 
-def _hardly(analysis: Analysis, name: str, claim: str) -> Verdict:
+def _hardly(analysis: Analysis, name: str, claim: str) -> Verdict | None:
     if name not in analysis.draws:
-        return _untested(claim, [name])
+        return None
     effect, dummy = analysis.draws[name].effect, analysis.draws[DUMMY].effect
     found = interval(effect)
     dimension = next(d for d in analysis.data.dimensions if d.name == name)
@@ -89,12 +90,12 @@ def _hardly(analysis: Analysis, name: str, claim: str) -> Verdict:
     return verdict._replace(verdict="undecided") if like_dummy else verdict
 
 
-def _more_glimpses(analysis: Analysis) -> Verdict:
+def _more_glimpses(analysis: Analysis) -> Verdict | None:
     few, many, _ = TRIED["num_glimpses"]
     claim = f"{many} glimpses are worse than {few}"
     change = _change(analysis, "num_glimpses")
     if change is None:
-        return _untested(claim, [f"num_glimpses over {few} and {many}"])
+        return None
     evidence = f"mean accuracy changes by {_change_text('num_glimpses', change)}"
     return _decide(analysis, claim, float(np.mean(change < 0)), evidence, interval(change))
 
@@ -104,10 +105,6 @@ def _decide(analysis: Analysis, claim: str, probability: float, evidence: str, e
         return Verdict(claim, "undecided", None, why_not_ranked(analysis), None)
     verdict = "confirmed" if probability >= SURE else "refuted" if probability <= 1 - SURE else "undecided"
     return Verdict(claim, verdict, probability, evidence, estimate)
-
-
-def _untested(claim: str, names: list[str]) -> Verdict:
-    return Verdict(claim, "not tested", None, f"this study did not vary {' or '.join(names)}", None)
 
 
 def _change(analysis: Analysis, name: str) -> Array | None:

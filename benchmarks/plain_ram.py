@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.nn import functional
 
-from ramcore.config import NUM_CLASSES, Config
+from ramcore.config import Config
 
 
 class Retina:
@@ -96,7 +96,7 @@ class PlainRAM(nn.Module):
         self.sensor = GlimpseNetwork(config)
         self.core = CoreNetwork(config)
         self.locator = LocationNetwork(config)
-        self.classifier = nn.Linear(config.hidden_size, NUM_CLASSES)
+        self.classifier = nn.Linear(config.hidden_size, config.num_classes)
         self.baseliner = nn.Linear(config.hidden_size, 1)
 
     def forward(self, images: Tensor, location: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

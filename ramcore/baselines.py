@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ramcore.config import NUM_CLASSES, Config
+from ramcore.config import Config
 from ramcore.layers import Conv, Linear, Weights
 
 
@@ -25,7 +25,7 @@ class CNN(nn.Module):
         self.conv2 = Conv(weights, 10, 20, 5)
         side = ((config.canvas_size - 4) // 2 - 4) // 2
         self.hidden = Linear(weights, 20 * side**2, 50)
-        self.out = Linear(weights, 50, NUM_CLASSES)
+        self.out = Linear(weights, 50, config.num_classes)
 
     def forward(self, images: Tensor, dropout: Tensor | None = None) -> Tensor:
         """images: (R, B, S, S) float; dropout: (R, B, 20) uniform in [0, 1), to drop whole maps; returns (R, B, C)."""
@@ -49,7 +49,7 @@ class ConvNet(nn.Module):
         self.conv = Conv(weights, 1, 8, 10, stride=5)
         side = (config.canvas_size - 10) // 5 + 1
         self.hidden = Linear(weights, 8 * side**2, config.hidden_size)
-        self.out = Linear(weights, config.hidden_size, NUM_CLASSES)
+        self.out = Linear(weights, config.hidden_size, config.num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (R, B, S, S) float; returns (R, B, C)."""
@@ -65,7 +65,7 @@ class FullyConnected(nn.Module):
         weights = Weights(seeds)
         self.hidden1 = Linear(weights, config.canvas_size**2, config.hidden_size)
         self.hidden2 = Linear(weights, config.hidden_size, config.hidden_size)
-        self.out = Linear(weights, config.hidden_size, NUM_CLASSES)
+        self.out = Linear(weights, config.hidden_size, config.num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (R, B, S, S) float; returns (R, B, C)."""

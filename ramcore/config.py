@@ -6,8 +6,11 @@ tables. A hyperparameter is declared here and used where it acts; a Dimension in
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -34,13 +37,12 @@ if TYPE_CHECKING:
 else:
     Task = Literal[tuple(TASKS)]  # the command line lists these
 
-Data = Literal["mnist", "fashion-mnist", "digits"]
+SOURCES = ("mnist", "fashion-mnist", "digits")  # the images that this project knows, each of 28x28 pixels in 10 classes
 Model = Literal["ram", "ram-random", "cnn", "conv", "fc"]
 LocationInput = Literal["state", "state+paths"]
 
 CLUTTER_SIZE = 8  # pixels along a side of a patch cut from another image (case study, section 3.1)
-DIGIT_SIZE = 28  # pixels along a side of every source's images
-NUM_CLASSES = 10
+DIGIT_SIZE = 28  # pixels along a side of the images of SOURCES
 MAX_SCALES = 6
 
 
@@ -60,6 +62,16 @@ class Between:
         return low if self.high == math.inf else f"{low} and at most {self.high:g}"
 
 
+class ImagesName:
+    """The names of images: those of SOURCES, and of own images, which end with the first 8 digits of their digest."""
+
+    def __contains__(self, name: object) -> bool:
+        return name in SOURCES or (isinstance(name, str) and re.fullmatch(r".+-[0-9a-f]{8}", name) is not None)
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(SOURCES)}, or own images as `ramcore.sources.load_images` names them"
+
+
 Count = Annotated[int, Between(1)]
 AboveZero = Annotated[float, Between(0, above=True)]
 Share = Annotated[float, Between(0, 1)]
@@ -73,8 +85,10 @@ class Config:
     """
 
     # The data.
-    data: Data = "mnist"  # where the 28x28 images come from
+    data: Annotated[str, ImagesName()] = "mnist"  # the images: mnist, fashion-mnist, digits, or own ones
     task: Task = "translated"  # size of the canvas, and clutter on it
+    canvas: Annotated[int, Between(0, 1000)] = 0  # pixels along a side of the canvas; 0: the task's
+    num_classes: Annotated[int, Between(2, 10_000)] = 10  # classes of the images
     placements: Literal["once", "every-epoch"] = "every-epoch"  # how often training digits and clutter get new places
 
     # The network.
@@ -119,13 +133,15 @@ class Config:
         for name, annotation in _annotations().items():
             _check(name, getattr(self, name), annotation)
         if self.patch_size > self.canvas_size:
-            canvas = f"{self.canvas_size}, the canvas of task {self.task}"
+            canvas = f"{self.canvas_size}, the canvas{'' if self.canvas else f' of task {self.task}'}"
             raise UserError(f"patch_size must be at most {canvas}; got {self.patch_size}")
+        if self.canvas_size < (least := {"cnn": 16, "conv": 10}.get(self.model, 1)):
+            raise UserError(f"model {self.model} needs a canvas of at least {least} pixels; got {self.canvas_size}")
 
     @property
     def canvas_size(self) -> int:
         """Pixels along a side of the square canvas."""
-        return TASKS[self.task].canvas_size
+        return self.canvas or TASKS[self.task].canvas_size
 
     @property
     def is_recurrent(self) -> bool:
@@ -136,6 +152,37 @@ class Config:
     def glimpse_pixels(self) -> int:
         """Values in one glimpse: num_scales patches of patch_size by patch_size."""
         return self.num_scales * self.patch_size**2
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """How a message goes on after an unknown name: "; did you mean num_scales?", or nothing if none is like it."""
+    found = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def kind(name: str) -> type:
+    """What a field of Config holds: int, float, bool or str (one of some names). Raises UserError if there is none."""
+    annotations = _annotations()
+    if name not in annotations:
+        raise UserError(f"a hyperparameter must be a field of Config; got {name}{nearest(name, annotations)}")
+    annotation = annotations[name]
+    if get_origin(annotation) is Literal:
+        return str
+    return annotation if isinstance(annotation, type) else get_args(annotation)[0]
+
+
+def read_value(name: str, text: object) -> Any:
+    """A field's value from text, or as TOML has it. Raises UserError if the field does not allow it."""
+    value, wanted = text, kind(name)
+    if isinstance(text, str) and wanted is not str:
+        try:
+            value = {"true": True, "false": False}.get(text.lower(), text) if wanted is bool else float(text)
+        except ValueError:
+            pass  # the check says what is allowed
+    if wanted is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    _check(name, value, _annotations()[name])
+    return value
 
 
 _LARGEST = 2**31 - 1  # whole number: the largest size of a tensor
@@ -153,6 +200,8 @@ def _check(name: str, value: Any, annotation: Any) -> None:
         fits, rule = value in allowed, f"one of {', '.join(allowed)}"
     elif annotation is bool:
         fits, rule = isinstance(value, bool), "true or false"
+    elif allowed[0] is str:
+        fits, rule = value in allowed[1], str(allowed[1])
     elif allowed[0] is int:
         whole = isinstance(value, int) and not isinstance(value, bool)
         fits, rule = whole and value in allowed[1] and value <= _LARGEST, f"a whole number of {allowed[1]}"

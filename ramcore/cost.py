@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ramcore.config import NUM_CLASSES, Config
+from ramcore.config import Config
 from ramcore.errors import UserError
 
 
@@ -25,16 +25,16 @@ def cost(config: Config) -> Cost:
     """Parameters and MACs of a configuration."""
     if config.is_recurrent:
         return _ram_cost(config)
-    canvas, hidden = config.canvas_size, config.hidden_size
+    canvas, hidden, classes = config.canvas_size, config.hidden_size, config.num_classes
     if config.model == "cnn":  # layers: (inputs, outputs, places where a convolution is computed)
         first = canvas - 4
         second = first // 2 - 4
-        layers = [(25, 10, first**2), (250, 20, second**2), (20 * (second // 2) ** 2, 50, 1), (50, NUM_CLASSES, 1)]
+        layers = [(25, 10, first**2), (250, 20, second**2), (20 * (second // 2) ** 2, 50, 1), (50, classes, 1)]
     elif config.model == "conv":
         places = ((canvas - 10) // 5 + 1) ** 2
-        layers = [(100, 8, places), (8 * places, hidden, 1), (hidden, NUM_CLASSES, 1)]
+        layers = [(100, 8, places), (8 * places, hidden, 1), (hidden, classes, 1)]
     else:
-        layers = [(canvas**2, hidden, 1), (hidden, hidden, 1), (hidden, NUM_CLASSES, 1)]
+        layers = [(canvas**2, hidden, 1), (hidden, hidden, 1), (hidden, classes, 1)]
     return Cost(sum((i + 1) * o for i, o, _ in layers), sum(i * o * places for i, o, places in layers))
 
 
@@ -73,7 +73,7 @@ def _ram_cost(config: Config) -> Cost:
     recurrent = (hidden, gates * hidden)  # not at the first glimpse: the state before it is zero
     read, width = hidden + (2 * path if config.location_input == "state+paths" else 0), config.location_hidden
     location = [(read, width), (width, 2)] if width else [(read, 2)]
-    outputs = [(hidden, NUM_CLASSES), (hidden, 1)]  # action and baseline
+    outputs = [(hidden, config.num_classes), (hidden, 1)]  # action and baseline
     norms = config.layer_norm * (1 + (2 * gates if config.core == "gru" else gates))
     decisions = config.num_glimpses - 1 if config.model == "ram" else 0
     return Cost(
@@ -81,7 +81,7 @@ def _ram_cost(config: Config) -> Cost:
         macs=config.num_glimpses * sum(i * o for i, o in glimpse)
         + (config.num_glimpses - 1) * recurrent[0] * recurrent[1]
         + decisions * sum(i * o for i, o in location)
-        + hidden * NUM_CLASSES,
+        + hidden * config.num_classes,
     )
 
 

@@ -1,15 +1,15 @@
-"""Tasks: 28x28 grey images with labels, split into train, validation and test, and laid on a canvas.
+"""Tasks: square grey images with labels, split into train, validation and test, and laid on a canvas.
 
 Only the images are stored (`ramcore.sources` loads them). `TaskData.render` draws a batch of canvases from them and a
 key per replicate. So a placement is a function of (seed, epoch, image) alone, the same on CPU and GPU.
 
-R: replicates, B: images of a batch, N: images of a split, S: canvas side.
+R: replicates, B: images of a batch, N: images of a split, I: image side, S: canvas side.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ramcore import kernels
-from ramcore.config import CLUTTER_SIZE, DIGIT_SIZE, MAX_CLUTTER, TASKS
+from ramcore.config import CLUTTER_SIZE, DIGIT_SIZE, MAX_CLUTTER, TASKS, Config
+from ramcore.errors import UserError
 from ramcore.rng import Stream, integers, key
 
 SplitName = Literal["train", "validation", "test"]
@@ -25,7 +26,7 @@ _FIXED_SEED = -1  # places the validation and test digits of every run; no repli
 
 
 class Split(NamedTuple):
-    """images: (N, 28, 28) uint8; labels: (N,) int64 in 0..9."""
+    """images: (N, I, I) uint8; labels: (N,) int64 from 0 to the number of classes - 1."""
 
     images: Tensor
     labels: Tensor
@@ -38,9 +39,38 @@ class TaskData:
     data: str
     task: str
     digest: str  # sha256 of the source's images and labels
+    canvas: int = 0  # as `Config.canvas`
     train: Split
     validation: Split
     test: Split
+
+    @property
+    def image_size(self) -> int:
+        """Pixels along a side of every image."""
+        return self.train.images.shape[-1]
+
+    @property
+    def canvas_size(self) -> int:
+        """Pixels along a side of the canvas."""
+        return self.canvas or TASKS[self.task].canvas_size
+
+    @property
+    def num_classes(self) -> int:
+        """One more than the largest label."""
+        return 1 + max(int(self.split(name).labels.max()) for name in get_args(SplitName))
+
+    def configure(self, config: Config) -> Config:
+        """The configuration, for these images and this task. Raises UserError if its patches exceed the canvas."""
+        return replace(config, data=self.data, task=self.task, canvas=self.canvas, num_classes=self.num_classes)
+
+    def check(self, config: Config) -> None:
+        """Raises UserError unless a configuration is for these images and this task."""
+        own, asked = (f"{x.data} {x.task}{f' on {x.canvas} pixels' if x.canvas else ''}" for x in (self, config))
+        if own != asked:
+            raise UserError(f"data must be {asked}; got {own}: load_task(config)")
+        if self.num_classes > config.num_classes:
+            fact = f"{self.data} has {self.num_classes}, num_classes is {config.num_classes}"
+            raise UserError(f"a network needs an answer for every class; {fact}: data.configure(config)")
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -59,7 +89,7 @@ class TaskData:
     def to(self, device: torch.device | str) -> TaskData:
         """The same task on another device."""
         splits = {name: Split(*(t.to(device) for t in self.split(name))) for name in get_args(SplitName)}
-        return TaskData(data=self.data, task=self.task, digest=self.digest, **splits)
+        return replace(self, **splits)
 
     def placement_keys(self, split: SplitName, seeds: Tensor, epoch: int | Tensor) -> Tensor:
         """Keys of the places of digits and clutter: (R,) int64 for train; else (1,), the same in every run.
@@ -77,16 +107,18 @@ class TaskData:
         index: (R, B) int64, of the split's images. keys: (R,) int64, from `placement_keys`.
         """
         images = self.split(split).images
-        canvas, clutter = TASKS[self.task]
-        if canvas > DIGIT_SIZE and kernels.usable(index.device):
-            return kernels.render(images, index, keys, canvas, clutter, (DIGIT_SIZE, CLUTTER_SIZE, _COUNTERS_PER_IMAGE))
+        canvas, clutter, side = self.canvas_size, TASKS[self.task].num_clutter, self.image_size
+        if canvas > side and kernels.usable(index.device):
+            return kernels.render(images, index, keys, canvas, clutter, (side, CLUTTER_SIZE, _COUNTERS_PER_IMAGE))
         shape = (*index.shape, canvas, canvas)
         flat_index = index.reshape(-1)
         digits = images.view(len(images), -1).index_select(0, flat_index)
-        if canvas == DIGIT_SIZE:
+        if canvas == side and not clutter:
             return digits.view(shape)
         # Every image has its own counters, so its place does not depend on the rest of the batch.
-        counter, high, digit_pixels, clutter_pixels, source_pixels = _layout(self.task, len(images), index.device)
+        counter, high, digit_pixels, clutter_pixels, source_pixels = _layout(
+            side, canvas, clutter, len(images), index.device
+        )
         counters = (index * _COUNTERS_PER_IMAGE).reshape(-1, 1) + counter
         drawn = integers(keys[:, None].expand_as(index).reshape(-1, 1), counters, high)
 
@@ -98,7 +130,7 @@ class TaskData:
         flat.scatter_(1, place(0, canvas) + digit_pixels, digits)
         if clutter:
             other = (flat_index[:, None] + 1 + drawn[:, 2 : 2 + clutter]) % len(images)
-            source = other * DIGIT_SIZE**2 + place(2 + clutter, DIGIT_SIZE, clutter)
+            source = other * side**2 + place(2 + clutter, side, clutter)
             patches = images.view(-1)[source[..., None] + source_pixels]
             target = place(2 + 3 * clutter, canvas, clutter)[..., None] + clutter_pixels
             for i in range(clutter):  # in turn, since patches of one image may overlap
@@ -128,26 +160,42 @@ class _Layout(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _layout(task: str, num_images: int, device: torch.device) -> _Layout:
-    canvas, clutter = TASKS[task]
-    places = [canvas - DIGIT_SIZE + 1] * 2
-    clutter_high = (num_images - 1, *[DIGIT_SIZE - CLUTTER_SIZE + 1] * 2, *[canvas - CLUTTER_SIZE + 1] * 2)
+def _layout(side: int, canvas: int, clutter: int, num_images: int, device: torch.device) -> _Layout:
+    places = [canvas - side + 1] * 2
+    clutter_high = (num_images - 1, *[side - CLUTTER_SIZE + 1] * 2, *[canvas - CLUTTER_SIZE + 1] * 2)
     places += [high for high in clutter_high for _ in range(clutter)]
     layout = _Layout(
         counter=torch.arange(len(places), device=device),
         high=torch.tensor(places, device=device),
-        digit_pixels=_square(DIGIT_SIZE, canvas, device),
+        digit_pixels=_square(side, canvas, device),
         clutter_pixels=_square(CLUTTER_SIZE, canvas, device),
-        source_pixels=_square(CLUTTER_SIZE, DIGIT_SIZE, device),
+        source_pixels=_square(CLUTTER_SIZE, side, device),
     )
     kernels.wait_for(layout.source_pixels)
     return layout
 
 
-def make_task(data: str, task: str, splits: dict[SplitName, Split]) -> TaskData:
-    """A task from the splits of a source."""
+def make_task(data: str, task: str, splits: dict[SplitName, Split], canvas: int = 0) -> TaskData:
+    """A task from the splits of a source, on a canvas of that many pixels along a side; 0: the task's.
+
+    A canvas of the size of SOURCES' images, which is the task "original", has the size of these images.
+    Raises UserError if the images do not fit.
+    """
+    side, clutter = splits["train"].images.shape[-1], TASKS[task].num_clutter
+    if not canvas and TASKS[task].canvas_size == DIGIT_SIZE != side:
+        canvas = side
+    if side > (size := canvas or TASKS[task].canvas_size):
+        raise UserError(
+            f"images must fit on the canvas; those of {data} have {side}x{side} pixels, the canvas of {task} {size}x"
+            f"{size}: pass --canvas {side} or more"
+        )
+    if clutter and (side < CLUTTER_SIZE or min(len(split.labels) for split in splits.values()) < 2):
+        raise UserError(
+            f"clutter is cut from other images, {CLUTTER_SIZE}x{CLUTTER_SIZE} pixels at a time; those of {data} have "
+            f"{side}x{side} pixels: pass --task translated or original"
+        )
     digest = hashlib.sha256()
     for name in get_args(SplitName):
         for tensor in splits[name]:
             digest.update(tensor.contiguous().numpy().tobytes())
-    return TaskData(data=data, task=task, digest=digest.hexdigest(), **splits)
+    return TaskData(data=data, task=task, digest=digest.hexdigest(), canvas=canvas, **splits)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ramcore import kernels
-from ramcore.config import NUM_CLASSES, Config
+from ramcore.config import Config
 from ramcore.layers import (
     LayerNorm,
     Linear,
@@ -314,7 +314,7 @@ class RAM(nn.Module):
         self.glimpse = GlimpseNetwork(weights, config)
         self.core = CoreNetwork(weights, config)
         self.location = LocationNetwork(weights, config)
-        self.action = Linear(weights, config.hidden_size, NUM_CLASSES)
+        self.action = Linear(weights, config.hidden_size, config.num_classes)
         self.baseline = Linear(weights, config.hidden_size, 1)
         # The policy's present standard deviation. It is saved with the weights that were trained with it.
         self.location_std: Tensor

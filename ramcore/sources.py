@@ -1,11 +1,14 @@
-"""Where the 28x28 images come from: MNIST's and Fashion-MNIST's IDX files, and scikit-learn's digits."""
+"""Where the images come from: MNIST's and Fashion-MNIST's IDX files, scikit-learn's digits, and own files."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
 import os
+import re
+import zipfile
 import zlib
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -16,7 +19,7 @@ import requests
 import torch
 from torch.nn import functional
 
-from ramcore.config import DIGIT_SIZE, Config, Data
+from ramcore.config import DIGIT_SIZE, SOURCES, Config, nearest
 from ramcore.data import Split, SplitName, TaskData, make_task
 from ramcore.errors import UserError, first_line
 from ramcore.rng import bits
@@ -79,7 +82,7 @@ _DIGITS_FILE = "sklearn/datasets/data/digits.csv.gz"  # read by itself, since im
 _DIGITS_SPLIT = (1_197, 300, 300)  # images for training, validation and test
 
 
-def load_source(name: Data, data_dir: Path | None = None) -> dict[SplitName, Split]:
+def load_source(name: str, data_dir: Path | None = None) -> dict[SplitName, Split]:
     """Load the 28x28 images of a source and split them.
 
     The IDX files may be plain or .gz, and lie in the folder, in a subfolder with the source's name, or where
@@ -90,6 +93,8 @@ def load_source(name: Data, data_dir: Path | None = None) -> dict[SplitName, Spl
         DataMissing: no folder was given, the cache lacks the files, and no mirror answers.
         UserError: a file is damaged, truncated or not the source's; the folder that was given is none or lacks files.
     """
+    if name not in SOURCES:
+        raise UserError(f"own images are read from their file; got the name {name} alone: load_images(PATH)")
     if name == "digits":
         return _load_digits()
     source = _IDX_SOURCES[name]
@@ -174,31 +179,144 @@ def _download(name: str, source: _IdxSource, file: _IdxFile, folder: Path) -> Pa
 
 def _read_idx(path: Path, file: _IdxFile, source: str) -> np.ndarray:
     """The array in an IDX file. Raises UserError unless shape and checksum are those that the source published."""
-    try:
-        raw = path.read_bytes()
-        content = gzip.decompress(raw) if path.suffix == ".gz" else raw
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} must be a whole .gz file; reading it failed ({error}): fetch it again") from error
-    ndim = len(file.shape)
-    magic = bytes([0, 0, 8, ndim])
-    header = magic + b"".join(n.to_bytes(4, "big") for n in file.shape)
-    expected_size = len(header) + int(np.prod(file.shape))
-    if content[:4] != magic:
-        raise UserError(f"{path} must start with IDX magic {magic.hex()}; found {content[:4].hex()}: fetch it again")
-    shape = tuple(int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(ndim))
-    if shape != file.shape or len(content) != expected_size:
-        raise UserError(
-            f"{path} must hold shape {file.shape} in {expected_size} bytes; "
-            f"found {shape} in {len(content)} bytes: fetch it again"
-        )
+    raw, content, array = _parse_idx(path, len(file.shape), file.shape)
     checksum, wanted, found = "md5", file.md5, hashlib.md5(raw, usedforsecurity=False).hexdigest()
     if file.sha256:
         checksum, wanted, found = "sha256 of the unpacked file", file.sha256, hashlib.sha256(content).hexdigest()
     if found != wanted and (file.sha256 or path.suffix == ".gz"):  # no checksum of a plain Fashion-MNIST file is known
         raise UserError(f"{path} must be {source}'s, {checksum} {wanted}; found {found}: fetch it again")
-    return np.frombuffer(content, np.uint8, offset=len(header)).reshape(file.shape).copy()
+    return array
+
+
+def _parse_idx(path: Path, ndim: int, wanted: tuple[int, ...] | None = None) -> tuple[bytes, bytes, np.ndarray]:
+    """The bytes of an IDX file, the same unpacked, and its array of `ndim` axes of 8-bit numbers.
+
+    Raises UserError if it is damaged, or not of the shape that is wanted.
+    """
+    try:
+        raw = path.read_bytes()
+        content = gzip.decompress(raw) if path.suffix == ".gz" else raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} must be a whole .gz file; reading it failed ({error}): fetch it again") from error
+    magic = bytes([0, 0, 8, ndim])
+    if content[:4] != magic:
+        raise UserError(f"{path} must start with IDX magic {magic.hex()}; found {content[:4].hex()}: fetch it again")
+    shape = tuple(int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(ndim))
+    wanted, header = wanted or shape, 4 + 4 * ndim
+    expected_size = header + int(np.prod(wanted))
+    if shape != wanted or len(content) != expected_size:
+        raise UserError(
+            f"{path} must hold shape {wanted} in {expected_size} bytes; "
+            f"found {shape} in {len(content)} bytes: fetch it again"
+        )
+    return raw, content, np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
 
 
 def load_task(config: Config, data_dir: Path | None = None, device: torch.device | str = "cpu") -> TaskData:
     """The task of a configuration: source config.data, laid out as config.task. Raises as `load_source`."""
-    return make_task(config.data, config.task, load_source(config.data, data_dir)).to(device)
+    return make_task(config.data, config.task, load_source(config.data, data_dir), config.canvas).to(device)
+
+
+# ---- own images ----------------------------------------------------------------------------------------------
+
+_OWN_VALIDATION = 6  # one training image in this many is for validation, if the file does not say which; as in MNIST
+_OWN_ARRAYS = {  # with what their IDX files' names hold; EMNIST's begin with the name of a part
+    "train_images": r"train-images",
+    "train_labels": r"train-labels",
+    "test_images": r"(test|t10k)-images",
+    "test_labels": r"(test|t10k)-labels",
+}
+
+
+def load_images(path: Path | str, task: str = "original", canvas: int = 0) -> TaskData:
+    """Own images as a task: from an .npz file, or a folder with four IDX files named as MNIST's, plain or .gz.
+
+    An .npz file holds train_images (N, I, I) uint8, train_labels (N,), and the same for test and, if it likes, for
+    validation. Without validation images, a sixth of the training images is taken, always the same. Labels are whole
+    numbers; the network's class k stands for the k-th smallest of them. The data's name is that of the file and the
+    first 8 digits of the digest, such as letters-3f2a9c1b.
+
+    Raises UserError if these are no such images, or do not fit on the canvas.
+    """
+    path = Path(path)
+    if path.is_dir():
+        arrays = _idx_folder(path)
+    elif path.is_file():
+        arrays = _npz_file(path)
+    else:
+        raise UserError(
+            f"images must be one of {', '.join(SOURCES)}, an .npz file, or a folder of IDX files; there is no {path}"
+            f"{nearest(str(path), SOURCES)}"
+        )
+    labels = np.unique(_labels(path, arrays, "train"))
+    if len(labels) < 2:
+        raise UserError(f"images must be of at least 2 classes; all of {path} have the label {labels[0]}: add others")
+    given = {name: _own_split(path, arrays, name, labels) for name in get_args(SplitName) if f"{name}_images" in arrays}
+    sizes = {name: tuple(split.images.shape[1:]) for name, split in given.items()}
+    if len(set(sizes.values())) > 1:
+        raise UserError(f"images must be of one size; {path} has {sizes}: resize them")
+    if "validation" not in given:
+        images, of_images = given["train"]
+        order = torch.argsort(bits(torch.tensor([0]), torch.arange(len(of_images))), stable=True)
+        cut = max(1, len(order) // _OWN_VALIDATION)
+        given["validation"] = Split(images[order[:cut]], of_images[order[:cut]])
+        given["train"] = Split(images[order[cut:]], of_images[order[cut:]])
+    found = make_task(path.stem, task, given, canvas)
+    name = re.sub(r"[^A-Za-z0-9._+-]+", "-", path.name.removesuffix(".npz")).lstrip("._+-")[:40] or "images"
+    return replace(found, data=f"{name}-{found.digest[:8]}")
+
+
+def _npz_file(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file. Raises UserError."""
+    wanted = "train_images, train_labels, test_images and test_labels"
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} must be an .npz file with {wanted}; it is none: write it with numpy.savez")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        rule = f"{path} must be an .npz file with {wanted}"
+        raise UserError(f"{rule}; reading it failed ({first_line(error)}): write it with numpy.savez") from error
+    if missing := [name for name in _OWN_ARRAYS if name not in arrays]:
+        found = ", ".join(arrays) or "nothing"
+        raise UserError(f"{path} must hold {wanted}; it holds {found}: add {', '.join(missing)}")
+    if len({"validation_images", "validation_labels"} & set(arrays)) == 1:
+        raise UserError(f"{path} must hold validation_images with validation_labels; one is missing: add it, or none")
+    return arrays
+
+
+def _idx_folder(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a folder of IDX files. Raises UserError."""
+    arrays: dict[str, np.ndarray] = {}
+    for name, pattern in _OWN_ARRAYS.items():
+        files = [file for file in sorted(path.iterdir()) if re.search(pattern, file.name)]
+        if len(files) != 1:
+            found = ", ".join(file.name for file in files) or "none"
+            raise UserError(
+                f"{path} must hold one IDX file each such as train-images-idx3-ubyte, train-labels-idx1-ubyte, "
+                f"t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte; found for {name}: {found}"
+            )
+        arrays[name] = _parse_idx(files[0], 3 if name.endswith("images") else 1)[2]
+    return arrays
+
+
+def _labels(path: Path, arrays: dict[str, np.ndarray], split: str) -> np.ndarray:
+    """The labels of a split, (N,) whole numbers. Raises UserError."""
+    labels, images = arrays[f"{split}_labels"], arrays[f"{split}_images"]
+    if labels.shape != images.shape[:1] or not len(labels):
+        fact = f"{path} has {len(images) if images.ndim else 0} images and labels of shape {labels.shape}"
+        raise UserError(f"{split}_labels must have one label for each of at least one image; {fact}")
+    if labels.dtype.kind not in "iu":
+        raise UserError(f"{split}_labels must be whole numbers; {path} has {labels.dtype}: convert them with astype")
+    return labels
+
+
+def _own_split(path: Path, arrays: dict[str, np.ndarray], split: str, classes: np.ndarray) -> Split:
+    """A split whose labels are positions among the classes. Raises UserError."""
+    images, labels = arrays[f"{split}_images"], _labels(path, arrays, split)
+    rule = f"{split}_images must be square 8-bit images, (N, I, I) uint8"
+    if images.dtype != np.uint8 or images.ndim != 3 or images.shape[1] != images.shape[2] or not images.shape[1]:
+        raise UserError(f"{rule}; {path} has {images.shape} {images.dtype}: convert them")
+    if len(unknown := np.setdiff1d(labels, classes)):
+        raise UserError(f"every class must be among the training images; {path} has {split} label {unknown[0]} alone")
+    return Split(torch.from_numpy(images.copy()), torch.from_numpy(np.searchsorted(classes, labels)).long())

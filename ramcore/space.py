@@ -22,8 +22,10 @@ from ramcore.errors import UserError
 Array = NDArray[np.float64]
 Values = dict[str, Any]  # dimension name -> value
 
+MAX_CHOICES = 12  # of a categorical dimension: the analysis tells no more apart
 MAX_LEVELS = 24  # a whole-number dimension with more values than this is treated as continuous
 RULE_REASON = "a coarsest scale wider than twice the canvas sees all of it from anywhere"
+_RULED = ("num_scales", "patch_size", "scale_factor")  # the fields that the rule is about
 _WIDEST = re.compile(r"patch_size \* scale_factor\*\*\(num_scales - 1\) <= (\d+)")
 
 
@@ -161,6 +163,20 @@ class Dimension:
         levels = self.levels
         return self.to_unit(levels) if self.log and levels else np.linspace(0.0, 1.0, len(levels) or size)
 
+    @property
+    def extent(self) -> str:
+        """What it may be, for people: "1 to 4", "0.0001 to 0.01, log", "rnn, gru"."""
+        if self.type == "categorical":
+            return ", ".join(map(str, self.choices))
+        step = f", step {self.step}" if self.step and self.step > 1 else ""
+        return f"{self.low:g} to {self.high:g}{step}{', log' if self.log else ''}"
+
+    def below(self, value: Any) -> Any:
+        """The next smaller value; None if there is none. Only of whole numbers, as a range or as choices."""
+        if self.type == "categorical":
+            return max((choice for choice in self.choices if choice < value), default=None)
+        return value - (self.step or 1) if value > self.low else None
+
     def contains(self, value: Any) -> bool:
         """Whether the value is one that this dimension can take."""
         if self.type == "categorical":
@@ -193,22 +209,23 @@ class Space:
 
     @property
     def rule(self) -> str | None:
-        """The rule between dimensions, for people and for `space.json`."""
-        widest = self.widest_scale
+        """The rule between dimensions, for people and for `space.json`; None if it is about none of them."""
+        widest = self.widest_scale if set(_RULED) & set(self.names) else None
         return None if widest is None else f"patch_size * scale_factor**(num_scales - 1) <= {widest}"
 
     def feasible(self, values: Mapping[str, Any]) -> bool:
         """Whether the rule holds: a scale that covers more than `widest_scale` only adds cost and blur."""
         known = {**self.fixed, **self.default, **values}
-        if self.widest_scale is None or not {"patch_size", "scale_factor", "num_scales"} <= set(known):
+        if self.rule is None or self.widest_scale is None or not set(_RULED) <= set(known):
             return True
         return known["patch_size"] * known["scale_factor"] ** (known["num_scales"] - 1) <= self.widest_scale
 
     def clamped(self, values: Values) -> Values:
-        """The nearest feasible values: the number of scales is lowered until the rule holds."""
-        values = dict(values)
-        while not self.feasible(values) and values.get("num_scales", 1) > 1:
-            values["num_scales"] -= 1
+        """The nearest feasible values: first the number of scales, then the sizes are lowered until the rule holds."""
+        values, dimensions = dict(values), {d.name: d for d in self.dimensions}
+        for name in (name for name in _RULED if name in dimensions):
+            while not self.feasible(values) and (lower := dimensions[name].below(values[name])) is not None:
+                values[name] = lower
         return values
 
     def contains(self, values: Mapping[str, Any]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,13 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ramcore import machine
-from ramcore.config import Config
+from ramcore.config import SOURCES, TASKS, Config
 from ramcore.cost import check_memory, cost
 from ramcore.data import TaskData
 from ramcore.errors import UserError, say
 from ramcore.pictures import draw_glimpses, glimpse_paths
 from ramcore.recipes import RECIPES
-from ramcore.sources import load_task
+from ramcore.sources import load_images, load_task
 from ramcore.trainer import Trainer
 
 
@@ -48,22 +48,30 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 2 bad usage or data, 1 every seed diverged."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="tuned")
-    recipe = first.parse_known_args(arguments)[0].recipe
+    first.add_argument("--data", default="mnist")
+    first.add_argument("--task", default="translated")
+    first.add_argument("--canvas", type=int, default=0)
+    known, others = first.parse_known_args(arguments)
     try:
-        if recipe not in RECIPES:
-            raise UserError(f"--recipe must be one of {', '.join(RECIPES)}; got {recipe!r}")
-        args = tyro.cli(Arguments, args=arguments, default=Arguments(config=RECIPES[recipe]), prog="ramcore.train")
-        return train(args)
+        if known.recipe not in RECIPES:
+            raise UserError(f"--recipe must be one of {', '.join(RECIPES)}; got {known.recipe!r}")
+        default, data = Arguments(config=RECIPES[known.recipe]), None
+        if known.data not in SOURCES and known.task in TASKS:
+            # A configuration holds the images' name and number of classes, which only the images tell.
+            data = load_images(known.data, known.task, known.canvas)
+            default, arguments = replace(default, config=data.configure(default.config)), others
+        args = tyro.cli(Arguments, args=arguments, default=default, prog="ramcore.train")
+        return train(args, data)
     except UserError as error:
         say(f"error: {error}")
         return 2
 
 
-def train(args: Arguments) -> int:
-    """Train, test and draw; returns the exit code. Raises UserError before any training."""
+def train(args: Arguments, own: TaskData | None = None) -> int:
+    """Train, test and draw; returns the exit code. `own`: own images. Raises UserError before any training."""
     _check(args)
     config, seeds = args.config, args.seeds
-    data = load_task(config, args.data_dir, args.device)
+    data = own.to(args.device) if own else load_task(config, args.data_dir, args.device)
     trainer = Trainer(config, data, seeds, args.device)
     parameters, macs = cost(config)
     print(f"{config.model} on {config.task} {config.data}: {parameters:,} parameters, {macs:,} MACs an image")

@@ -133,8 +133,7 @@ class Trainer:
         """
         if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
             raise UserError(f"seeds must be different whole numbers of at least 0; got {list(seeds)}")
-        if (data.data, data.task) != (config.data, config.task):
-            raise UserError(f"data must be {config.data} {config.task}; got {data.data} {data.task}: load_task(config)")
+        data.check(config)
         if config.batch_size > data.sizes["train"]:
             largest = f"{data.sizes['train']}, the training images"
             raise UserError(f"batch_size must be at most {largest}; got {config.batch_size}")

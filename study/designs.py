@@ -2,9 +2,9 @@
 
 A design is added to DESIGNS, and nowhere else. This module is plain data: the analysis reads it too.
 
-What chose a trial's configuration is its origin: "published", "sobol" or "tpe" in a search, the design's name in every
-other one. The origin depends on the trial's number alone, never on how many trials happen to be running. So parallel
-starts cannot exceed a share (ray#52535), and a continued study goes on where it was.
+What chose a trial's configuration is its origin: "published", "asked" (--try), "sobol" or "tpe" in a search, the
+design's name in every other one. The origin depends on the trial's number alone, never on how many trials happen to be
+running. So parallel starts cannot exceed a share (ray#52535), and a continued study goes on where it was.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ramcore.recipes import PAPER, TUNED
 from ramcore.space import Space, Values, shown
 from study.search_space import configuration
 
-SEARCH_ORIGINS = ("published", "sobol", "tpe")
+SEARCH_ORIGINS = ("published", "asked", "sobol", "tpe")
 STOPPABLE = frozenset({"tpe"})  # origins that early stopping may cut short
 
 HELD_OUT_SEED = 1000  # replicate's first seed; the other designs count from 0
@@ -78,6 +78,12 @@ class DesignInputs:
         """Of every trial, unless the design has its own."""
         return tuple(range(self.seeds_per_trial))
 
+    def of(self, recipe: Config) -> Config:
+        """A recipe with the base's images, task and number of epochs."""
+        base = self.base
+        images = {"data": base.data, "canvas": base.canvas, "num_classes": base.num_classes}
+        return replace(recipe, task=base.task, epochs=base.epochs, **images)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Design:
@@ -114,7 +120,7 @@ def _row_config(row: Published, base: Config) -> Config:
 
 def paper(inputs: DesignInputs) -> list[TrialSpec]:
     """The rows of the case study's Table 1, at its own setting."""
-    base = replace(PAPER, data=inputs.base.data, epochs=inputs.base.epochs)
+    base = inputs.of(PAPER)
     table = published_rows(CASE_STUDY, inputs.tasks)
     return _specs("paper", inputs.seeds, ((f"{row.task} {row.short}", _row_config(row, base)) for row in table))
 
@@ -122,7 +128,7 @@ def paper(inputs: DesignInputs) -> list[TrialSpec]:
 def mnih(inputs: DesignInputs) -> list[TrialSpec]:
     """Every row of Mnih et al.'s tables for the tasks, with the tuned recipe: the same glimpse budget, trained well."""
     rows: list[tuple[str, Config]] = []
-    base = replace(TUNED, data=inputs.base.data, epochs=inputs.base.epochs)
+    base = inputs.of(TUNED)
     for task in inputs.tasks:
         table = published_rows(MNIH, (task,))
         rams = [row for row in reversed(table) if row.model == "ram"]  # the largest budget first: the table's headline
@@ -134,7 +140,7 @@ def mnih(inputs: DesignInputs) -> list[TrialSpec]:
 
 def ablation(inputs: DesignInputs) -> list[TrialSpec]:
     """The tuned recipe at 6 glimpses, 12x12, 3 scales; then the same with one of its choices as in the papers."""
-    tuned = replace(TUNED, data=inputs.base.data, task=inputs.base.task, epochs=inputs.base.epochs)
+    tuned = inputs.of(TUNED)
     names = [f.name for f in fields(TUNED) if f.name != "epochs"]
     changed = {name: getattr(PAPER, name) for name in names if getattr(TUNED, name) != getattr(PAPER, name)}
     rows = [("tuned", tuned)]
@@ -151,12 +157,14 @@ def ofat(inputs: DesignInputs) -> list[TrialSpec]:
     """One factor at a time around the best configuration found and around the same with a small patch.
 
     The second baseline shows an interaction that one baseline cannot: a factor may matter only where patches are small.
+    A space without small patches has the first baseline alone.
     """
     space, best = inputs.space, inputs.best
     assert space is not None and best is not None
-    small = space.clamped(best | {"patch_size": SMALL_PATCH})
+    small = space.clamped(best | {"patch_size": SMALL_PATCH}) if "patch_size" in space.names else best
     specs: list[TrialSpec] = []
-    for name, baseline in ({"best": best} if small == best else {"best": best, "small patch": small}).items():
+    baselines = {"best": best} | ({"small patch": small} if small != best and space.contains(small) else {})
+    for name, baseline in baselines.items():
         rows = [(f"baseline {name}", "", baseline)]
         for dimension in space.dimensions:
             factor = dimension.name
@@ -243,13 +251,16 @@ def _first_points(space: Space) -> list[tuple[str, Values]]:
     return points
 
 
-def search_origins(totals: Sequence[int], num_published: int, sobol_share: float = DEFAULT_SOBOL_SHARE) -> list[str]:
+def search_origins(
+    totals: Sequence[int], num_published: int, sobol_share: float = DEFAULT_SOBOL_SHARE, asked_at: Iterable[int] = ()
+) -> list[str]:
     """The origin of every trial of a search that was asked for totals[0] trials, then for totals[1] in all, ...
 
     Of the first total, an eighth (at least one, at most num_published) are the default and published configurations.
     Sobol points follow until `sobol_share` of the total and at least 16 are such; but a fifth of the total (at least
     one trial, from four on) is kept for TPE. An extension starts with the Sobol points that the new total lacks. A
-    smaller total takes back the last trials.
+    smaller total takes back the last trials. A point that was asked for when `asked_at` trials had begun is put in
+    there, and all that follow move back by one.
     """
     origins: list[str] = []
     for total in totals:
@@ -260,4 +271,6 @@ def search_origins(totals: Sequence[int], num_published: int, sobol_share: float
         sobol = max(LEAST_SOBOL, math.ceil(round(sobol_share * total, 6))) - origins.count("sobol")
         origins += ["sobol"] * min(sobol, total - len(origins) - max(0, for_tpe))  # none if negative
         origins += ["tpe"] * (total - len(origins))
-    return origins
+    for at in asked_at:
+        origins.insert(at, "asked")
+    return origins[: totals[-1]] if totals else origins

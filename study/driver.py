@@ -87,9 +87,19 @@ def run_prepared(flags: Flags, prepared: Prepared) -> int:
     with status(f"checking MLflow ({without_secrets(uri)})"):
         tracking.check_server(uri, known=prepared.known is not None)
     with (
-        open_record(prepared.storage, prepared.settings, total=prepared.total, rows=prepared.rows, say=say) as record,
+        open_record(
+            prepared.storage,
+            prepared.settings,
+            total=prepared.total,
+            rows=prepared.rows,
+            asked=prepared.asked,
+            taken=prepared.taken,
+            say=say,
+        ) as record,
         used as sharing,
     ):
+        if record.taken:
+            say(f"learns {record.taken.summary(record.settings.epochs)}")
         return _Run(flags, prepared, record, pool_of(sharing), uri, check, sharing).run()
 
 
@@ -349,6 +359,9 @@ class _Run:
             "trials": record.totals[-1],
             "runs": record.runs,
             "data_sizes": self.prepared.data.sizes,
+            "asked": [point.text for point in record.asked],
+            "taken_over": record.taken
+            and {"study": record.taken.study, "trials": [t.number for t in record.taken.trials]},
             "record": f"{self.flags.storage.rstrip('/')}/{settings.study}/study.db",
         }
         params["trials"] = str(record.totals[0])

@@ -121,7 +121,8 @@ def _trials(prepared: Prepared) -> _Trials:
     totals = known.totals if known else []
     if total != (totals or [0])[-1]:
         totals = [*totals, total]
-    origins = search_origins(totals, len(published(space)), settings.sobol_share)
+    asked = [*(known.asked if known else ()), *prepared.asked]
+    origins = search_origins(totals, len(published(space)), settings.sobol_share, (point.at for point in asked))
     return _Trials(recorded, None, configs, origins)
 
 
@@ -136,10 +137,11 @@ def _search_lines(prepared: Prepared, trials: _Trials) -> list[str]:
     origins = trials.origins
     counts = ", ".join(f"{origins.count(origin)} {origin}" for origin in dict.fromkeys(origins))
     lines = [f"  trials     {len(origins)}: {counts} (only tpe trials are stopped early)"]
+    if prepared.taken:
+        lines.append(f"  learns     {prepared.taken.summary(prepared.settings.epochs)}")
     for d in prepared.space.dimensions:
-        scale = ", log" if d.log else ""
-        values = ", ".join(map(str, d.choices)) if d.type == "categorical" else f"{d.low:g} to {d.high:g}{scale}"
-        lines.append(f"  {d.name:17s} {d.type} {values} ({d.unit}): {d.reason}")
+        unit = f" ({d.unit})" if d.unit else ""
+        lines.append(f"  {d.name:17s} {d.type} {d.extent}{unit}: {d.reason}")
     parameters, macs = zip(*(cost(config) for config in trials.configs), strict=True)
     size = f"{min(parameters):,} to {max(parameters):,} parameters, {min(macs):,} to {max(macs):,} multiply-adds"
     return [*lines, f"  size       {size} an image ({_POINTS} points)"]

@@ -20,14 +20,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import tyro
 
-from ramcore.config import TASKS, Data
+from ramcore.config import SOURCES, TASKS, Config, nearest
 from ramcore.errors import UserError, say
 from study.designs import DEFAULT_SOBOL_SHARE, DEFAULT_TRIALS, DESIGNS
 from study.schema import DEFAULT_TRACKING_URI
+from study.search_space import search_space
+from study.space_flags import SpaceFlags, asked_space
 
 # Exit codes, in README.md, too. SIGINT and SIGTERM give 130 and 143; the same command continues then.
 DONE = 0
@@ -41,7 +43,7 @@ MOST = 1_000_000  # trials, epochs, seeds or slots; more than that means nothing
 RAY_STEP = 0.0001  # CPUs: Ray counts in these
 
 SUBMITTED = "RAM_STUDY_SUBMITTED"  # environment variable of a submitted job: command, commit, dirty, as JSON
-DATA = ("auto", *get_args(Data))
+DATA = ("auto", *SOURCES)
 
 
 def _one_of(names: Collection[str]) -> str:
@@ -83,13 +85,24 @@ _CONCURRENT = "as many as fit; on a cluster whose nodes set RAM_MAX_WORKERS, as 
 # The flags, in the groups of --help.
 
 
+_Texts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]  # of a flag that may be given again and again
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field of `Flags`. A field whose flag is a word of Python ends with "_"."""
+    return f"--{name.rstrip('_').replace('_', '-')}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class StudyFlags:
     """What is studied."""
 
     task: Annotated[str | None, _TASK] = None
-    data: Annotated[str, tyro.conf.arg(metavar=_one_of(DATA))] = "auto"
-    """The images. auto: MNIST if it can be had, else the bundled digits, with a warning."""
+    data: Annotated[str, tyro.conf.arg(metavar=_one_of([*DATA, "PATH"]))] = "auto"
+    """The images. auto: MNIST if it can be had, else the bundled digits, with a warning. PATH: own images, an .npz file
+    or a folder of IDX files (on a cluster: on its head); `ramcore.sources.load_images` says what it holds."""
+    canvas: Annotated[int | None, _default("the task's; with own images and --task original, the images'")] = None
+    """Pixels along a side of the canvas."""
     data_dir: Annotated[Path | None, _default("$RAM_DATA_DIR, then the per-user cache, then a download")] = None
     """Folder of the IDX files."""
     design: Annotated[str | None, _DESIGN] = None
@@ -101,6 +114,33 @@ class StudyFlags:
     """Seeds of a trial, trained side by side."""
     sobol_share: Annotated[float | None, _default(f"{DEFAULT_SOBOL_SHARE:g}")] = None
     """Share of a search's trials that are Sobol points. These are never stopped early."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchFlags:
+    """The space of a search, and its first points."""
+
+    space: Annotated[Path | None, _default("study/search_space.py")] = None
+    """TOML file with the space: a table for each field of Config, with low, high, and step or log; or with choices. See
+    --print-space."""
+    range_: Annotated[_Texts, tyro.conf.arg(name="range", metavar="NAME=LOW:HIGH[:log|:STEP]")] = ()
+    """Search a field of Config, a number, between these: num_scales=1:3, learning_rate=1e-4:3e-3:log."""
+    choices: Annotated[_Texts, tyro.conf.arg(metavar="NAME=VALUE,VALUE")] = ()
+    """Search a field of Config among these: core=rnn,gru,lstm or layer_norm=true,false."""
+    set_: Annotated[_Texts, tyro.conf.arg(name="set", metavar="NAME=VALUE")] = ()
+    """Fix a field of Config in all trials: input_gain=2."""
+    try_: Annotated[_Texts, tyro.conf.arg(name="try", metavar="NAME=VALUE,NAME=VALUE")] = ()
+    """Try this point next; what it does not say is the default's."""
+    from_: Annotated[str | None, tyro.conf.arg(name="from", metavar="STUDY"), _default("no study")] = None
+    """A search: begin with that study's space, and learn from its trials that lie in the new one. They are never
+    counted as trials of the new study, whose name --study says. ofat and replicate: the search to start from."""
+    print_space: Annotated[bool, _default("no")] = False
+    """Print the space, as --space reads it, and exit."""
+
+    @property
+    def space_flags(self) -> SpaceFlags:
+        """The flags that ask for a space."""
+        return SpaceFlags(file=self.space, ranges=self.range_, choices=self.choices, fixed=self.set_)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,12 +195,14 @@ class ActionFlags:
     repair: Annotated[bool, _default("no")] = False
     """Rebuild a damaged or lost record from its backups, the checkpoints and MLflow, say what could not be, and go
     on."""
+    cancel: Annotated[int | None, _default("no trial")] = None
+    """Stop the trial of this number after its next epoch, in the study that is running with the same name, and exit."""
     dry_run: Annotated[bool, _default("no")] = False
     """Print the plan, with an estimate of its time and cost, and exit. On a cluster, no machine is started."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags(ActionFlags, LimitFlags, MachineFlags, RecordFlags, StudyFlags):
+class Flags(ActionFlags, LimitFlags, MachineFlags, RecordFlags, SearchFlags, StudyFlags):
     """Run a study of the Recurrent Attention Model's hyperparameters, or continue it.
 
     Without flags, this is a search on translated MNIST on this machine.
@@ -172,6 +214,8 @@ class Flags(ActionFlags, LimitFlags, MachineFlags, RecordFlags, StudyFlags):
           a small study, minutes on two cores; the same command continues it
       python -m study.run --task cluttered --data mnist --trials 60
           a real one; a larger --trials later adds trials
+      python -m study.run --study wide --from translated-mnist-search --range num_glimpses=2:12
+          a new search over a wider range, which learns from an earlier one
       python -m study.run --task cluttered --data mnist --design replicate
           train its best configuration and the default again, on held-out seeds
     """
@@ -181,9 +225,15 @@ def parse(arguments: Sequence[str]) -> Flags:
     """The flags of a command line. Ends the process after --help, or with a message if they cannot be read."""
 
     def flags(
-        study: StudyFlags, record: RecordFlags, machine: MachineFlags, limit: LimitFlags, action: ActionFlags
+        study: StudyFlags,
+        search: SearchFlags,
+        record: RecordFlags,
+        machine: MachineFlags,
+        limit: LimitFlags,
+        action: ActionFlags,
     ) -> Flags:
-        return Flags(**vars(study), **vars(record), **vars(machine), **vars(limit), **vars(action))
+        groups = (study, search, record, machine, limit, action)
+        return Flags(**{name: value for group in groups for name, value in vars(group).items()})
 
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
     about = inspect.cleandoc(Flags.__doc__ or "")
@@ -196,14 +246,23 @@ def arguments(flags: Flags) -> list[str]:
     default = vars(Flags())
     for name, value in vars(flags).items():
         if name != "address" and value != default[name]:
-            found += [f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", str(value)]
+            values = value if isinstance(value, tuple) else (value,)
+            found += [
+                word for one in values for word in ([flag_of(name)] if one is True else [flag_of(name), str(one)])
+            ]
     return found
 
 
 def check(flags: Flags) -> None:
     """Refuse flags that can be judged without the data, the storage or the cluster. Raises UserError."""
-    for name, choices in (("task", TASKS), ("data", DATA), ("design", DESIGNS)):
+    for name, choices in (("task", TASKS), ("design", DESIGNS)):
         _require(flags, name, f"one of {', '.join(choices)}", choices.__contains__, "pass one of these")
+    if flags.data not in DATA and not re.search(r"[./]", flags.data) and not Path(flags.data).exists():
+        fix = nearest(flags.data, DATA) or ": pass one of these, or the path of own images"
+        raise UserError(f"--data must be one of {', '.join(DATA)}; got {flags.data!r}{fix}")
+    _require(flags, "space", "a file", lambda v: v.is_file(), "--print-space writes one")
+    _require(flags, "canvas", "at least 8 and at most 1000", lambda v: 8 <= v <= 1000, "pass another number of pixels")
+    _require(flags, "cancel", "at least 0", lambda v: v >= 0, "pass a trial's number")
     for name in ("trials", "epochs", "seeds_per_trial", "max_concurrent"):
         _require(flags, name, "at least 1", lambda v: v >= 1, "pass a larger number or leave it out")
         _require(flags, name, f"at most {MOST}", lambda v: v <= MOST, "pass a smaller number")
@@ -218,6 +277,7 @@ def check(flags: Flags) -> None:
             f"--storage must be a folder or a URI such as s3://bucket/folder; got {flags.storage}, which is neither: "
             "write :// after the kind, or ./ before a folder's name"
         )
+    asked_space(search_space(Config()), flags.space_flags)  # refuses wrong names and values at once
     if flags.repair and flags.dry_run:
         raise UserError("--dry-run writes nothing, and --repair does: pass one of them")
     if flags.study is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", flags.study):
@@ -233,8 +293,8 @@ def _require(flags: Flags, name: str, rule: str, fulfils: Callable[[Any], bool],
     """Refuse a flag that is given and breaks the rule. Raises UserError."""
     value = getattr(flags, name)
     if value is not None and not fulfils(value):
-        got = repr(value) if isinstance(value, str) else f"{value:g}"
-        raise UserError(f"--{name.replace('_', '-')} must be {rule}; got {got}: {fix}")
+        got = f"{value:g}" if isinstance(value, int | float) else repr(value) if isinstance(value, str) else str(value)
+        raise UserError(f"{flag_of(name)} must be {rule}; got {got}: {fix}")
 
 
 def check_design(flags: Flags, name: str) -> None:
@@ -247,8 +307,15 @@ def check_design(flags: Flags, name: str) -> None:
             f"--design {name} is for the tasks {', '.join(design.possible_tasks)}; got --task {flags.task}: "
             "leave --task out, or pass one of these"
         )
-    if flags.sobol_share is not None and design.rows is not None:
-        raise UserError(f"--sobol-share is a search's; the design is {name}: leave it out")
+    for field_name in ("sobol_share", "space", "range_", "choices", "set_", "try_", "print_space"):
+        if getattr(flags, field_name) not in (None, (), False) and design.rows is not None:
+            raise UserError(f"{flag_of(field_name)} is a search's; the design is {name}: leave it out")
+    if flags.from_ is not None and not design.has_space:
+        raise UserError(
+            f"--from is for searches, and for designs that start from one; the design is {name}: leave it out"
+        )
+    if flags.from_ is not None and name == "search" and flags.study in (None, flags.from_):
+        raise UserError(f"a study that learns from {flags.from_} needs a name of its own; pass --study with a new name")
 
 
 def command() -> str:

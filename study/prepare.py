@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ramcore.config import Config
+from ramcore.config import SOURCES, Config, nearest
 from ramcore.data import TaskData
 from ramcore.errors import UserError
 from ramcore.recipes import TUNED
-from ramcore.sources import DataMissing, load_task
+from ramcore.sources import DataMissing, load_images, load_task
 from ramcore.space import Space
 from study import designs
 from study.checkpoints import numbers_present
@@ -22,10 +23,21 @@ from study.designs import DESIGNS, DesignInputs, TrialSpec
 from study.flags import Flags, check_design
 from study.integrity import RecordDamaged
 from study.moved import tracking_uri
-from study.record import RecordLost, StoredStudy, StudySettings, TrialRecord, best_trial, read_study
-from study.search_space import checked, search_space
+from study.record import (
+    AskedPoint,
+    RecordLost,
+    StoredStudy,
+    StudySettings,
+    TakenOver,
+    TakenTrial,
+    TrialRecord,
+    best_trial,
+    read_study,
+)
+from study.search_space import OF_THE_STUDY, checked, search_space
 from study.snapshots import fetch
 from study.sobol import SobolSequence
+from study.space_flags import asked_points, asked_space
 from study.storage import RECORD, Storage
 
 # How the bundled digits differ from the tuned recipe. Batches of 20 of the 1,197 images give 59 steps an epoch, not 11.
@@ -55,6 +67,9 @@ class Prepared:
     space: Space | None  # None: the trials lie in no space; the published rows span two tasks and other models
     rows: Callable[[], list[TrialSpec]] | None  # of a fixed design
     total: int | None  # trials asked for; None: all rows
+    base: Config  # the recipe for these images
+    asked: Sequence[AskedPoint]  # points to try that the study does not know yet
+    taken: TakenOver | None  # what it learns from an earlier study
     data: TaskData  # the images; every task is made from the same
     storage: Storage
     known: StoredStudy | None  # the study that this continues
@@ -84,20 +99,36 @@ def prepare(flags: Flags) -> Prepared:
     name, design_name, tasks, data, known = _find_study(flags, storage, warnings)
     design, source = DESIGNS[design_name], None
     if design.from_search and known is None:
-        source = _find_source(flags, storage, tasks[0], data.data, warnings)
+        source = _find_source(flags, storage, tasks[0], data, warnings)
+    elif flags.from_ and known is None:
+        source = _earlier(storage, flags.from_)
+    elif (
+        flags.from_ and known and design_name == "search" and (known.taken is None or known.taken.study != flags.from_)
+    ):
+        there = f"from {known.taken.study}" if known.taken else "without"
+        raise UserError(f"a study takes trials over when it begins; {name} began {there}: pass another --study")
 
     followed = known or source
     epochs = flags.epochs or (followed.settings.epochs if followed else design.epochs)
-    seeds = flags.seeds_per_trial or (known.settings.seeds_per_trial if known else design.seeds_per_trial)
+    like = known or (None if design.from_search else source)
+    seeds = flags.seeds_per_trial or (like.settings.seeds_per_trial if like else design.seeds_per_trial)
     total = flags.trials or (designs.DEFAULT_TRIALS if design.rows is None else None)
     if known:
         total = _total(flags.trials, known, warnings)
 
     recipe = DIGITS if data.data == "digits" else {}
-    base = dataclasses.replace(TUNED, data=data.data, task=tasks[0], epochs=epochs, **recipe)
-    space = checked(search_space(base)) if design.has_space else None
+    # A canvas of fewer than 24 pixels has smaller patches than the recipe.
+    patch = min(TUNED.patch_size, max(1, data.canvas_size // 2))
+    base = data.configure(dataclasses.replace(TUNED, task=tasks[0], patch_size=patch, epochs=epochs, **recipe))
+    space = _space(flags, base, known, source, data) if design.has_space else None
+    asked = _asked(flags, space, known) if space else []
+    if total is not None:
+        total = max(total, (len(known.trials) if known else 0) + len(asked))
+    taken = known.taken if known else None
+    if source and space and not design.from_search:
+        taken = _take_over(source, space, epochs)
     inputs = DesignInputs(base=base, tasks=tasks, seeds_per_trial=seeds, space=space)
-    if source:
+    if source and design.from_search:
         inputs = _around_best(inputs, source)
     settings = StudySettings(
         study=name,
@@ -109,6 +140,8 @@ def prepare(flags: Flags) -> Prepared:
         seeds_per_trial=seeds,
         seed=SEED,
         sobol_share=flags.sobol_share or (known.settings.sobol_share if known else designs.DEFAULT_SOBOL_SHARE),
+        canvas=data.canvas,
+        own_space=known.settings.own_space if known else bool(flags.space_flags or source),
         space=space.to_dict() if space else _EMPTY_SPACE,
     )
     if known:
@@ -120,11 +153,67 @@ def prepare(flags: Flags) -> Prepared:
         space=space,
         rows=partial(design.rows, inputs) if design.rows else None,
         total=total,
+        base=base,
+        asked=asked,
+        taken=taken,
         data=data,
         storage=storage,
         known=known,
         warnings=tuple(warnings),
     )
+
+
+def _space(flags: Flags, base: Config, known: StoredStudy | None, source: StoredStudy | None, data: TaskData) -> Space:
+    """The space of a study: its own, an earlier study's or this project's, as the flags change it. Raises UserError."""
+    followed = known if known and known.settings.own_space else source
+    space = search_space(base)
+    if followed:
+        space = Space.from_dict(followed.settings.space)
+        own = {name: getattr(base, name) for name in OF_THE_STUDY}
+        space = dataclasses.replace(space, fixed={**space.fixed, **own}, widest_scale=2 * base.canvas_size)
+    space = checked(asked_space(space, flags.space_flags))
+    batches = next((d.from_unit((1.0,))[0] for d in space.dimensions if d.name == "batch_size"), None)
+    batches = max((d for d in [batches, space.fixed.get("batch_size")] if d), default=1)
+    if batches > (count := data.sizes["train"]):
+        raise UserError(
+            f"batch_size must be at most {count}, the training images; got {batches}: pass --set batch_size=N"
+        )
+    return space
+
+
+def _asked(flags: Flags, space: Space, known: StoredStudy | None) -> list[AskedPoint]:
+    """The points of --try that the study was not asked for before. Raises UserError."""
+    begun, before = (len(known.trials), [point.values for point in known.asked]) if known else (0, [])
+    new = [point for point in asked_points(space, flags.try_) if point[1] not in before]
+    return [AskedPoint(begun + i, text, values) for i, (text, values) in enumerate(new)]
+
+
+def _earlier(storage: Storage, name: str) -> StoredStudy:
+    """The search that --from names. Raises UserError if there is none of that name."""
+    found = _read(storage, name)
+    if found is None or found.settings.design != "search":
+        fact = "there is none" if found is None else f"it is of the design {found.settings.design}"
+        raise UserError(f"--from must name a search in {storage}; {name}: {fact}{nearest(name, storage.studies())}")
+    return found
+
+
+def _take_over(source: StoredStudy, space: Space, epochs: int) -> TakenOver:
+    """The ended trials of an earlier search that lie in a space. Raises UserError if there are none."""
+    free = {name: value for name, value in space.fixed.items() if name != "epochs"}
+    trials: list[TakenTrial] = []
+    for trial in source.trials:
+        config = dataclasses.asdict(trial.spec.config)
+        values = {name: config[name] for name in space.names}
+        accuracy = [epoch.value for epoch in trial.epochs if math.isfinite(epoch.value)]
+        usable = trial.state in ("complete", "pruned") and accuracy
+        if usable and space.contains(values) and all(config[name] == value for name, value in free.items()):
+            trials.append(TakenTrial(trial.number, trial.spec.origin, trial.state, values, accuracy))
+    if not trials:
+        raise UserError(
+            f"--from takes over ended trials that lie in the space; of the {len(source.trials)} of "
+            f"{source.settings.study} none does: search what it searched, and fix what it fixed"
+        )
+    return TakenOver(source.settings.study, source.settings.epochs, trials)
 
 
 def _total(asked: int | None, known: StoredStudy, warnings: list[str]) -> int:
@@ -149,9 +238,17 @@ def _find_study(
     design = flags.design or (known.settings.design if known else "search")
     check_design(flags, design)
     tasks = tuple(known.settings.task.split("+")) if known else DESIGNS[design].tasks
+    earlier = None
+    if flags.from_ and design == "search" and not known:
+        earlier = _earlier(storage, flags.from_)
+        tasks = tuple(earlier.settings.task.split("+"))
     if flags.task:
         tasks = (flags.task,)
-    source = known.settings.data if known and flags.data == "auto" else flags.data
+    like = known or earlier
+    source = like.settings.data if like and flags.data == "auto" else flags.data
+    if like and source == like.settings.data and source not in SOURCES:
+        source = _own_images(like)
+    canvas = flags.canvas or (like.settings.canvas if like else 0)
     if source == "auto" and not flags.study:
         # The study of these settings is continued, even where MNIST has come or gone since it began. MNIST goes first.
         names = (_default_name(tasks, data, design) for data in ("mnist", "digits"))
@@ -160,7 +257,9 @@ def _find_study(
         if known and source == "digits":
             name = known.settings.study
             warnings.append(f"{name} is continued, on the bundled digits: pass --data mnist for a study of MNIST")
-    data = _load(source, tasks[0], flags.data_dir, warnings)
+    data = _load(source, tasks[0], canvas, flags.data_dir, warnings)
+    if like and data.digest == like.settings.digest:  # own images may have been renamed
+        data = dataclasses.replace(data, data=like.settings.data)
     name = flags.study or _default_name(tasks, data.data, design)
     return name, design, tasks, data, known or read(name)
 
@@ -169,25 +268,45 @@ def _default_name(tasks: tuple[str, ...], data: str, design: str) -> str:
     return f"{'-'.join(tasks)}-{data}-{design}"
 
 
-def _load(source: str, task: str, data_dir: Path | None, warnings: list[str]) -> TaskData:
+def _own_images(study: StoredStudy) -> str:
+    """Where the own images of a study were when it last ran. Raises UserError if nothing is there."""
+    path = study.flags.get("data", "")
+    if not Path(path).exists():
+        own = study.settings
+        raise UserError(
+            f"the images of {own.study}, {own.data}, must be on this machine; {path} is gone: pass --data PATH"
+        )
+    return path
+
+
+def _load(source: str, task: str, canvas: int, data_dir: Path | None, warnings: list[str]) -> TaskData:
     """The images; the bundled digits for "auto" where MNIST cannot be had. Raises UserError."""
-    if source != "auto":
-        return load_task(Config(data=source, task=task), data_dir)  # pyright: ignore[reportArgumentType]
+    if source not in (*SOURCES, "auto"):
+        return load_images(source, task, canvas)
+    # The smallest patch: only the images are asked for here.
+    config = Config(data="mnist" if source == "auto" else source, task=task, canvas=canvas, patch_size=1)
     try:
-        return load_task(Config(data="mnist", task=task), data_dir)
+        return load_task(config, data_dir)
     except DataMissing as error:
+        if source != "auto":
+            raise
         warnings.append(f"training on the bundled digits (1,797 images of 8x8 pixels), not on MNIST: {error}")
-        return load_task(Config(data="digits", task=task))
+        return load_task(dataclasses.replace(config, data="digits"))
 
 
-def _find_source(flags: Flags, storage: Storage, task: str, data: str, warnings: list[str]) -> StoredStudy:
-    """The newest search of this task and data that has a complete trial. Raises UserError if there is none."""
-    found = _studies_of(storage, "search", task, data)
+def _find_source(flags: Flags, storage: Storage, task: str, data: TaskData, warnings: list[str]) -> StoredStudy:
+    """The search that --from names, else the newest one of this task and data with a complete trial.
+
+    Raises UserError if there is none.
+    """
+    names = storage.studies() if flags.from_ is None else [flags.from_]
+    found = _studies_of(storage, names, ("search", task, data.data, data.canvas))
     searches = {name: search for name, search in found.items() if best_trial(search.trials)}
     if not searches:
+        which = f"of {task} {data.data}" if flags.from_ is None else f"{flags.from_} of {task} {data.data}"
         raise UserError(
-            f"this design starts from a search's best configuration; {flags.storage} holds no search of {task} {data} "
-            f"with a finished trial: run `python -m study.run --task {task} --data {data}` first"
+            f"this design starts from a search's best configuration; {flags.storage} holds no search {which} with a "
+            f"finished trial: run `python -m study.run --task {task} --data {data.data}` first"
         )
     name = max(searches, key=lambda name: (storage.record_folder(name) / RECORD).stat().st_mtime)
     source = searches[name]
@@ -206,20 +325,24 @@ def held_out(storage: Storage, settings: StudySettings) -> list[TrialRecord]:
     """
     if settings.design != "search":
         return []
-    studies = _studies_of(storage, "replicate", settings.task, settings.data).values()
+    kind = ("replicate", settings.task, settings.data, settings.canvas)
+    studies = _studies_of(storage, storage.studies(), kind).values()
     return [trial for study in studies for trial in study.trials if trial.value is not None]
 
 
-def _studies_of(storage: Storage, *kind: str) -> dict[str, StoredStudy]:
-    """The studies of a (design, task, data) by name; those that cannot be read are left out."""
+def _studies_of(storage: Storage, names: list[str], kind: tuple[str, str, str, int]) -> dict[str, StoredStudy]:
+    """Those of these studies that are of a (design, task, data, canvas); those that cannot be read are left out."""
     found: dict[str, StoredStudy] = {}
-    for name in storage.studies():
+    for name in names:
         try:
             known = _read(storage, name)
         except (UserError, RecordLost) as error:
             logger.warning("the study %s is left out: %s", name, error)
             continue
-        if known is not None and (known.settings.design, known.settings.task, known.settings.data) == kind:
+        if known is None:
+            continue
+        own = known.settings
+        if (own.design, own.task, own.data, own.canvas) == kind:
             found[name] = known
     return found
 

@@ -13,7 +13,8 @@ file is looked after at every commit, and copied to backups (`study.snapshots`).
 
 In the storage:
   study user attributes   settings (StudySettings), totals (trials asked for, as it changed), rows (of a fixed design),
-                          uid, created, "run 0007" (of one run of the command: commit, versions, devices, ...),
+                          asked (points of --try), taken over (trials of an earlier study, from --from), uid, created,
+                          "run 0007" (of one run of the command: commit, versions, devices, ...),
                           "test 0007" (of a trial whose test images were read after its end), driver epoch (how often a
                           driver has taken over a study in an object store)
   trial user attributes   plan (TrialSpec.to_dict); run (the number of the run that started it); origin, row, seeds (for
@@ -53,7 +54,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ramcore.config import Config
 from ramcore.errors import UserError, first_line
-from ramcore.space import Space
+from ramcore.space import Space, Values
 from study import integrity
 from study.checkpoints import numbers_present
 from study.designs import DEFAULT_SOBOL_SHARE, TrialSpec
@@ -96,6 +97,8 @@ class StudySettings:
     seeds_per_trial: int
     seed: int  # of Sobol and TPE
     sobol_share: float = DEFAULT_SOBOL_SHARE  # of a search's trials
+    canvas: int = 0  # as `Config.canvas`
+    own_space: bool = False  # the space is not that of study/search_space.py, but asked for or an earlier study's
     space: dict[str, Any]  # Space.to_dict()
 
     def check_same(self, asked: StudySettings) -> None:
@@ -104,14 +107,22 @@ class StudySettings:
         differing = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
         if differing:
             words = [f"{n} {ours.get(n, 'absent')} there, {theirs.get(n, 'absent')} asked for" for n in differing]
+            if "epochs" in differing:
+                words[differing.index("epochs")] += (
+                    " (a trial follows its schedule over all epochs, so no finished one can be trained on)"
+                )
+            teaches = ""
+            if self.design == asked.design == "search":
+                teaches = f" (with --from {self.study} it learns from this one)"
             raise UserError(
                 f"a study's name stands for one space, task and data; {asked.study} differs in {'; '.join(words)}: "
-                "pass another --study, or the same settings"
+                f"pass another --study{teaches}, or the same settings"
             )
 
     def _flat(self) -> dict[str, Any]:
         """Every setting and everything of the space by name, but the reasons and units of ranges: they may change."""
         flat = asdict(self)
+        del flat["own_space"]  # not what it is, but where it is from
         space, flat["images"] = flat.pop("space"), f"sha256 {flat.pop('digest')[:12]}"
         ranges = ((d["name"], key, value) for d in space["dimensions"] for key, value in d.items())
         inside = {f"{name}.{key}": value for name, key, value in ranges if key not in ("reason", "unit")}
@@ -121,6 +132,52 @@ class StudySettings:
         inside |= {name: value for name, value in fixed.items() if name not in flat and name not in searched}
         inside["constraint"] = [constraint["rule"] for constraint in space["constraints"]]
         return flat | {f"space: {name}": value for name, value in inside.items()}
+
+
+class AskedPoint(NamedTuple):
+    """A point that --try asks for."""
+
+    at: int  # trials that had begun then: it is one of the next
+    text: str  # as it was asked for
+    values: Values  # of all searched fields
+
+    @staticmethod
+    def read(attrs: Mapping[str, Any]) -> list[AskedPoint]:
+        """The points in a study's attributes."""
+        return [AskedPoint(*point) for point in attrs.get("asked", ())]
+
+
+class TakenTrial(NamedTuple):
+    """An ended trial of an earlier study, from which a new one learns. It is no trial of the new one."""
+
+    number: int  # there
+    origin: str
+    state: str  # complete or pruned
+    values: Values  # of the new study's searched fields
+    accuracy: list[float]  # by epoch, mean over seeds
+
+
+class TakenOver(NamedTuple):
+    """What a study has taken over from an earlier one when it began."""
+
+    study: str
+    epochs: int  # of that study's trials
+    trials: list[TakenTrial]
+
+    def summary(self, epochs: int) -> str:
+        """One line about what they teach a study whose trials have `epochs` epochs."""
+        informs = (
+            "TPE and the report" if epochs == self.epochs else f"TPE alone, as their schedule has {self.epochs} epochs"
+        )
+        return f"from {len(self.trials)} trials of {self.study}, which inform {informs}; none counts as this study's"
+
+    @staticmethod
+    def read(attrs: Mapping[str, Any]) -> TakenOver | None:
+        """What a study's attributes hold."""
+        if (taken := attrs.get("taken over")) is None:
+            return None
+        study, epochs, trials = taken
+        return TakenOver(study, epochs, [TakenTrial(*trial) for trial in trials])
 
 
 @dataclass(kw_only=True)
@@ -197,6 +254,8 @@ class Record:
         self.runs = [attrs[name] for name in sorted(attrs) if name.startswith("run ")]  # see `begin_run`
         self.totals: list[int] = []  # trials asked for, as it changed
         self.rows: list[TrialSpec] | None = None  # of a fixed design
+        self.asked: list[AskedPoint] = []
+        self.taken: TakenOver | None = None
         self.snapshots: Snapshots | None = None  # once it is open
         self._dirty: set[int] = set()  # numbers of the trials that changed; see `take_changed`
         self._held: contextlib.ExitStack | None = held  # None once it is closed
@@ -205,7 +264,16 @@ class Record:
         self._trial_ids: dict[int, int] = {}  # Optuna's, of the trials that can be written to
 
     @classmethod
-    def open(cls, folder: Path, settings: StudySettings, *, total: int | None, rows: MakeRows | None = None) -> Self:
+    def open(
+        cls,
+        folder: Path,
+        settings: StudySettings,
+        *,
+        total: int | None,
+        rows: MakeRows | None = None,
+        asked: Sequence[AskedPoint] = (),
+        taken: TakenOver | None = None,
+    ) -> Self:
         """Create the record in `folder`, or continue the one that is there.
 
         Args:
@@ -213,6 +281,8 @@ class Record:
             settings: of the study asked for.
             total: trials asked for, all runs of the command together; None: all rows, or as many as before.
             rows: None for a search. A continued study keeps the rows that it has.
+            asked: points to try, beside those that were asked for before.
+            taken: of a new study.
 
         Raises:
             UserError: another process holds the record, or it is of a study with other settings.
@@ -229,7 +299,7 @@ class Record:
         try:
             with _write_errors():
                 record = cls(folder / RECORD, settings, held)
-                record._ask_for(total, rows)
+                record._ask_for(total, rows, asked, taken)
                 record._load_trials()
                 record._commits.done()
                 record.snapshots = Snapshots(folder / RECORD)
@@ -239,13 +309,21 @@ class Record:
             held.close()
             raise
 
-    def _ask_for(self, total: int | None, rows: MakeRows | None) -> None:
+    def _ask_for(
+        self, total: int | None, rows: MakeRows | None, asked: Sequence[AskedPoint], taken: TakenOver | None
+    ) -> None:
         """Enter which trials the study is asked for; a continued study keeps those that have begun."""
         is_new = "settings" not in self.study.user_attrs
         if rows is not None and is_new:
             self.study.set_user_attr("rows", [spec.to_dict() for spec in rows()])
             fault_point("record.open.rows")
+        if taken is not None and is_new:
+            self.study.set_user_attr("taken over", taken)
+        before = AskedPoint.read(self.study.user_attrs)
+        if more := [point for point in asked if point.values not in [known.values for known in before]]:
+            self.study.set_user_attr("asked", [*before, *more])
         attrs = self.study.user_attrs
+        self.asked, self.taken = AskedPoint.read(attrs), TakenOver.read(attrs)
         self.rows = _rows(attrs)
         self.totals = [] if is_new else attrs["totals"]
         if total is None and self.rows is not None and is_new:
@@ -440,6 +518,8 @@ def open_record(
     *,
     total: int | None,
     rows: MakeRows | None = None,
+    asked: Sequence[AskedPoint] = (),
+    taken: TakenOver | None = None,
     say: Callable[[str], None] = logger.info,
 ) -> Record:
     """`Record.open` for a study in a storage. In a remote one, take its lease first.
@@ -448,7 +528,7 @@ def open_record(
     if another machine's driver has the study; RecordLost if the storage cannot be reached.
     """
     folder = storage.record_folder(settings.study)
-    record = Record.open(folder, settings, total=total, rows=rows)
+    record = Record.open(folder, settings, total=total, rows=rows, asked=asked, taken=taken)
     shared = storage.folder(settings.study)
     if isinstance(shared, LocalFolder):
         return record
@@ -458,7 +538,7 @@ def open_record(
         # The driver that had the lease may have gone on since our copy was made.
         record.close()
         version = fetch(storage, settings.study)
-        record = Record.open(folder, settings, total=total, rows=rows)
+        record = Record.open(folder, settings, total=total, rows=rows, asked=asked, taken=taken)
         record.take_over(shared, lease, version)
     except (LeaseHeld, OSError) as error:
         record.close()
@@ -509,6 +589,9 @@ class StoredStudy(NamedTuple):
     totals: list[int]  # trials asked for, as this changed
     rows: list[TrialSpec] | None  # of a fixed design
     trials: list[TrialRecord]
+    asked: list[AskedPoint]
+    taken: TakenOver | None
+    flags: dict[str, Any]  # of the newest run of the command that trained
 
     @property
     def ended(self) -> int:
@@ -535,7 +618,12 @@ def read_study(path: Path, trials: Sequence[int] = ()) -> StoredStudy | None:
                 )
             return None
         found = [_from_storage(frozen) for frozen in study.get_trials(deepcopy=False)]
-        return StoredStudy(StudySettings(**attrs["settings"]), attrs["totals"], _rows(attrs), found)
+        runs = [attrs[name] for name in sorted(attrs) if name.startswith("run ")]
+        flags = runs[-1].get("flags", {}) if runs else {}
+        asked, taken = AskedPoint.read(attrs), TakenOver.read(attrs)
+        return StoredStudy(
+            StudySettings(**attrs["settings"]), attrs["totals"], _rows(attrs), found, asked, taken, flags
+        )
     finally:
         database.engine.dispose()
 

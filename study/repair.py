@@ -34,7 +34,7 @@ from ramcore.space import Space
 from study import integrity, schema
 from study.checkpoints import Checkpoints, numbers_present
 from study.designs import DESIGNS, TrialSpec, published, search_origins
-from study.record import StudySettings, exclusive, write_anew
+from study.record import AskedPoint, StudySettings, exclusive, write_anew
 from study.search_space import configuration
 from study.snapshots import BACKUPS, Lease, LeaseHeld, set_aside
 from study.sobol import SobolSequence, fixed_point
@@ -300,11 +300,14 @@ def _spec(number: int, identity: Attributes | None, study: Attributes, settings:
     if not space.names:
         return None
     first = published(space)
-    origins = search_origins(study["totals"], len(first), settings.sobol_share)
+    asked = AskedPoint.read(study)
+    origins = search_origins(study["totals"], len(first), settings.sobol_share, (point.at for point in asked))
     if number >= len(origins):
         return None
     # TPE's suggestions depended on the trials before them.
-    row, values = fixed_point(origins, number, first, SobolSequence(space, settings.seed))
+    row, values = fixed_point(
+        origins, number, first, [(p.text, p.values) for p in asked], SobolSequence(space, settings.seed)
+    )
     if identity:
         config, seeds = Config(**identity["config"]), tuple(identity["seeds"])
     elif values is not None:

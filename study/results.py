@@ -24,7 +24,7 @@ from mlflow.types import Schema, TensorSpec
 from torch import Tensor
 
 import ramcore
-from ramcore.config import NUM_CLASSES, Config
+from ramcore.config import Config
 from ramcore.cost import cost
 from ramcore.data import TaskData
 from ramcore.errors import first_line
@@ -155,7 +155,7 @@ def _log_model(
     config = trial.spec.config
     torch.save({"weights": weights}, scratch / "weights.pt")
     (scratch / "config.json").write_text(json.dumps({"config": asdict(config), "seeds": trial.spec.seeds}, indent=1))
-    classes = TensorSpec(np.dtype(np.float32), (-1, len(trial.spec.seeds), NUM_CLASSES))
+    classes = TensorSpec(np.dtype(np.float32), (-1, len(trial.spec.seeds), config.num_classes))
     with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*An input example was not provided", category=UserWarning)
         model = mlflow.pyfunc.log_model(

@@ -11,14 +11,18 @@ import sys
 import urllib.parse
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from ramcore.errors import UserError, first_line, say
 from ramcore.private import private_arguments, without_secrets
 from study import cluster, ray_folder
-from study.flags import USAGE, Flags, check, parse, stopped
+from study.flags import DONE, USAGE, Flags, check, parse, stopped
+from study.space_flags import space_toml
 from study.status import status
 from study.storage import Storage
+
+if TYPE_CHECKING:
+    from study.prepare import Prepared
 
 _CONNECT_SECONDS = 5.0  # for a job server to answer
 
@@ -92,6 +96,11 @@ def _run(flags: Flags) -> int:
             return stopped(error)
         for warning in prepared.warnings:
             say(f"warning: {warning}")
+        if flags.print_space and prepared.space is not None:
+            print(space_toml(prepared.space, prepared.base))
+            return DONE
+        if flags.cancel is not None:
+            return _cancel(flags.cancel, prepared)
         if flags.address is None:
             _protect_local_ray()
         tell("loading Ray and MLflow")
@@ -102,6 +111,21 @@ def _run(flags: Flags) -> int:
         return run_prepared(flags, prepared)
     except RecordLost as error:
         return stopped(error)
+
+
+def _cancel(number: int, prepared: Prepared) -> int:
+    """Ask the driver of the study to end a trial. Raises UserError."""
+    from study import cancel  # puts off Optuna and torch
+
+    name = prepared.settings.study
+    if prepared.known is None:
+        raise UserError(f"--cancel ends a trial of a study that runs; there is no {name}: pass its --study")
+    try:
+        cancel.ask(prepared.storage, prepared.known, number)
+    except OSError as error:
+        raise prepared.storage.unreachable(error) from error
+    print(f"trial {number:04d} of {name} ends after its next epoch")
+    return DONE
 
 
 def _protect_local_ray() -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from ramcore.space import Space
+from study import cancel
 from study.asha import ASHA
 from study.checkpoints import Checkpoints
 from study.designs import STOPPABLE, TrialSpec, published, search_origins
@@ -61,7 +62,8 @@ class StudyScheduler:
             self._published = published(space)
             self._sobol = SobolSequence(space, record.settings.seed)
             self._tpe = FeasibleTPE(record, space)
-            self.origins = search_origins(record.totals, len(self._published), record.settings.sobol_share)
+            asked_at = [point.at for point in record.asked]
+            self.origins = search_origins(record.totals, len(self._published), record.settings.sobol_share, asked_at)
         else:
             self.origins = [spec.origin for spec in record.rows[: record.totals[-1]]]
         self.total = len(self.origins)  # trials that the study was asked for
@@ -150,14 +152,17 @@ class StudyScheduler:
     def _lies_in_space(self, spec: TrialSpec) -> bool:
         space, config = self.space, spec.config
         return (
-            space is not None and config.is_recurrent and space.contains({n: getattr(config, n) for n in space.names})
+            space is not None
+            and config.model == space.fixed.get("model", config.model)
+            and space.contains({n: getattr(config, n) for n in space.names})
         )
 
     def _suggest(self, number: int) -> TrialSpec:
         """The trial of a number in a search."""
         assert self.space is not None
         origin = self.origins[number]
-        row, values = fixed_point(self.origins, number, self._published, self._sobol)
+        asked = [(point.text, point.values) for point in self.record.asked]
+        row, values = fixed_point(self.origins, number, self._published, asked, self._sobol)
         if values is None:
             values = self._tpe.suggest(number)
         seeds = tuple(range(self.record.settings.seeds_per_trial))
@@ -204,6 +209,8 @@ class StudyScheduler:
             self._end(trial, "complete", "finished", test=result.get("test"))
         elif trial.spec.origin in STOPPABLE and not goes_on:
             self._end(trial, "pruned", f"stopped by successive halving at epoch {epoch}")
+        elif cancel.is_asked(self.folder, trial.number):
+            self._end(trial, "pruned", f"cancelled by the user at epoch {epoch}")
 
     def _goes_on(self, trial: TrialRecord, epoch: int) -> bool:
         """Whether ASHA lets a trial go on after an epoch; a diverged trial does not compete."""
@@ -232,6 +239,7 @@ class StudyScheduler:
         """Delete the checkpoints that an ended trial no longer needs."""
         try:
             Checkpoints(self.folder, trial.number).drop_epochs(keep_best=trial.state == "complete")
+            cancel.forget(self.folder, trial.number)
         except OSError as error:  # storage out of reach: the next run tidies again
             logger.warning("checkpoints of trial %04d could not be tidied: %s", trial.number, error)
 

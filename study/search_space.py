@@ -1,4 +1,4 @@
-"""The ranges that `--design search` tries. A range is changed here, and a field of `Config` is searched from here."""
+"""The ranges that `--design search` tries, unless the command line says others (`study.space_flags`)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from ramcore.config import Config
 from ramcore.errors import UserError
 from ramcore.space import Dimension, Space
 
+# Fields of a study as a whole, and the flags that set them.
+OF_THE_STUDY = {name: f"--{name}" for name in ("data", "task", "epochs", "canvas")} | {"num_classes": "--data"}
+
 
 def search_space(base: Config) -> Space:
     """The space for the task of a base configuration, which gives every field its default."""
+    largest = max(1, min(20, base.canvas_size // 2))
     dimensions = (
         Dimension(
             name="num_glimpses", type="int", low=2, high=8, step=1, unit="glimpses",
             reason="published: 2 to 8; with one glimpse there is nothing to decide",
         ),
         Dimension(
-            name="patch_size", type="int", low=4, high=min(20, base.canvas_size // 2), step=1, unit="pixels",
+            name="patch_size", type="int", low=min(4, largest), high=largest, step=1, unit="pixels",
             reason="published: 8 to 20; below 4 a stroke is lost, above half the canvas nothing is hidden",
         ),
         Dimension(
@@ -63,14 +67,13 @@ def configuration(space: Space, values: Mapping[str, object]) -> Config:
 
 def checked(space: Space) -> Space:
     """The space, if a search can try it: every value must make a configuration. Raises UserError if it cannot."""
-    own = ("data", "task", "epochs")  # of the study as a whole
-    fields = [field.name for field in dataclasses.fields(Config) if field.name not in own]
+    fields = [field.name for field in dataclasses.fields(Config) if field.name not in OF_THE_STUDY]
     if not space.dimensions:
-        raise UserError("a search needs at least one dimension; study/search_space.py has none: add one")
+        raise UserError("a search needs at least one dimension; there is none: add one, with --range or --choices")
     for dimension in space.dimensions:
         if dimension.name not in fields:
             raise UserError(
-                f"a dimension must be a field of Config other than {', '.join(own)}; got {dimension.name}: "
+                f"a dimension must be a field of Config other than {', '.join(OF_THE_STUDY)}; got {dimension.name}: "
                 "mend study/search_space.py"
             )
         for value in dimension.choices or dimension.from_unit((0.0, 1.0)):
@@ -78,6 +81,6 @@ def checked(space: Space) -> Space:
                 configuration(space, {dimension.name: value})
             except UserError as error:
                 raise UserError(f"the dimension {dimension.name} needs another range; {error}") from error
-    if not space.feasible({d.name: d.from_unit((0.0,))[0] for d in space.dimensions}):
+    if not space.feasible(space.clamped({d.name: d.from_unit((1.0,))[0] for d in space.dimensions})):
         raise UserError(f"some of the space must obey {space.rule}; its lowest corner does not: lower its ranges")
     return space

@@ -4,9 +4,9 @@
     probabilities = model.predict(images)
 
 images: (B, S, S), canvases of the model's task: floating-point numbers in [0, 1], or uint8 from 0 to 255.
-    probabilities: (B, R, 10) float32, one network for each training seed. A study reports the mean over seeds of each
-    network's accuracy: see `accuracy`. Weights are read with weights_only=True, so they cannot carry pickled code. The
-    model carries `ramcore`, so it loads where this project is not installed.
+    probabilities: (B, R, C) float32 of C classes, one network for each training seed. A study reports the mean over
+    seeds of each network's accuracy: see `accuracy`. Weights are read with weights_only=True, so they cannot carry
+    pickled code. The model carries `ramcore`, so it loads where this project is not installed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
 
-from ramcore.config import NUM_CLASSES, Config
+from ramcore.config import Config
 from ramcore.errors import UserError, first_line
 from ramcore.evaluation import BATCH_SIZE, build_model, class_log_probs
 
@@ -38,12 +38,12 @@ class ServedModel(PythonModel):
         self.network.load_state_dict(saved["weights"])
 
     def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> Any:
-        """Probabilities (B, R, 10) of canvases (B, S, S). The first glimpse of image i depends on i only.
+        """Probabilities (B, R, C) of canvases (B, S, S). The first glimpse of image i depends on i only.
 
         Raises UserError for anything else than canvases.
         """
         images = torch.from_numpy(_eight_bit(model_input, self.config))
-        parts = [torch.empty(0, len(self.seeds), NUM_CLASSES)]
+        parts = [torch.empty(0, len(self.seeds), self.config.num_classes)]
         for start in range(0, len(images), BATCH_SIZE):
             index = torch.arange(start, min(start + BATCH_SIZE, len(images)))
             log_probs = class_log_probs(self.network, self.config, torch.tensor(self.seeds), images[index][None], index)
@@ -76,7 +76,7 @@ def _eight_bit(model_input: Any, config: Config) -> np.ndarray:
 
 
 def accuracy(probabilities: np.ndarray, labels: np.ndarray) -> list[float]:
-    """Accuracy of each network: probabilities (B, R, 10), labels (B,)."""
+    """Accuracy of each network: probabilities (B, R, C), labels (B,)."""
     return (probabilities.argmax(-1) == labels[:, None]).mean(0).tolist()
 
 

@@ -11,16 +11,20 @@ from ramcore.space import Space, Values
 
 
 def fixed_point(
-    origins: Sequence[str], number: int, first: Sequence[tuple[str, Values]], sobol: SobolSequence
+    origins: Sequence[str],
+    number: int,
+    first: Sequence[tuple[str, Values]],
+    asked: Sequence[tuple[str, Values]],
+    sobol: SobolSequence,
 ) -> tuple[str, Values | None]:
     """(row, values) of a search's trial by its number; None for the values that TPE suggests.
 
-    origins: of all trials; first: the published points; sobol: the space's sequence.
+    origins: of all trials; first: the published points; asked: those of --try; sobol: the space's sequence.
     """
     origin = origins[number]
     index = origins[:number].count(origin)  # among the trials of the same origin
-    if origin == "published":
-        return first[index]
+    if origin in ("published", "asked"):
+        return (first if origin == "published" else asked)[index]
     return "", sobol[index] if origin == "sobol" else None
 
 

@@ -15,8 +15,11 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import signal
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import aiohttp
 from ray.exceptions import AuthenticationError
@@ -28,6 +31,7 @@ from study.cluster import code_folder, no_job_server, wrong_token
 from study.flags import DONE, STOPPED, SUBMITTED, Flags, arguments, command, signals_caught, working_tree
 
 _TAG = "ram-study"  # the job's metadata: which study it runs
+SPACE_FILE = "space.toml"  # what --space names is sent with the code, under this name
 _AGAIN_SECONDS = 5.0  # between two tries of a lost connection
 _STOP_SECONDS = "60"  # Ray gives the driver this long to stop; its default is 3
 
@@ -46,14 +50,16 @@ def submit(flags: Flags, address: str) -> int:
 
 def _submit_or_follow(flags: Flags, address: str) -> int:
     client = _connect(address)
-    entrypoint = shlex.join(["python", "-m", "study.run", *arguments(flags)])
+    sent = flags if flags.space is None else replace(flags, space=Path(SPACE_FILE))
+    entrypoint = shlex.join(["python", "-m", "study.run", *arguments(sent)])
     if without_secrets(entrypoint) != entrypoint:  # the cluster shows every job's command
         raise UserError(
             f"a job's command must hold no password; got `{without_secrets(entrypoint)}`: set MLFLOW_TRACKING_URI or "
             "RAM_STORAGE in the environment of the cluster's nodes, and leave the flag out"
         )
     study = study_of(flags)
-    running = None if flags.dry_run else _running(client, study)
+    only_asks = flags.dry_run or flags.print_space or flags.cancel is not None  # such a job runs no study
+    running = None if only_asks else _running(client, study)
     if running is not None and running.entrypoint != entrypoint:
         raise UserError(
             f"a study has one driver at a time; job {running.submission_id} runs {study} as `{running.entrypoint}`: "
@@ -66,14 +72,14 @@ def _submit_or_follow(flags: Flags, address: str) -> int:
             if running is not None:
                 say(f"job {job} is running this study: following it")
             else:
-                _submit(client, job, entrypoint, {} if flags.dry_run else {_TAG: study})
-                goes_on = "" if flags.dry_run else "; it goes on without this machine"
+                _submit(client, job, entrypoint, {} if only_asks else {_TAG: study}, flags.space)
+                goes_on = "" if only_asks else "; it goes on without this machine"
                 say(f"submitted to {address} as job {job}{goes_on}")
             return _follow(client, job)
         except _Left:
-            if flags.dry_run:
+            if only_asks:
                 client.stop_job(job)
-                say("left; the plan is not made")
+                say("left; the plan is not made" if flags.dry_run else "left; the job is stopped")
             else:
                 say(f"left; the job goes on\n  follow it  {command()}")
                 say(f"  stop it    {_ray_job('stop', address, job)}")
@@ -105,12 +111,16 @@ def _running(client: JobSubmissionClient, study: str) -> JobDetails | None:
     return max(jobs, key=lambda j: j.start_time or 0, default=None)
 
 
-def _submit(client: JobSubmissionClient, job: str, entrypoint: str, metadata: dict[str, str]) -> None:
-    """Send the command and its code. Raises UserError if the cluster refuses them."""
+def _submit(
+    client: JobSubmissionClient, job: str, entrypoint: str, metadata: dict[str, str], space: Path | None
+) -> None:
+    """Send the command, its code and the file of the space. Raises UserError if the cluster refuses them."""
     commit, dirty = working_tree()
     submitted = json.dumps({"command": command(), "commit": commit, "dirty": dirty})
     variables = {SUBMITTED: submitted, "RAY_JOB_STOP_WAIT_TIME_S": _STOP_SECONDS}
     with code_folder() as folder:
+        if space is not None:
+            shutil.copy2(space, folder / SPACE_FILE)
         runtime = {"working_dir": str(folder), "env_vars": variables}
         try:
             client.submit_job(entrypoint=entrypoint, submission_id=job, metadata=metadata, runtime_env=runtime)

@@ -14,7 +14,7 @@ import optuna
 from optuna.samplers import RandomSampler, TPESampler
 
 from ramcore.space import Space, Values
-from study.record import OPTUNA_STATE, Record, distributions
+from study.record import OPTUNA_STATE, Record, TakenOver, distributions
 
 _RESAMPLES = 20  # tries for a feasible point before the last one is clamped
 
@@ -35,10 +35,14 @@ class FeasibleTPE:
         self._coming = self._study.get_trials(deepcopy=False)[0]
         self._copied = 0  # trials of the record that are in the in-memory study
         self._running: dict[int, optuna.Trial] = {}  # those that have not ended there, by number
+        self._taken = record.taken  # trials of an earlier study, until the first suggestion
 
     def suggest(self, number: int) -> Values:
         """The point for a trial number: the first feasible one of 20 samples, else the last one, clamped."""
         self._follow_record()
+        if self._taken is not None:
+            self._learn_from(self._taken)
+            self._taken = None
         seed = int(np.random.SeedSequence((self._record.settings.seed, number)).generate_state(1)[0])
         # constant_liar: running trials count as bad, so parallel suggestions spread.
         sampler = TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=0)
@@ -48,6 +52,32 @@ class FeasibleTPE:
             if self._space.feasible(values):
                 return values
         return self._space.clamped(values)
+
+    def _learn_from(self, taken: TakenOver) -> None:
+        """Add the trials of an earlier study.
+
+        If its trials had another number of epochs, accuracies of the two studies do not compare, but ranks do: a
+        complete trial gets the accuracy at its own quantile among this study's complete trials that TPE did not choose.
+        """
+        same = taken.epochs == self._record.settings.epochs
+        trials = [trial for trial in taken.trials if same or trial.state == "complete"]
+        there = sorted(trial.accuracy[-1] for trial in trials)
+        others = (trial for trial in self._record.trials.values() if trial.spec.origin != "tpe")
+        here = [trial.value for trial in others if trial.value is not None]
+        for trial in trials if same or here else ():
+            value = trial.accuracy[-1]
+            if not same:
+                value = float(np.quantile(here, there.index(value) / max(len(there) - 1, 1)))
+            complete = trial.state == "complete"
+            self._study.add_trial(
+                optuna.trial.create_trial(
+                    state=OPTUNA_STATE["complete" if complete else "pruned"],
+                    params=trial.values,
+                    distributions=self._distributions,
+                    value=value if complete else None,
+                    intermediate_values={} if complete else dict(enumerate(trial.accuracy, start=1)),
+                )
+            )
 
     def _follow_record(self) -> None:
         """Bring the in-memory study up to the record."""

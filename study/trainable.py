@@ -55,7 +55,8 @@ class SharedData:
 
     data: str
     digest: str
-    arrays: dict[str, np.ndarray]  # "train.images": (N, 28, 28) uint8, "train.labels": (N,) int64, ...
+    canvas: int = 0  # as `Config.canvas`
+    arrays: dict[str, np.ndarray]  # "train.images": (N, I, I) uint8, "train.labels": (N,) int64, ...
 
     @staticmethod
     def of(task: TaskData) -> SharedData:
@@ -63,7 +64,7 @@ class SharedData:
         splits = [(name, task.split(name)) for name in get_args(SplitName)]
         arrays = {f"{name}.images": split.images.numpy() for name, split in splits}
         arrays |= {f"{name}.labels": split.labels.numpy() for name, split in splits}
-        return SharedData(data=task.data, digest=task.digest, arrays=arrays)
+        return SharedData(data=task.data, digest=task.digest, canvas=task.canvas, arrays=arrays)
 
     def task(self, task: str) -> TaskData:
         """A task, of tensors over the same memory."""
@@ -72,7 +73,7 @@ class SharedData:
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             tensors = {name: torch.from_numpy(array) for name, array in self.arrays.items()}
         splits = {n: Split(tensors[f"{n}.images"], tensors[f"{n}.labels"]) for n in get_args(SplitName)}
-        return TaskData(data=self.data, task=task, digest=self.digest, **splits)
+        return TaskData(data=self.data, task=task, digest=self.digest, canvas=self.canvas, **splits)
 
 
 def run_trial(

@@ -157,9 +157,13 @@ def test_infeasible_corners_are_clamped_by_lowering_the_number_of_scales():
 
 
 def test_the_rule_holds_only_between_fields_that_are_known():
-    space = Space(dimensions=(Dimension(name="learning_rate", type="float"),), widest_scale=10)
-    assert space.feasible({"learning_rate": 0.1})
-    assert not dataclasses.replace(space, fixed={"patch_size": 11, "num_scales": 1, "scale_factor": 2}).feasible({})
+    space = Space(dimensions=(Dimension(name="patch_size", type="int", low=4, high=20),), widest_scale=10)
+    assert space.feasible({"patch_size": 11}), "nothing says how many scales"
+    fixed = {"num_scales": 1, "scale_factor": 2}
+    assert not dataclasses.replace(space, fixed=fixed).feasible({"patch_size": 11})
+    other = dataclasses.replace(space, dimensions=(Dimension(name="learning_rate", type="float"),))
+    assert dataclasses.replace(other, fixed=fixed | {"patch_size": 11}).feasible({}), "it is not searched"
+    assert other.rule is None
 
 
 def test_a_saved_space_says_everything_that_the_analysis_needs():
