@@ -26,6 +26,25 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000",
 )  # fmt: skip
 GREY, PALE = "#767676", "#D9D9D9"
+ACCURACIES = (
+    1,
+    2,
+    5,
+    10,
+    20,
+    30,
+    50,
+    70,
+    80,
+    90,
+    95,
+    97,
+    98,
+    99,
+    99.5,
+    99.8,
+    99.9,
+)  # points that an accuracy axis marks
 ORIGIN_STYLE = {  # colour, marker, words
     "published": (BLACK, "*", "published settings"),
     "sobol": (BLUE, "o", "space-filling (Sobol)"),
@@ -72,10 +91,20 @@ class Trial(NamedTuple):
         return float(self.accuracy[-1])
 
 
+def origin_style(origin: str) -> tuple[str, str, str]:
+    """Colour, marker and words of what chose a trial."""
+    return ORIGIN_STYLE.get(origin, (GREY, "o", origin))
+
+
+def ended(outcome: str) -> str:
+    """A trial's outcome in words."""
+    return END_STYLE[outcome][3] if outcome in END_STYLE else "finished"
+
+
 # ---- helpers -------------------------------------------------------------------------------------------------
 
 
-def new_axes(width: float = 6.6, height: float = 4.0) -> Axes:
+def new_axes(width: float = 5.6, height: float = 4.0) -> Axes:
     """Axes on a figure of their own, outside pyplot's global list."""
     return Figure(figsize=(width, height), layout="constrained").subplots()
 
@@ -87,12 +116,12 @@ def figure_of(ax: Axes) -> Figure:
     return figure
 
 
-def row_axes(labels: Sequence[str], xlabel: str, ax: Axes | None, width: float = 6.6, height: float = 0.42) -> Axes:
+def row_axes(labels: Sequence[str], xlabel: str, ax: Axes | None, width: float = 5.6, height: float = 0.42) -> Axes:
     """Axes with one named row for each label, row 0 at the top."""
     ax = ax or new_axes(width, 1.2 + height * len(labels))
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(len(labels) - 0.4, -0.6)
-    ax.set_xlabel(xlabel)
+    ax.set_xlabel(xlabel, loc="right")  # it may be longer than the axis
     ax.xaxis.grid(True, color=PALE, lw=0.6)
     ax.set_axisbelow(True)
     return ax
@@ -122,7 +151,7 @@ def _matrix(ax: Axes, values: Array, rows: Sequence[str], columns: Sequence[str]
     return ax
 
 
-def _legend_above(ax: Axes, columns: int = 4) -> None:
+def _legend_above(ax: Axes, columns: int = 2) -> None:
     # Above the plot, where it can hide no point.
     ax.legend(
         loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns, fontsize=9, columnspacing=1.2, handletextpad=0.5
@@ -141,7 +170,22 @@ def _log_axis(ax: Axes, marks: Sequence[float] | Array) -> None:
     ax.xaxis.set_minor_locator(ticker.NullLocator())
 
 
-def _log_marks(low: float, high: float) -> Array:
+def accuracy_axis(ax: Axes, along: str = "y") -> None:
+    """A scale of logits that says accuracies in points, so that 97 and 98 are as far apart as 80 and 86."""
+    scale, axis = (ax.set_xscale, ax.xaxis) if along == "x" else (ax.set_yscale, ax.yaxis)
+    scale("function", functions=(accuracy_logit, lambda y: 100 / (1 + np.exp(-y))))
+    axis.set_major_locator(ticker.FixedLocator(ACCURACIES))
+    axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axis.set_minor_locator(ticker.NullLocator())
+
+
+def accuracy_logit(accuracy: Any) -> Array:
+    """Log-odds of accuracies in points, which are kept 0.01 points from 0 and 100."""
+    share = np.clip(np.asarray(accuracy, dtype=float), 0.01, 99.99) / 100
+    return np.log(share / (1 - share))
+
+
+def log_marks(low: float, high: float) -> Array:
     """About five round numbers such as 0.03, 0.1, 0.3 within a range."""
     decades = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
     marks = np.array([m * 10.0**k for k in decades for m in ((1, 3) if len(decades) > 2 else (1, 2, 5))])
@@ -205,9 +249,10 @@ def marginal(
     if names:
         ax.set_xticks(xs, [str(v) for v in curve.values])
     elif dimension.log:
-        _log_axis(ax, _log_marks(dimension.low, dimension.high))
+        _log_axis(ax, log_marks(dimension.low, dimension.high))
     else:
         ax.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=dimension.type == "int"))
+    accuracy_axis(ax)
     ax.set(xlabel=dimension.label, ylabel="accuracy (points)")
     return ax
 
@@ -229,7 +274,7 @@ def pair_surface(surface: PairSurface, ax: Axes | None = None) -> Axes:
 def interactions(shares: Matrix, ax: Axes | None = None) -> Axes:
     """Share of the variance that each pair has beyond its two parameters alone: the lower triangle."""
     names = [words(name) for name in shares.names]
-    ax = ax or new_axes(6.6, 1.6 + 0.4 * len(names))
+    ax = ax or new_axes(5.6, 1.6 + 0.4 * len(names))
     percents = 100 * np.where(np.tri(len(names), k=-1, dtype=bool), shares.values, np.nan)[1:, :-1]
     top = max(5.0, float(np.nanmax(percents)))  # so that a tenth of a percent does not look like much
     return _matrix(ax, percents, names[1:], names[:-1], "% of variance", fmt=".1f", vmax=top)
@@ -238,7 +283,7 @@ def interactions(shares: Matrix, ax: Axes | None = None) -> Axes:
 def more_than(probability: Matrix, ax: Axes | None = None) -> Axes:
     """P(the row's parameter matters more than the column's), in percent; from 5% to 95% is a tie."""
     names = [words(name) for name in probability.names]
-    ax = ax or new_axes(6.6, 1.9 + 0.4 * len(names))
+    ax = ax or new_axes(5.6, 1.9 + 0.4 * len(names))
     _matrix(ax, 100 * probability.values, names, names, "probability (%)", fmt=".0f", vmax=100.0)
     ax.set_ylabel("this parameter ...")
     ax.set_xlabel("... matters more than this one")
@@ -279,9 +324,11 @@ def calibration(observed: Array, predicted: Array, sd: Array, ax: Axes | None = 
         100 / (1 + np.exp(-x)) for x in (observed, predicted - 1.645 * sd, predicted, predicted + 1.645 * sd)
     )
     ax.errorbar(reached, mid, yerr=[mid - low, high - mid], fmt="o", ms=4, lw=0.8, color=BLUE, alpha=0.8)
-    edge = max(0.0, float(min(reached.min(), low.min())) - 2)
-    ax.plot([edge, 100], [edge, 100], color=BLACK, lw=1, ls="--", label="perfect prediction")
-    ax.set(xlim=(edge, 100), ylim=(edge, 100))
+    edges = [0.9 * float(min(reached.min(), low.min())), 100 - 0.9 * float(100 - max(reached.max(), high.max()))]
+    ax.plot(edges, edges, color=BLACK, lw=1, ls="--", label="perfect prediction")
+    accuracy_axis(ax, "x")
+    accuracy_axis(ax, "y")
+    ax.set(xlim=edges, ylim=edges)
     _legend_above(ax)
     ax.set(xlabel="accuracy reached (points)", ylabel="predicted without having seen the trial (points)")
     return ax
@@ -294,7 +341,7 @@ def learning_curves(curves: Sequence[Trial], ax: Axes | None = None) -> Axes:
     """Every trial's accuracy against epoch, coloured by origin, with a marker where it ended early."""
     ax = ax or new_axes()
     for curve in curves:
-        colour, _, label = ORIGIN_STYLE.get(curve.origin, (GREY, "o", curve.origin))
+        colour, _, label = origin_style(curve.origin)
         ax.plot(curve.epochs, curve.accuracy, color=colour, lw=0.9, alpha=0.6, label=_once(ax, label))
         if curve.outcome in END_STYLE:
             colour, marker, size, label = END_STYLE[curve.outcome]
@@ -304,6 +351,7 @@ def learning_curves(curves: Sequence[Trial], ax: Axes | None = None) -> Axes:
     last = max((curve.epochs[-1] for curve in curves), default=0)
     if last > 4:
         _log_axis(ax, np.unique(np.round(np.geomspace(1, last, 6))))
+    accuracy_axis(ax)
     ax.set(xlabel="epoch", ylabel="validation accuracy (points)")
     _legend_above(ax)
     return ax
@@ -321,7 +369,8 @@ def compute(trials: Sequence[Trial], ax: Axes | None = None) -> Axes:
     front = pareto_front(macs, [t.last for t in trials])
     style = {"where": "post", "color": BLACK, "lw": 1.4, "label": "Pareto front"}
     ax.step([macs[i] for i in front], [trials[i].last for i in front], **style)
-    _log_axis(ax, _log_marks(min(macs), max(macs)))
+    _log_axis(ax, log_marks(min(macs), max(macs)))
+    accuracy_axis(ax)
     ax.set(xlabel="compute an image (million multiply-accumulates)", ylabel="validation accuracy (points)")
     _legend_above(ax)
     return ax
@@ -329,7 +378,7 @@ def compute(trials: Sequence[Trial], ax: Axes | None = None) -> Axes:
 
 def history(trials: Sequence[Trial], ax: Axes | None = None) -> Axes:
     """Last accuracy of every trial by number (open: not complete), and the best complete trial so far."""
-    ax = ax or new_axes(6.6, 3.4)
+    ax = ax or new_axes(5.6, 3.4)
     for origin, (colour, marker, label) in _styles(trials):
         full, cut = ([t for t in trials if t.origin == origin and t.complete == complete] for complete in (True, False))
         ax.scatter([t.number for t in full], [t.last for t in full], color=colour, marker=marker, s=22, label=label)
@@ -338,14 +387,15 @@ def history(trials: Sequence[Trial], ax: Axes | None = None) -> Axes:
     best = np.fmax.accumulate([t.last if t.complete else np.nan for t in trials])
     ax.step([t.number for t in trials], best, where="post", color=BLACK, lw=1.4, label="best full-budget trial so far")
     ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    accuracy_axis(ax)
     ax.set(xlabel="trial number (open: did not reach the full budget)", ylabel="last accuracy (points)")
-    _legend_above(ax, columns=2)
+    _legend_above(ax)
     return ax
 
 
 def _styles(trials: Sequence[Trial]) -> list[tuple[str, tuple[str, str, str]]]:
     """Each origin with its colour, marker and words."""
-    return [(origin, ORIGIN_STYLE.get(origin, (GREY, "o", origin))) for origin in sorted({t.origin for t in trials})]
+    return [(origin, origin_style(origin)) for origin in sorted({t.origin for t in trials})]
 
 
 # ---- fixed designs -------------------------------------------------------------------------------------------
@@ -376,7 +426,7 @@ def tornado(ranges: Sequence[OfatRange], ax: Axes | None = None) -> Axes:
             ax.plot([r.low, r.low + r.noise], [y, y], color="white", lw=1.6)
     ax.plot([], [], color=BLACK, lw=1.5, label="the baseline itself")
     ax.plot([], [], color=GREY, lw=1.6, label="white line: seed noise alone")
-    _legend_above(ax, 2)
+    _legend_above(ax)
     return ax
 
 

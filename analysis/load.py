@@ -16,10 +16,12 @@ import sqlite3
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import pandas as pd
 import requests
@@ -39,6 +41,7 @@ EPOCH_METRICS = (*schema.EPOCH_MEANS, schema.EPOCH_SECONDS)
 RUNS_PER_REQUEST = 100  # MLflow's limit for one bulk request
 ROWS_PER_REQUEST = 25_000  # MLflow's limit for one bulk answer
 READERS = 8  # threads; reading waits for the server, not for this machine
+MLFLOW_UI = "http://127.0.0.1:5000"  # where `mlflow ui` shows a database on this machine
 NO_SPACE = "the study's space.json is missing or unreadable, so bounds and scales are unknown"
 OFAT_ROW_1 = re.compile(r"^baseline (?P<baseline>[^:]+?)(?:: (?P<parameter>\w+)=.+)?$")  # schema 1
 
@@ -77,6 +80,7 @@ class StudyData(NamedTuple):
     space_problem: str | None
     settings: dict[str, Any]  # study.json, empty where it is missing
     raw_space: dict[str, Any] | None = None  # space.json, as saved
+    pages: Mapping[int, str] = MappingProxyType({})  # MLflow's page of each trial; none for exported records
 
     @property
     def budget(self) -> int:
@@ -215,7 +219,18 @@ def load_study(source: Source, study: StudyRun, on_progress: OnProgress = lambda
     epochs = _epoch_table(trials, history)
     last = epochs.groupby("trial").agg(last=("epoch", "max"))["last"].to_dict()
     trials["epochs_seen"] = [last.get(trial, 0) for trial in trials.index]
-    return StudyData(study, trials.drop(columns="run_id"), epochs, space, problem, settings, raw_space)
+    pages = _pages(source.tracking_uri, experiment.experiment_id, trials["run_id"].to_dict())
+    return StudyData(study, trials.drop(columns="run_id"), epochs, space, problem, settings, raw_space, pages)
+
+
+def _pages(uri: str, experiment: str, runs: Mapping[int, str]) -> dict[int, str]:
+    """The web page of each trial's run: of the tracking server, or of an `mlflow ui` that shows the database."""
+    parts = urlsplit(uri)
+    if parts.scheme == "databricks":
+        return {}
+    host = parts.netloc.rpartition("@")[2]  # without user and password
+    server = f"{parts.scheme}://{host}{parts.path.rstrip('/')}" if parts.scheme in ("http", "https") else MLFLOW_UI
+    return {trial: f"{server}/#/experiments/{experiment}/runs/{run_id}" for trial, run_id in runs.items()}
 
 
 def _check_schema(study: StudyRun) -> None:

@@ -19,13 +19,13 @@ TRIED = {  # the least and the largest value in the case study's table; for glim
 }
 
 THRESHOLDS = {
-    "SURE": (SURE, "posterior probability needed to call a claim confirmed; 1 - SURE or less refutes it"),
+    "SURE": (SURE, "probability needed to call a claim confirmed; one minus it, or less, refutes it"),
     "HARDLY": (
         HARDLY,
         "accuracy points over the whole searched range; more than that, and surely more than a parameter without"
         " effect reaches, is not 'hardly'",
     ),
-    "MIN_R2": (MIN_R2, "grouped cross-validated R2 below which every claim stays undecided"),
+    "MIN_R2": (MIN_R2, "R² on trials not seen, below which every claim stays undecided"),
 }
 
 
