@@ -246,15 +246,23 @@ def marginal(
     ax.plot(xs, curve.mid, color=BLUE, lw=2, zorder=4, marker="." if dimension.levels else None)
     hatch = {"facecolor": "none", "hatch": "///", "edgecolor": PALE, "linewidth": 0, "zorder": 1}
     ax.fill_between(xs, 0, 1, where=curve.extrapolated.tolist(), transform=ax.get_xaxis_transform(), **hatch)
-    if names:
-        ax.set_xticks(xs, [str(v) for v in curve.values])
+    _value_axis(ax, dimension)
+    return ax
+
+
+def _value_axis(ax: Axes, dimension: Dimension) -> None:
+    """Axes of a mean accuracy over one parameter; choices are at 0, 1, 2, ..."""
+    if dimension.type == "categorical":
+        ax.set_xticks(range(len(dimension.choices)), [str(v) for v in dimension.choices])
     elif dimension.log:
         _log_axis(ax, log_marks(dimension.low, dimension.high))
     else:
         ax.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=dimension.type == "int"))
     accuracy_axis(ax)
+    ax.tick_params(labelsize=8)
     ax.set(xlabel=dimension.label, ylabel="accuracy (points)")
-    return ax
+    if (place := ax.get_subplotspec()) and not place.is_first_col():
+        ax.set_ylabel("")
 
 
 def pair_surface(surface: PairSurface, ax: Axes | None = None) -> Axes:
@@ -436,4 +444,72 @@ def replicates(rows: Sequence[Replicate], ax: Axes | None = None) -> Axes:
     ax = row_axes(labels, "validation accuracy at the full budget (points)", ax)
     for y, r in enumerate(rows):
         draw_interval(ax, y, r.mean)
+    return ax
+
+
+# ---- studies side by side ------------------------------------------------------------------------------------
+
+STUDY_STYLE = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "D"), (RED, "^"), (PURPLE, "v"), (SKY, "*"), (BLACK, "X")]
+
+
+def study_styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each study."""
+    return {name: STUDY_STYLE[k % len(STUDY_STYLE)] for k, name in enumerate(names)}
+
+
+def compared_effects(effects: Mapping[str, Mapping[str, Interval]], ax: Axes | None = None) -> Axes:
+    """Every parameter's effect in each study. effects: parameter -> study -> points."""
+    studies = list(next(iter(effects.values())))
+    label = "effect over what the studies share (accuracy points)"
+    ax = row_axes([words(name) for name in effects], label, ax, height=0.25 + 0.17 * len(studies))
+    for k, (study, (colour, marker)) in enumerate(study_styles(studies).items()):
+        for y, by_study in enumerate(effects.values()):
+            place = y + (k - (len(studies) - 1) / 2) * 0.6 / len(studies)
+            draw_interval(ax, place, by_study[study], colour, marker, 2.4, ms=5.5)
+        ax.plot([], [], color=colour, marker=marker, label=study)
+    _legend_above(ax, columns=1)
+    return ax
+
+
+def compared_marginal(curves: Mapping[str, Curve], dimension: Dimension, ax: Axes | None = None) -> Axes:
+    """Mean accuracy over one parameter in each study with its band. curves: by study."""
+    ax = ax or new_axes(3.6, 2.8)
+    names = dimension.type == "categorical"
+    for (study, curve), (colour, _) in zip(curves.items(), study_styles(list(curves)).values(), strict=True):
+        xs = np.arange(len(curve.values)) if names else np.asarray(curve.values, dtype=float)
+        ax.fill_between(xs, curve.low, curve.high, color=colour, alpha=0.18, lw=0)
+        ax.plot(xs, curve.mid, color=colour, lw=2, label=study, marker="." if dimension.levels else None)
+    _value_axis(ax, dimension)
+    return ax
+
+
+def compared_curves(best: Mapping[str, Sequence[Trial]], ax: Axes | None = None) -> Axes:
+    """Learning curves of each study's best trials, the best one thick. best: by study, the best first."""
+    ax = ax or new_axes()
+    for (study, trials), (colour, _) in zip(best.items(), study_styles(list(best)).values(), strict=True):
+        for k, trial in enumerate(trials):
+            style = {"lw": 0.9 if k else 2.4, "alpha": 0.6 if k else 1.0, "label": None if k else study}
+            ax.plot(trial.epochs, trial.accuracy, color=colour, **style)
+    last = max((trial.epochs[-1] for trials in best.values() for trial in trials), default=0)
+    if last > 4:
+        _log_axis(ax, np.unique(np.round(np.geomspace(1, last, 6))))
+    accuracy_axis(ax)
+    ax.set(xlabel="epoch", ylabel="validation accuracy (points)")
+    _legend_above(ax, columns=1)
+    return ax
+
+
+def compared_fronts(trials: Mapping[str, Sequence[Trial]], ax: Axes | None = None) -> Axes:
+    """Accuracy against compute of each study's complete trials, with each study's Pareto front."""
+    ax = ax or new_axes()
+    for (study, own), (colour, marker) in zip(trials.items(), study_styles(list(trials)).values(), strict=True):
+        macs, accuracy = [t.macs / 1e6 for t in own], [t.last for t in own]
+        ax.scatter(macs, accuracy, color=colour, marker=marker, s=16, alpha=0.55, lw=0)
+        front = pareto_front(macs, accuracy)
+        ax.step([macs[i] for i in front], [accuracy[i] for i in front], where="post", color=colour, lw=1.6, label=study)
+    every = [t.macs / 1e6 for own in trials.values() for t in own]
+    _log_axis(ax, log_marks(min(every), max(every)))
+    accuracy_axis(ax)
+    ax.set(xlabel="compute an image (million multiply-accumulates)", ylabel="validation accuracy (points)")
+    _legend_above(ax, columns=1)
     return ax

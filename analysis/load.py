@@ -19,7 +19,6 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -80,7 +79,7 @@ class StudyData(NamedTuple):
     space_problem: str | None
     settings: dict[str, Any]  # study.json, empty where it is missing
     raw_space: dict[str, Any] | None = None  # space.json, as saved
-    pages: Mapping[int, str] = MappingProxyType({})  # MLflow's page of each trial; none for exported records
+    pages: dict[int, str] | None = None  # MLflow's page of each trial; None for exported records
 
     @property
     def budget(self) -> int:
@@ -161,7 +160,7 @@ def _study_run(run: Run) -> StudyRun:
     return StudyRun(run.info.run_id, name, status, (run.info.start_time or 0) / 1000, tags, dict(run.data.params))
 
 
-def find_study(studies: Sequence[StudyRun], name: str | None) -> StudyRun:
+def find_study(studies: Sequence[StudyRun], name: str | None, flag: str = "--study") -> StudyRun:
     """The newest study of that name or run id; without a name, the newest of all.
 
     Raises UserError with the names that exist if there is none.
@@ -172,7 +171,7 @@ def find_study(studies: Sequence[StudyRun], name: str | None) -> StudyRun:
         if name in (study.name, study.run_id):
             return study
     known = ", ".join(study.name for study in studies[:8]) + (", ..." if len(studies) > 8 else "")
-    raise UserError(f"--study must name a study that exists; got {name!r}. There is: {known}")
+    raise UserError(f"{flag} must name a study that exists; got {name!r}. There is: {known}")
 
 
 def load_others(source: Source, studies: Sequence[StudyRun], study: StudyRun) -> list[StudyData]:

@@ -167,7 +167,7 @@ def list_trials(records: StudyData, tracked: Sequence[Trial], dimensions: Sequen
         cells.append((str(trial["epochs_seen"]), trial["epochs_seen"]))
         cells += [(number(value, 2), value if math.isfinite(value) else "") for value in measured]
         cells += [(shown(trial[d.name]), trial[d.name]) for d in dimensions]
-        found.append(ListedTrial(at, records.pages.get(at, ""), cells))
+        found.append(ListedTrial(at, (records.pages or {}).get(at, ""), cells))
     used = [k for k in range(len(headings)) if any(trial.cells[k][0] not in ("", "-") for trial in found)]
     rows = [trial._replace(cells=[trial.cells[k] for k in used]) for trial in found]
     return TrialList([headings[k] for k in used], rows)
@@ -246,21 +246,25 @@ def draw_fixed_designs(fixed_designs: FixedDesigns) -> dict[str, Axes | Figure]:
     return drawn
 
 
+def panels(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels, two in a row, with one accuracy axis."""
+    rows = math.ceil(count / 2)
+    figure = Figure(figsize=(5.6, 2.4 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, 2, sharey=True, squeeze=False).ravel())
+    for ax in axes[count:]:
+        ax.set_visible(False)
+    return figure, axes[:count]
+
+
 def _marginals(records: StudyData, analysis: Analysis, tracked: Sequence[Trial]) -> Figure:
-    """One panel a parameter, two in a row."""
+    """One panel a parameter."""
     dimensions = {d.name: d for d in analysis.data.dimensions}
     names = [e.name for e in analysis.ranking.effects if e.name != DUMMY]
-    figure = Figure(figsize=(5.6, 2.4 * math.ceil(len(names) / 2)), layout="constrained")
-    panels = figure.subplots(math.ceil(len(names) / 2), 2, sharey=True, squeeze=False).ravel()
+    figure, axes = panels(len(names))
     trials = records.trials.loc[[t.number for t in tracked]]
-    for k, (name, ax) in enumerate(zip(names, panels, strict=False)):
+    for name, ax in zip(names, axes, strict=True):
         figures.marginal(analysis.curves.marginals[name], dimensions[name], trials[name].tolist(), tracked, ax)
-        ax.tick_params(labelsize=8)
-        if k % 2:
-            ax.set_ylabel("")
-    for ax in panels[len(names) :]:
-        ax.set_visible(False)
-    handles, labels = panels[0].get_legend_handles_labels()
+    handles, labels = axes[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside upper right", ncols=2, fontsize=9)
     return figure
@@ -346,7 +350,12 @@ def _write_page(
     images, paths = save_figures(out, drawn)
     ranges, dimensions = values["fixed_designs"].ranges, _varied(records)
     values = values | {
-        "study": records.study,
+        "heading": records.study.name,
+        "kicker": [
+            "Sensitivity report",
+            *(records.study.params[k] for k in ("task", "data") if k in records.study.params),
+        ],
+        "running": ["This study"] if records.study.status == "running" else [],
         "images": images,
         "charts": interactive(tracked, dimensions, marginals),
         "chart_rows": charts.trial_rows(tracked, records.trials, dimensions) if tracked else [],

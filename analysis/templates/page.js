@@ -47,7 +47,7 @@
         const panel = place.appendChild(document.createElement("div"));
         for (const part of spec.vconcat ?? []) part.width = panel.clientWidth - 2;
         spec.datasets = { ...spec.datasets, trials: structuredClone(trials) };
-        const { view } = await vegaEmbed(panel, spec, { actions: false });
+        const { view } = await vegaEmbed(panel, spec, { actions: false, renderer: "canvas" });
         views.push(view);
         for (const name of (spec.params ?? []).map((param) => param.name).filter((name) => name.startsWith("brush")))
           view.addSignalListener(name, (_, value) => {
