@@ -115,6 +115,8 @@ def sentences(sides: Sequence[Side], effects: Effects | None) -> list[str]:
         return [*said, "Effects are not compared: that takes two searches with enough trials."]
     if not effects.shared.dimensions:
         return [*said, "Effects are not compared: these studies vary no parameter over values that all of them have."]
+    if unsure := [side.name for side in sides if side.analysis and not side.analysis.ranked]:
+        return [*said, f"Whether effects differ cannot be said yet, because of {join(unsure)} (see the notes)."]
     differ = [d for d in effects.differences if d.differs >= TIE[1]]
     said += [
         f"The effect of {words(d.parameter)} is {'larger' if d.larger > 0.5 else 'smaller'} in {d.second} than in "

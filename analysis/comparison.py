@@ -270,6 +270,7 @@ def _settings(side: Side) -> dict[str, str]:
     records = side.records
     known: Mapping[str, Any] = {**records.study.params, **records.settings}
     found = {words(name): shown(known[name]) for name in SETTINGS if known.get(name) is not None}
+    found |= {name: f"{found[name]:.12}" for name in ("digest", "commit") if name in found}
     sizes = known.get("data_sizes") or known.get("sizes") or {}
     found |= {f"{part} images": shown(size) for part, size in sizes.items()}
     for dimension in records.space.dimensions if records.space else ():

@@ -177,6 +177,12 @@ def accuracy_axis(ax: Axes, along: str = "y") -> None:
     axis.set_major_locator(ticker.FixedLocator(ACCURACIES))
     axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axis.set_minor_locator(ticker.NullLocator())
+    # Limits of its own: those that were found on the linear scale would leave much room near 100.
+    shared = (ax.get_shared_x_axes() if along == "x" else ax.get_shared_y_axes()).get_siblings(ax)
+    drawn = accuracy_logit([getattr(one.dataLim, f"interval{along}") for one in shared if one.has_data()])
+    room = max(0.05 * float(np.ptp(drawn)), 0.02)
+    low, high = 100 / (1 + np.exp(-np.array([drawn.min() - room, drawn.max() + room])))
+    (ax.set_xlim if along == "x" else ax.set_ylim)(low, high)
 
 
 def accuracy_logit(accuracy: Any) -> Array:
