@@ -621,8 +621,19 @@ frame.onload = () => {
     input.dispatchEvent(new Event("input"));
     const heading = [...d.querySelectorAll("#trial-table th")].find((th) => th.textContent.startsWith("validation"));
     heading.firstChild.click();
-    const kept = [...rows].filter((row) => !row.hidden).length;
-    tell({rows: kept, first: d.querySelector("#trial-table tbody tr").dataset.trial});
+    const shown = () => [...rows].filter((row) => !row.hidden).map((row) => Number(row.dataset.trial));
+    const kept = shown().length;
+    input.value = "";
+    input.dispatchEvent(new Event("input"));
+    const axes = d.querySelector("div[data-chart=parallel] canvas"), place = axes.getBoundingClientRect();
+    const drag = (type, share, target) => target.dispatchEvent(new PointerEvent(type, {
+      clientX: place.left + share * place.width, clientY: place.top + 24, bubbles: true, button: 0, buttons: 1}));
+    drag("pointermove", 0.5, axes);
+    drag("pointerdown", 0.5, axes);
+    for (const share of [0.6, 0.8, 0.99]) drag("pointermove", share, d.defaultView);
+    drag("pointerup", 0.99, d.defaultView);
+    const first = d.querySelector("#trial-table tbody tr").dataset.trial;
+    setTimeout(() => tell({rows: kept, first, brushed: shown()}), 500);
   };
   if (CHARTS) use(); else tell({rows: rows.length});
 };
@@ -662,5 +673,8 @@ def test_page_in_a_browser_shows_charts_or_pictures_without_overflow(
         return
     assert found["charts"] == 9 and found["images"] == 10, "charts stand in the place of four pictures"
     assert found["rows"] == trials["diverged"].sum() > 0, "the filter keeps the trials that say so"
+    glimpses = trials.loc[found["brushed"], "num_glimpses"]
+    assert set(found["brushed"]) == set(trials.index[trials["num_glimpses"] >= glimpses.min()]), "the brush of an axis"
+    assert 4 < glimpses.min() < 7 and len(glimpses) < len(trials)
     last = study[0].epochs.dropna(subset="val_accuracy").groupby(["trial", "epoch"])["val_accuracy"].mean()
     assert int(found["first"]) == last.groupby("trial").last().idxmin(), "sorted by accuracy, the lowest first"

@@ -45,7 +45,7 @@
     for (const place of document.querySelectorAll("div[data-chart]")) {
       for (const spec of charts[place.dataset.chart]) {
         const panel = place.appendChild(document.createElement("div"));
-        for (const part of spec.vconcat ?? []) part.width = panel.clientWidth - 2;
+        for (const part of spec.vconcat ?? []) part.width = panel.clientWidth - 12;  // less its padding
         spec.datasets = { ...spec.datasets, trials: structuredClone(trials) };
         const { view } = await vegaEmbed(panel, spec, { actions: false, renderer: "canvas" });
         views.push(view);
