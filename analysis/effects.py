@@ -110,6 +110,22 @@ def allowed(space: Space, dimensions: Sequence[Dimension], x: Array) -> NDArray[
     return np.array([space.feasible(dict(zip(columns, row, strict=True))) for row in rows], bool)
 
 
+def contrast(rows: Array, supported: NDArray[np.bool_]) -> Array:
+    """Difference between the supported values that are best and worst on average over the draws: (G, S) -> (S,).
+
+    It is not each draw's own largest difference. That is above zero for every curve that is merely uncertain, so a
+    parameter without effect would seem to have one. Each half of the draws is read at the two values that the other
+    half has chosen.
+    """
+    rows = rows[supported] if supported.any() else rows
+    halves = np.arange(rows.shape[1]) % 2
+    found = np.empty(rows.shape[1])
+    for half in (0, 1):
+        mean = rows[:, halves != half].mean(axis=1)
+        found[halves == half] = (rows[mean.argmax()] - rows[mean.argmin()])[halves == half]
+    return found
+
+
 class Marginal(NamedTuple):
     """One dimension with the others averaged over.
 
@@ -128,19 +144,8 @@ class Marginal(NamedTuple):
     total_logit: Array
 
     def contrast(self, rows: Array) -> Array:
-        """Difference between the supported values that are best and worst on average over the draws: (G, S) -> (S,).
-
-        It is not each draw's own largest difference. That is above zero for every curve that is merely uncertain, so
-        a parameter without effect would seem to have one. Each half of the draws is read at the two values that the
-        other half has chosen.
-        """
-        rows = rows[self.supported] if self.supported.any() else rows
-        halves = np.arange(rows.shape[1]) % 2
-        found = np.empty(rows.shape[1])
-        for half in (0, 1):
-            mean = rows[:, halves != half].mean(axis=1)
-            found[halves == half] = (rows[mean.argmax()] - rows[mean.argmin()])[halves == half]
-        return found
+        """`contrast` over the supported values."""
+        return contrast(rows, self.supported)
 
     @property
     def effect(self) -> Array:

@@ -26,6 +26,25 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000",
 )  # fmt: skip
 GREY, PALE = "#767676", "#D9D9D9"
+ACCURACIES = (
+    1,
+    2,
+    5,
+    10,
+    20,
+    30,
+    50,
+    70,
+    80,
+    90,
+    95,
+    97,
+    98,
+    99,
+    99.5,
+    99.8,
+    99.9,
+)  # points that an accuracy axis marks
 ORIGIN_STYLE = {  # colour, marker, words
     "published": (BLACK, "*", "published settings"),
     "asked": (GREEN, "P", "asked for (--try)"),
@@ -73,10 +92,20 @@ class Trial(NamedTuple):
         return float(self.accuracy[-1])
 
 
+def origin_style(origin: str) -> tuple[str, str, str]:
+    """Colour, marker and words of what chose a trial."""
+    return ORIGIN_STYLE.get(origin, (GREY, "o", origin))
+
+
+def ended(outcome: str) -> str:
+    """A trial's outcome in words."""
+    return END_STYLE[outcome][3] if outcome in END_STYLE else "finished"
+
+
 # ---- helpers -------------------------------------------------------------------------------------------------
 
 
-def new_axes(width: float = 6.6, height: float = 4.0) -> Axes:
+def new_axes(width: float = 5.6, height: float = 4.0) -> Axes:
     """Axes on a figure of their own, outside pyplot's global list."""
     return Figure(figsize=(width, height), layout="constrained").subplots()
 
@@ -88,12 +117,12 @@ def figure_of(ax: Axes) -> Figure:
     return figure
 
 
-def row_axes(labels: Sequence[str], xlabel: str, ax: Axes | None, width: float = 6.6, height: float = 0.42) -> Axes:
+def row_axes(labels: Sequence[str], xlabel: str, ax: Axes | None, width: float = 5.6, height: float = 0.42) -> Axes:
     """Axes with one named row for each label, row 0 at the top."""
     ax = ax or new_axes(width, 1.2 + height * len(labels))
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(len(labels) - 0.4, -0.6)
-    ax.set_xlabel(xlabel)
+    ax.set_xlabel(xlabel, loc="right")  # it may be longer than the axis
     ax.xaxis.grid(True, color=PALE, lw=0.6)
     ax.set_axisbelow(True)
     return ax
@@ -123,7 +152,7 @@ def _matrix(ax: Axes, values: Array, rows: Sequence[str], columns: Sequence[str]
     return ax
 
 
-def _legend_above(ax: Axes, columns: int = 4) -> None:
+def _legend_above(ax: Axes, columns: int = 2) -> None:
     # Above the plot, where it can hide no point.
     ax.legend(
         loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns, fontsize=9, columnspacing=1.2, handletextpad=0.5
@@ -142,7 +171,28 @@ def _log_axis(ax: Axes, marks: Sequence[float] | Array) -> None:
     ax.xaxis.set_minor_locator(ticker.NullLocator())
 
 
-def _log_marks(low: float, high: float) -> Array:
+def accuracy_axis(ax: Axes, along: str = "y") -> None:
+    """A scale of logits that says accuracies in points, so that 97 and 98 are as far apart as 80 and 86."""
+    scale, axis = (ax.set_xscale, ax.xaxis) if along == "x" else (ax.set_yscale, ax.yaxis)
+    scale("function", functions=(accuracy_logit, lambda y: 100 / (1 + np.exp(-y))))
+    axis.set_major_locator(ticker.FixedLocator(ACCURACIES))
+    axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axis.set_minor_locator(ticker.NullLocator())
+    # Limits of its own: those that were found on the linear scale would leave much room near 100.
+    shared = (ax.get_shared_x_axes() if along == "x" else ax.get_shared_y_axes()).get_siblings(ax)
+    drawn = accuracy_logit([getattr(one.dataLim, f"interval{along}") for one in shared if one.has_data()])
+    room = max(0.05 * float(np.ptp(drawn)), 0.02)
+    low, high = 100 / (1 + np.exp(-np.array([drawn.min() - room, drawn.max() + room])))
+    (ax.set_xlim if along == "x" else ax.set_ylim)(low, high)
+
+
+def accuracy_logit(accuracy: Any) -> Array:
+    """Log-odds of accuracies in points, which are kept 0.01 points from 0 and 100."""
+    share = np.clip(np.asarray(accuracy, dtype=float), 0.01, 99.99) / 100
+    return np.log(share / (1 - share))
+
+
+def log_marks(low: float, high: float) -> Array:
     """About five round numbers such as 0.03, 0.1, 0.3 within a range."""
     decades = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
     marks = np.array([m * 10.0**k for k in decades for m in ((1, 3) if len(decades) > 2 else (1, 2, 5))])
@@ -207,14 +257,23 @@ def marginal(
     ax.plot(xs, curve.mid, color=BLUE, zorder=4, marker="." if dimension.levels else None, **line)
     hatch = {"facecolor": "none", "hatch": "///", "edgecolor": PALE, "linewidth": 0, "zorder": 1}
     ax.fill_between(xs, 0, 1, where=curve.extrapolated.tolist(), transform=ax.get_xaxis_transform(), **hatch)
-    if names:
-        ax.set_xticks(xs, [str(v) for v in curve.values])
+    _value_axis(ax, dimension)
+    return ax
+
+
+def _value_axis(ax: Axes, dimension: Dimension) -> None:
+    """Axes of a mean accuracy over one parameter; choices are at 0, 1, 2, ..."""
+    if dimension.type == "categorical":
+        ax.set_xticks(range(len(dimension.choices)), [str(v) for v in dimension.choices])
     elif dimension.log:
-        _log_axis(ax, _log_marks(dimension.low, dimension.high))
+        _log_axis(ax, log_marks(dimension.low, dimension.high))
     else:
         ax.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=dimension.type == "int"))
+    accuracy_axis(ax)
+    ax.tick_params(labelsize=8)
     ax.set(xlabel=dimension.label, ylabel="accuracy (points)")
-    return ax
+    if (place := ax.get_subplotspec()) and not place.is_first_col():
+        ax.set_ylabel("")
 
 
 def pair_surface(surface: PairSurface, ax: Axes | None = None) -> Axes:
@@ -234,7 +293,7 @@ def pair_surface(surface: PairSurface, ax: Axes | None = None) -> Axes:
 def interactions(shares: Matrix, ax: Axes | None = None) -> Axes:
     """Share of the variance that each pair has beyond its two parameters alone: the lower triangle."""
     names = [words(name) for name in shares.names]
-    ax = ax or new_axes(6.6, 1.6 + 0.4 * len(names))
+    ax = ax or new_axes(5.6, 1.6 + 0.4 * len(names))
     percents = 100 * np.where(np.tri(len(names), k=-1, dtype=bool), shares.values, np.nan)[1:, :-1]
     top = max(5.0, float(np.nanmax(percents)))  # so that a tenth of a percent does not look like much
     return _matrix(ax, percents, names[1:], names[:-1], "% of variance", fmt=".1f", vmax=top)
@@ -243,7 +302,7 @@ def interactions(shares: Matrix, ax: Axes | None = None) -> Axes:
 def more_than(probability: Matrix, ax: Axes | None = None) -> Axes:
     """P(the row's parameter matters more than the column's), in percent; from 5% to 95% is a tie."""
     names = [words(name) for name in probability.names]
-    ax = ax or new_axes(6.6, 1.9 + 0.4 * len(names))
+    ax = ax or new_axes(5.6, 1.9 + 0.4 * len(names))
     _matrix(ax, 100 * probability.values, names, names, "probability (%)", fmt=".0f", vmax=100.0)
     ax.set_ylabel("this parameter ...")
     ax.set_xlabel("... matters more than this one")
@@ -284,9 +343,11 @@ def calibration(observed: Array, predicted: Array, sd: Array, ax: Axes | None = 
         100 / (1 + np.exp(-x)) for x in (observed, predicted - 1.645 * sd, predicted, predicted + 1.645 * sd)
     )
     ax.errorbar(reached, mid, yerr=[mid - low, high - mid], fmt="o", ms=4, lw=0.8, color=BLUE, alpha=0.8)
-    edge = max(0.0, float(min(reached.min(), low.min())) - 2)
-    ax.plot([edge, 100], [edge, 100], color=BLACK, lw=1, ls="--", label="perfect prediction")
-    ax.set(xlim=(edge, 100), ylim=(edge, 100))
+    edges = [0.9 * float(min(reached.min(), low.min())), 100 - 0.9 * float(100 - max(reached.max(), high.max()))]
+    ax.plot(edges, edges, color=BLACK, lw=1, ls="--", label="perfect prediction")
+    accuracy_axis(ax, "x")
+    accuracy_axis(ax, "y")
+    ax.set(xlim=edges, ylim=edges)
     _legend_above(ax)
     ax.set(xlabel="accuracy reached (points)", ylabel="predicted without having seen the trial (points)")
     return ax
@@ -299,7 +360,7 @@ def learning_curves(curves: Sequence[Trial], ax: Axes | None = None) -> Axes:
     """Every trial's accuracy against epoch, coloured by origin, with a marker where it ended early."""
     ax = ax or new_axes()
     for curve in curves:
-        colour, _, label = ORIGIN_STYLE.get(curve.origin, (GREY, "o", curve.origin))
+        colour, _, label = origin_style(curve.origin)
         ax.plot(curve.epochs, curve.accuracy, color=colour, lw=0.9, alpha=0.6, label=_once(ax, label))
         if curve.outcome in END_STYLE:
             colour, marker, size, label = END_STYLE[curve.outcome]
@@ -309,6 +370,7 @@ def learning_curves(curves: Sequence[Trial], ax: Axes | None = None) -> Axes:
     last = max((curve.epochs[-1] for curve in curves), default=0)
     if last > 4:
         _log_axis(ax, np.unique(np.round(np.geomspace(1, last, 6))))
+    accuracy_axis(ax)
     ax.set(xlabel="epoch", ylabel="validation accuracy (points)")
     _legend_above(ax)
     return ax
@@ -326,7 +388,8 @@ def compute(trials: Sequence[Trial], ax: Axes | None = None) -> Axes:
     front = pareto_front(macs, [t.last for t in trials])
     style = {"where": "post", "color": BLACK, "lw": 1.4, "label": "Pareto front"}
     ax.step([macs[i] for i in front], [trials[i].last for i in front], **style)
-    _log_axis(ax, _log_marks(min(macs), max(macs)))
+    _log_axis(ax, log_marks(min(macs), max(macs)))
+    accuracy_axis(ax)
     ax.set(xlabel="compute an image (million multiply-accumulates)", ylabel="validation accuracy (points)")
     _legend_above(ax)
     return ax
@@ -334,7 +397,7 @@ def compute(trials: Sequence[Trial], ax: Axes | None = None) -> Axes:
 
 def history(trials: Sequence[Trial], ax: Axes | None = None) -> Axes:
     """Last accuracy of every trial by number (open: not complete), and the best complete trial so far."""
-    ax = ax or new_axes(6.6, 3.4)
+    ax = ax or new_axes(5.6, 3.4)
     for origin, (colour, marker, label) in _styles(trials):
         full, cut = ([t for t in trials if t.origin == origin and t.complete == complete] for complete in (True, False))
         ax.scatter([t.number for t in full], [t.last for t in full], color=colour, marker=marker, s=22, label=label)
@@ -343,14 +406,15 @@ def history(trials: Sequence[Trial], ax: Axes | None = None) -> Axes:
     best = np.fmax.accumulate([t.last if t.complete else np.nan for t in trials])
     ax.step([t.number for t in trials], best, where="post", color=BLACK, lw=1.4, label="best full-budget trial so far")
     ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    accuracy_axis(ax)
     ax.set(xlabel="trial number (open: did not reach the full budget)", ylabel="last accuracy (points)")
-    _legend_above(ax, columns=2)
+    _legend_above(ax)
     return ax
 
 
 def _styles(trials: Sequence[Trial]) -> list[tuple[str, tuple[str, str, str]]]:
     """Each origin with its colour, marker and words."""
-    return [(origin, ORIGIN_STYLE.get(origin, (GREY, "o", origin))) for origin in sorted({t.origin for t in trials})]
+    return [(origin, origin_style(origin)) for origin in sorted({t.origin for t in trials})]
 
 
 # ---- fixed designs -------------------------------------------------------------------------------------------
@@ -381,7 +445,7 @@ def tornado(ranges: Sequence[OfatRange], ax: Axes | None = None) -> Axes:
             ax.plot([r.low, r.low + r.noise], [y, y], color="white", lw=1.6)
     ax.plot([], [], color=BLACK, lw=1.5, label="the baseline itself")
     ax.plot([], [], color=GREY, lw=1.6, label="white line: seed noise alone")
-    _legend_above(ax, 2)
+    _legend_above(ax)
     return ax
 
 
@@ -391,4 +455,72 @@ def replicates(rows: Sequence[Replicate], ax: Axes | None = None) -> Axes:
     ax = row_axes(labels, "validation accuracy at the full budget (points)", ax)
     for y, r in enumerate(rows):
         draw_interval(ax, y, r.mean)
+    return ax
+
+
+# ---- studies side by side ------------------------------------------------------------------------------------
+
+STUDY_STYLE = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "D"), (RED, "^"), (PURPLE, "v"), (SKY, "*"), (BLACK, "X")]
+
+
+def study_styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each study."""
+    return {name: STUDY_STYLE[k % len(STUDY_STYLE)] for k, name in enumerate(names)}
+
+
+def compared_effects(effects: Mapping[str, Mapping[str, Interval]], ax: Axes | None = None) -> Axes:
+    """Every parameter's effect in each study. effects: parameter -> study -> points."""
+    studies = list(next(iter(effects.values())))
+    label = "effect over what the studies share (accuracy points)"
+    ax = row_axes([words(name) for name in effects], label, ax, height=0.25 + 0.17 * len(studies))
+    for k, (study, (colour, marker)) in enumerate(study_styles(studies).items()):
+        for y, by_study in enumerate(effects.values()):
+            place = y + (k - (len(studies) - 1) / 2) * 0.6 / len(studies)
+            draw_interval(ax, place, by_study[study], colour, marker, 2.4, ms=5.5)
+        ax.plot([], [], color=colour, marker=marker, label=study)
+    _legend_above(ax, columns=1)
+    return ax
+
+
+def compared_marginal(curves: Mapping[str, Curve], dimension: Dimension, ax: Axes | None = None) -> Axes:
+    """Mean accuracy over one parameter in each study with its band. curves: by study."""
+    ax = ax or new_axes(3.6, 2.8)
+    names = dimension.type == "categorical"
+    for (study, curve), (colour, _) in zip(curves.items(), study_styles(list(curves)).values(), strict=True):
+        xs = np.arange(len(curve.values)) if names else np.asarray(curve.values, dtype=float)
+        ax.fill_between(xs, curve.low, curve.high, color=colour, alpha=0.18, lw=0)
+        ax.plot(xs, curve.mid, color=colour, lw=2, label=study, marker="." if dimension.levels else None)
+    _value_axis(ax, dimension)
+    return ax
+
+
+def compared_curves(best: Mapping[str, Sequence[Trial]], ax: Axes | None = None) -> Axes:
+    """Learning curves of each study's best trials, the best one thick. best: by study, the best first."""
+    ax = ax or new_axes()
+    for (study, trials), (colour, _) in zip(best.items(), study_styles(list(best)).values(), strict=True):
+        for k, trial in enumerate(trials):
+            style = {"lw": 0.9 if k else 2.4, "alpha": 0.6 if k else 1.0, "label": None if k else study}
+            ax.plot(trial.epochs, trial.accuracy, color=colour, **style)
+    last = max((trial.epochs[-1] for trials in best.values() for trial in trials), default=0)
+    if last > 4:
+        _log_axis(ax, np.unique(np.round(np.geomspace(1, last, 6))))
+    accuracy_axis(ax)
+    ax.set(xlabel="epoch", ylabel="validation accuracy (points)")
+    _legend_above(ax, columns=1)
+    return ax
+
+
+def compared_fronts(trials: Mapping[str, Sequence[Trial]], ax: Axes | None = None) -> Axes:
+    """Accuracy against compute of each study's complete trials, with each study's Pareto front."""
+    ax = ax or new_axes()
+    for (study, own), (colour, marker) in zip(trials.items(), study_styles(list(trials)).values(), strict=True):
+        macs, accuracy = [t.macs / 1e6 for t in own], [t.last for t in own]
+        ax.scatter(macs, accuracy, color=colour, marker=marker, s=16, alpha=0.55, lw=0)
+        front = pareto_front(macs, accuracy)
+        ax.step([macs[i] for i in front], [accuracy[i] for i in front], where="post", color=colour, lw=1.6, label=study)
+    every = [t.macs / 1e6 for own in trials.values() for t in own]
+    _log_axis(ax, log_marks(min(every), max(every)))
+    accuracy_axis(ax)
+    ax.set(xlabel="compute an image (million multiply-accumulates)", ylabel="validation accuracy (points)")
+    _legend_above(ax, columns=1)
     return ax

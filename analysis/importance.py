@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,9 +25,9 @@ from analysis.results import (
     interval,
 )
 from analysis.sampler import CHAINS, diagnose
-from analysis.selection import select
-from analysis.surrogate import Surface
-from analysis.training import Attempts, fit_training
+from analysis.selection import Selection, select
+from analysis.surrogate import Posterior, Surface
+from analysis.training import Attempts, Training, fit_training
 from analysis.trust import (
     cross_validate,
     estimated_seed_noise,
@@ -35,6 +36,7 @@ from analysis.trust import (
     measured_seed_noise,
     trials_needed,
 )
+from ramcore.space import Array
 
 HYPERDRAWS, DRAWS_EACH = 160, 3
 ROUNDS = 5  # of sampling, each as long as all before it, if it has not converged
@@ -42,6 +44,17 @@ MARKS = 6  # epochs at which importance is given, at most
 CLAIMED = ("patch_size", "num_scales", "num_glimpses")  # parameters that the case study speaks of
 
 OnStep = Callable[[str], None]  # called with the step that begins
+
+
+class Fit(NamedTuple):
+    """The model fitted to a study."""
+
+    selection: Selection
+    surface: Surface
+    posterior: Posterior
+    training: Training | None  # the chance that a run trains; None: every run did
+    failures: Training | None  # the chance that a trial does not fail; None: none did
+    predictor: Predictor
 
 
 def analyse(
@@ -56,13 +69,25 @@ def analyse(
 
     Results do not depend on the order of trials or of parameters. Raises UserError if there is too little to fit.
     """
-    selection = select(records, others)
-    data, observations, dimensions = selection.data, selection.observations, selection.data.dimensions
+    return conclude(
+        records, fit_study(records, on_step, others=others, seed=seed, hyperdraws=hyperdraws), on_step, seed
+    )
 
+
+def fit_study(
+    records: StudyData,
+    on_step: OnStep = lambda message: None,
+    *,
+    others: Sequence[StudyData] = (),
+    seed: int = 0,
+    hyperdraws: int = HYPERDRAWS,
+) -> Fit:
+    """Fit the model to a study, and to other studies of the same task and data. Raises UserError as `analyse`."""
+    selection = select(records, others)
+    observations, dimensions = selection.observations, selection.data.dimensions
     on_step(f"fitting the surface to {len(observations.trials)} trials ({len(observations.y)} rows)")
     surface = Surface(dimensions)
-    epochs = np.unique(np.round(np.geomspace(1, data.budget, MARKS)))
-    at = log_epoch(epochs, data.budget)
+    at = log_epoch(_marks(selection.data.budget), selection.data.budget)
     rng = np.random.default_rng(seed)
     rounds = ROUNDS if hyperdraws >= HYPERDRAWS else 1  # with fewer draws, R-hat is mostly chance
     posterior = surface.sample(observations, at, hyperdraws=hyperdraws, draws_each=DRAWS_EACH, rng=rng, rounds=rounds)
@@ -70,9 +95,22 @@ def analyse(
     training = fit_training(surface.bases, selection.attempts, draws, rng, rounds=rounds)
     lost = selection.failed.astype(float)
     failures = fit_training(surface.bases, Attempts(selection.tried, np.ones_like(lost), 1 - lost, lost), draws, rng)
+    predictor = Predictor(surface, posterior, training, selection.floor, selection.data.chance)
+    return Fit(selection, surface, posterior, training, failures, predictor)
+
+
+def _marks(budget: int) -> Array:
+    """The epochs at which importance is given."""
+    return np.unique(np.round(np.geomspace(1, budget, MARKS)))
+
+
+def conclude(records: StudyData, fitted: Fit, on_step: OnStep = lambda message: None, seed: int = 0) -> Analysis:
+    """Answer every question from a fit."""
+    selection, surface, posterior, training, failures, predictor = fitted
+    data, observations, dimensions = selection.data, selection.observations, selection.data.dimensions
+    epochs, draws = _marks(data.budget), len(posterior.weights)
 
     on_step("computing effects and indices")
-    predictor = Predictor(surface, posterior, training, selection.floor, data.chance)
     points = space_points(dimensions, CUBE_POINTS, seed)
     every = range(len(dimensions))
     marginals = [

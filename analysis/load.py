@@ -16,10 +16,11 @@ import sqlite3
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import pandas as pd
 import requests
@@ -38,6 +39,7 @@ EPOCH_METRICS = (*schema.EPOCH_MEANS, schema.EPOCH_SECONDS)
 RUNS_PER_REQUEST = 100  # MLflow's limit for one bulk request
 ROWS_PER_REQUEST = 25_000  # MLflow's limit for one bulk answer
 READERS = 8  # threads; reading waits for the server, not for this machine
+MLFLOW_UI = "http://127.0.0.1:5000"  # where `mlflow ui` shows a database on this machine
 NO_SPACE = "the study's space.json is missing or unreadable, so bounds and scales are unknown"
 OFAT_ROW_1 = re.compile(r"^baseline (?P<baseline>[^:]+?)(?:: (?P<parameter>\w+)=.+)?$")  # schema 1
 
@@ -76,6 +78,7 @@ class StudyData(NamedTuple):
     space_problem: str | None
     settings: dict[str, Any]  # study.json, empty where it is missing
     raw_space: dict[str, Any] | None = None  # space.json, as saved
+    pages: dict[int, str] | None = None  # MLflow's page of each trial; None for exported records
 
     @property
     def budget(self) -> int:
@@ -171,7 +174,7 @@ def _study_run(run: Run) -> StudyRun:
     return StudyRun(run.info.run_id, name, status, (run.info.start_time or 0) / 1000, tags, dict(run.data.params))
 
 
-def find_study(studies: Sequence[StudyRun], name: str | None) -> StudyRun:
+def find_study(studies: Sequence[StudyRun], name: str | None, flag: str = "--study") -> StudyRun:
     """The newest study of that name or run id; without a name, the newest of all.
 
     Raises UserError with the names that exist if there is none.
@@ -182,7 +185,7 @@ def find_study(studies: Sequence[StudyRun], name: str | None) -> StudyRun:
         if name in (study.name, study.run_id):
             return study
     known = ", ".join(study.name for study in studies[:8]) + (", ..." if len(studies) > 8 else "")
-    raise UserError(f"--study must name a study that exists; got {name!r}. There is: {known}")
+    raise UserError(f"{flag} must name a study that exists; got {name!r}. There is: {known}")
 
 
 def load_others(source: Source, studies: Sequence[StudyRun], study: StudyRun) -> list[StudyData]:
@@ -229,7 +232,18 @@ def load_study(source: Source, study: StudyRun, on_progress: OnProgress = lambda
     epochs = _epoch_table(trials, history)
     last = epochs.groupby("trial").agg(last=("epoch", "max"))["last"].to_dict()
     trials["epochs_seen"] = [last.get(trial, 0) for trial in trials.index]
-    return StudyData(study, trials.drop(columns="run_id"), epochs, space, problem, settings, raw_space)
+    pages = _pages(source.tracking_uri, experiment.experiment_id, trials["run_id"].to_dict())
+    return StudyData(study, trials.drop(columns="run_id"), epochs, space, problem, settings, raw_space, pages)
+
+
+def _pages(uri: str, experiment: str, runs: Mapping[int, str]) -> dict[int, str]:
+    """The web page of each trial's run: of the tracking server, or of an `mlflow ui` that shows the database."""
+    parts = urlsplit(uri)
+    if parts.scheme == "databricks":
+        return {}
+    host = parts.netloc.rpartition("@")[2]  # without user and password
+    server = f"{parts.scheme}://{host}{parts.path.rstrip('/')}" if parts.scheme in ("http", "https") else MLFLOW_UI
+    return {trial: f"{server}/#/experiments/{experiment}/runs/{run_id}" for trial, run_id in runs.items()}
 
 
 def _check_schema(study: StudyRun) -> None:

@@ -1,4 +1,8 @@
-"""Writes a report: tables, figures and one self-contained HTML page. Its words are in analysis/templates."""
+"""Writes a report: tables, figures and one self-contained HTML page. Its words are in analysis/templates.
+
+The page holds each figure as a picture. Where scripts run, charts that answer to the pointer take the place of those of
+trials, and the table of trials sorts and filters.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +10,32 @@ import base64
 import io
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
-from analysis import figures
+from analysis import charts, figures
 from analysis.answer import answer, cautions, rank_label
 from analysis.crosschecks import ESTIMATES
 from analysis.figures import Trial
 from analysis.fixed_designs import FixedDesigns, completion_line
 from analysis.importance import DRAWS_EACH, HYPERDRAWS
-from analysis.load import StudyData, plain_trials
-from analysis.results import DUMMY, INTERVAL, MIN_R2, TIE, Analysis, Interval
+from analysis.load import MLFLOW_UI, StudyData, plain_trials
+from analysis.results import DUMMY, INTERVAL, MIN_R2, TIE, Analysis, Curve, Interval
 from analysis.selection import outcomes, trained_above
 from analysis.text import join, number, percent, span
 from analysis.verdicts import THRESHOLDS, Verdict
-from ramcore.space import RULE_REASON, shown, words
+from ramcore.space import RULE_REASON, Dimension, shown, words
 
 ASKED = ("retuned", "around_best", "shapley")  # fields of `Other` that are intervals
 NO_FIXED_DESIGNS = FixedDesigns()
@@ -38,13 +46,16 @@ TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+TEMPLATES.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
 TEMPLATES.filters |= {
     "span": span, "number": number, "percent": percent, "shown": shown, "words": words, "join_words": join,
     "scaled": lambda value, factor: Interval(*(factor * bound for bound in value)),
+    "headings": lambda body: [(a, Markup(t)) for a, t in re.findall(r"<section id=([\w-]+)><h2>(.*?)</h2>", body)],
 }  # fmt: skip
 TEMPLATES.globals |= {
     "DUMMY": DUMMY, "INTERVAL": INTERVAL, "TIE": TIE, "HYPERDRAWS": HYPERDRAWS, "DRAWS_EACH": DRAWS_EACH,
-    "THRESHOLDS": THRESHOLDS, "ESTIMATES": ESTIMATES, "RULE_REASON": RULE_REASON,
+    "THRESHOLDS": THRESHOLDS, "ESTIMATES": ESTIMATES, "RULE_REASON": RULE_REASON, "MLFLOW_UI": MLFLOW_UI,
+    "library": lambda: Markup(charts.library()),
 }  # fmt: skip
 
 
@@ -125,13 +136,49 @@ def tracked_trials(records: StudyData, budget: int) -> list[Trial]:
     return found
 
 
+class ListedTrial(NamedTuple):
+    """A row of the table of trials."""
+
+    number: int
+    page: str  # its run in MLflow; empty if there is none
+    cells: list[tuple[str, Any]]  # text, and what it is sorted by
+
+
+class TrialList(NamedTuple):
+    """The table of trials."""
+
+    headings: list[str]
+    trials: list[ListedTrial]
+
+
+def list_trials(records: StudyData, tracked: Sequence[Trial], dimensions: Sequence[Dimension]) -> TrialList:
+    """Every trial, those without results among them."""
+    headings = ["trial", "chosen by", "row", "how it ended", "why", "seeds", "epochs", "validation %", "SD of seeds"]
+    headings += ["test %", "million MACs", *(words(d.name) for d in dimensions)]
+    results, ends = {t.number: t for t in tracked}, outcomes(records.trials)
+    found: list[ListedTrial] = []
+    for at, trial in ((int(str(at)), trial) for at, trial in records.trials.to_dict(orient="index").items()):
+        last, end = results.get(at), figures.ended(ends[at])
+        texts = [figures.origin_style(trial["origin"])[2], trial["row"], end]
+        texts += ["" if trial["stop_reason"] == end else trial["stop_reason"], " ".join(map(str, trial["seeds"]))]
+        measured = [last.last, last.sd] if last else [math.nan, math.nan]
+        measured += [100 * trial["test_accuracy"], trial["macs"] / 1e6]
+        cells: list[tuple[str, Any]] = [(str(at), at), *((text, text) for text in texts)]
+        cells.append((str(trial["epochs_seen"]), trial["epochs_seen"]))
+        cells += [(number(value, 2), value if math.isfinite(value) else "") for value in measured]
+        cells += [(shown(trial[d.name]), trial[d.name]) for d in dimensions]
+        found.append(ListedTrial(at, (records.pages or {}).get(at, ""), cells))
+    used = [k for k in range(len(headings)) if any(trial.cells[k][0] not in ("", "-") for trial in found)]
+    rows = [trial._replace(cells=[trial.cells[k] for k in used]) for trial in found]
+    return TrialList([headings[k] for k in used], rows)
+
+
 # ---- figures -------------------------------------------------------------------------------------------------
 
 
-def draw_search(records: StudyData, analysis: Analysis) -> dict[str, Axes | Figure]:
+def draw_search(records: StudyData, analysis: Analysis, tracked: Sequence[Trial]) -> dict[str, Axes | Figure]:
     """The figures of a search by file name."""
     effects, curves, fit = analysis.ranking.effects, analysis.curves, analysis.trust.fit
-    tracked = tracked_trials(records, analysis.data.budget)
     drawn: dict[str, Axes | Figure] = {
         "forest": figures.forest(effects, analysis.trust.seed_sd),
         "sobol": figures.sobol(effects),
@@ -150,9 +197,41 @@ def draw_search(records: StudyData, analysis: Analysis) -> dict[str, Axes | Figu
         drawn["over_epochs"] = figures.over_epochs(curves.epochs, totals)
     if analysis.configurations.path:
         drawn["ablation"] = figures.ablation(analysis.configurations.default_accuracy, analysis.configurations.path)
-    if costed := [t for t in tracked if t.complete and math.isfinite(t.macs)]:
+    if costed := _costed(tracked):
         drawn["compute"] = figures.compute(costed)
     return drawn
+
+
+@charts.unchecked
+def interactive(
+    tracked: Sequence[Trial], dimensions: Sequence[Dimension], marginals: Mapping[str, Curve]
+) -> dict[str, list[charts.Spec]]:
+    """The charts of trials by the name of the figure in whose place they stand."""
+    if not tracked:
+        return {}
+    drawn = {
+        "parallel": [charts.parallel_coordinates(tracked, dimensions)],
+        "learning_curves": [charts.learning_curves(tracked, dimensions)],
+        "history": [charts.history(tracked, dimensions)],
+    }
+    if costed := _costed(tracked):
+        drawn["compute"] = [charts.compute(costed, dimensions)]
+    panels = [name for name in marginals if name != DUMMY]
+    names = [d.name for d in dimensions]
+    drawn["marginals"] = [charts.marginal(tracked, dimensions, names.index(n), marginals[n]) for n in panels]
+    return drawn
+
+
+def _costed(tracked: Sequence[Trial]) -> list[Trial]:
+    """The complete trials whose cost is known."""
+    return [t for t in tracked if t.complete and math.isfinite(t.macs)]
+
+
+def _varied(records: StudyData) -> list[Dimension]:
+    """The searched fields, or without a space the fields, that differ between trials."""
+    if records.space:
+        return [d for d in records.space.dimensions if d.name in records.trials]
+    return []
 
 
 def draw_fixed_designs(fixed_designs: FixedDesigns) -> dict[str, Axes | Figure]:
@@ -167,20 +246,25 @@ def draw_fixed_designs(fixed_designs: FixedDesigns) -> dict[str, Axes | Figure]:
     return drawn
 
 
+def panels(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels, two in a row, with one accuracy axis."""
+    rows = math.ceil(count / 2)
+    figure = Figure(figsize=(5.6, 2.4 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, 2, sharey=True, squeeze=False).ravel())
+    for ax in axes[count:]:
+        ax.set_visible(False)
+    return figure, axes[:count]
+
+
 def _marginals(records: StudyData, analysis: Analysis, tracked: Sequence[Trial]) -> Figure:
-    """One panel a parameter, two in a row."""
+    """One panel a parameter."""
     dimensions = {d.name: d for d in analysis.data.dimensions}
     names = [e.name for e in analysis.ranking.effects if e.name != DUMMY]
-    figure = Figure(figsize=(6.6, 2.5 * math.ceil(len(names) / 2)), layout="constrained")
-    panels = figure.subplots(math.ceil(len(names) / 2), 2, sharey=True, squeeze=False).ravel()
+    figure, axes = panels(len(names))
     trials = records.trials.loc[[t.number for t in tracked]]
-    for k, (name, ax) in enumerate(zip(names, panels, strict=False)):
+    for name, ax in zip(names, axes, strict=True):
         figures.marginal(analysis.curves.marginals[name], dimensions[name], trials[name].tolist(), tracked, ax)
-        if k % 2:
-            ax.set_ylabel("")
-    for ax in panels[len(names) :]:
-        ax.set_visible(False)
-    handles, labels = panels[0].get_legend_handles_labels()
+    handles, labels = axes[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside upper right", ncols=2, fontsize=9)
     return figure
@@ -200,7 +284,8 @@ def write_report(
     fixed_designs: FixedDesigns = NO_FIXED_DESIGNS,
 ) -> list[Path]:
     """Write every file of a search's report to `out` and give their paths, report.html first."""
-    drawn = draw_fixed_designs(fixed_designs) | draw_search(records, analysis)
+    tracked = tracked_trials(records, analysis.data.budget)
+    drawn = draw_fixed_designs(fixed_designs) | draw_search(records, analysis, tracked)
     out.mkdir(parents=True, exist_ok=True)
     importance_table(analysis).to_csv(out / "importance.csv", index=False)
     (out / "verdicts.json").write_text(_json(verdict_table(verdicts)))
@@ -217,12 +302,16 @@ def write_report(
         "reasons": Counter(t["stop_reason"] for t in trials.values() if t["state"] == "failed").most_common(5),
         "best_test": 100 * best["test_accuracy"],
         "best_values": {d.name: best[d.name] for d in analysis.data.space.dimensions if d.name in best},
-        "origins": ", ".join(f"{count} {origin}" for origin, count in analysis.data.origins.items()),
+        "origins": ", ".join(
+            f"{count} {figures.origin_style(origin)[2]}" for origin, count in analysis.data.origins.items()
+        ),
         "crosschecks": _cells(crosschecks),
         "fixed_designs": fixed_designs,
         "trained_above": 100 * trained_above(analysis.data.chance),
     }
-    paths = _write_page(out, "search.html.j2", records, drawn, values)
+    order = [e.name for e in effects]
+    marginals = {name: analysis.curves.marginals[name] for name in order}
+    paths = _write_page(out, "search.html.j2", records, tracked, drawn, values, marginals)
     return paths + [out / name for name in ("importance.csv", "verdicts.json", "diagnostics.json")]
 
 
@@ -243,27 +332,45 @@ def write_design_report(out: Path, records: StudyData, fixed_designs: FixedDesig
     elif rows := [*fixed_designs.replicates, *fixed_designs.others]:
         best = max(rows, key=lambda r: r.mean.mid)
         sentences.append(f"The best row is {best.row!r} with {best.mean.mid:.1f} points on {best.seeds} seeds.")
-    curves = figures.learning_curves(tracked_trials(records, records.budget))
-    drawn = draw_fixed_designs(fixed_designs) | {"learning_curves": curves}
+    tracked = tracked_trials(records, records.budget)
+    drawn = draw_fixed_designs(fixed_designs) | {"learning_curves": figures.learning_curves(tracked)}
     values = {"sentences": sentences, "fixed_designs": fixed_designs, "effect_of": {}}
-    return _write_page(out, "design.html.j2", records, drawn, values)
+    return _write_page(out, "design.html.j2", records, tracked, drawn, values)
 
 
 def _write_page(
-    out: Path, template: str, records: StudyData, drawn: Mapping[str, Axes | Figure], values: dict[str, Any]
+    out: Path,
+    template: str,
+    records: StudyData,
+    tracked: Sequence[Trial],
+    drawn: Mapping[str, Axes | Figure],
+    values: dict[str, Any],
+    marginals: Mapping[str, Curve] = MappingProxyType({}),
 ) -> list[Path]:
     """Write the page, its figures and the study's tables."""
-    images, paths = _save_figures(out, drawn)
-    ranges = values["fixed_designs"].ranges
-    fixed = {"ranges": figures.by_parameter(ranges), "baselines": sorted({r.baseline for r in ranges})}
-    page = TEMPLATES.get_template(template).render(study=records.study, images=images, **fixed, **values)
-    (out / "report.html").write_text(page, encoding="utf-8")
+    images, paths = save_figures(out, drawn)
+    ranges, dimensions = values["fixed_designs"].ranges, _varied(records)
+    values = values | {
+        "heading": records.study.name,
+        "kicker": [
+            "Sensitivity report",
+            *(records.study.params[k] for k in ("task", "data") if k in records.study.params),
+        ],
+        "running": ["This study"] if records.study.status == "running" else [],
+        "images": images,
+        "charts": interactive(tracked, dimensions, marginals),
+        "chart_rows": charts.trial_rows(tracked, records.trials, dimensions) if tracked else [],
+        "listed": list_trials(records, tracked, dimensions),
+        "ranges": figures.by_parameter(ranges),
+        "baselines": sorted({r.baseline for r in ranges}),
+    }
+    (out / "report.html").write_text(TEMPLATES.get_template(template).render(values), encoding="utf-8")
     plain_trials(records.trials).to_csv(out / "trials.csv")
     records.epochs.to_csv(out / "epochs.csv", index=False)
     return [out / name for name in ("report.html", "trials.csv", "epochs.csv")] + paths
 
 
-def _save_figures(out: Path, drawn: Mapping[str, Axes | Figure]) -> tuple[dict[str, str], list[Path]]:
+def save_figures(out: Path, drawn: Mapping[str, Axes | Figure]) -> tuple[dict[str, str], list[Path]]:
     """Save each figure as PNG and SVG; give the PNGs in base64 by name, and the paths."""
     folder = out / "figures"
     folder.mkdir(parents=True, exist_ok=True)
@@ -274,8 +381,9 @@ def _save_figures(out: Path, drawn: Mapping[str, Axes | Figure]) -> tuple[dict[s
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-        (folder / f"{name}.png").write_bytes(buffer.getvalue())
-        images[name] = base64.b64encode(buffer.getvalue()).decode()
+        with Image.open(buffer) as picture:  # 256 colours: a third of the bytes
+            picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(folder / f"{name}.png", optimize=True)
+        images[name] = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
         paths += [folder / f"{name}.png", folder / f"{name}.svg"]
     return images, paths
 

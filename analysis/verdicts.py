@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from analysis.results import DUMMY, MIN_R2, Analysis, Interval, interval, why_not_ranked
-from ramcore.space import Array
+from ramcore.space import Array, words
 
 SURE = 0.95  # posterior probability needed to confirm, and its complement to refute: the usual one in twenty
 HARDLY = 2.0  # accuracy points: the case study calls changes of 0.5, 1.2 and 1.8 points "hardly"
@@ -19,13 +19,13 @@ TRIED = {  # the least and the largest value in the case study's table; for glim
 }
 
 THRESHOLDS = {
-    "SURE": (SURE, "posterior probability needed to call a claim confirmed; 1 - SURE or less refutes it"),
+    "SURE": (SURE, "probability needed to call a claim confirmed; one minus it, or less, refutes it"),
     "HARDLY": (
         HARDLY,
         "accuracy points over the whole searched range; more than that, and surely more than a parameter without"
         " effect reaches, is not 'hardly'",
     ),
-    "MIN_R2": (MIN_R2, "grouped cross-validated R2 below which every claim stays undecided"),
+    "MIN_R2": (MIN_R2, "R² on trials not seen, below which every claim stays undecided"),
 }
 
 
@@ -62,12 +62,12 @@ def _patch_first(analysis: Analysis) -> Verdict | None:
     )
     first = analysis.ranking.effects[0].name
     if first != "patch_size":
-        evidence += f"; of everything searched, {first} has the largest index"
+        evidence += f"; of everything searched, {words(first)} has the largest index"
     evidence += _changes_text(analysis, list(TRIED))
     changes = [change for name in TRIED if (change := _change(analysis, name)) is not None]
     if len(changes) == len(TRIED):
         largest = float(np.mean(np.argmax(np.abs(changes), axis=0) == 0))
-        evidence += f"; that of patch_size is the largest with a probability of {largest:.0%}"
+        evidence += f"; that of patch size is the largest with a probability of {largest:.0%}"
     return _decide(analysis, claim, probability, evidence, interval(patch))
 
 

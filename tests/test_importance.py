@@ -231,7 +231,7 @@ def test_verdict_states_the_change_over_the_case_studys_own_values(mixed: tuple[
     patch, scales = (np.abs(draws[n].marginal[v] - 80) for n, v in (("patch_size", 20), ("num_scales", 4)))
     change = np.abs(glimpses[8] - glimpses[6])
     share = np.mean((patch > scales) & (patch > change))
-    assert 0.3 < share < 0.7 and f"that of patch_size is the largest with a probability of {share:.0%}" in size
+    assert 0.3 < share < 0.7 and f"that of patch size is the largest with a probability of {share:.0%}" in size
     del glimpses[6]
     *_, hardly = judged(mixed[1], draws, scales_only)
     assert hardly.claim == "The number of glimpses hardly matters" and "glimpses" not in hardly.evidence

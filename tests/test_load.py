@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -64,6 +65,19 @@ def test_tracked_study_is_read_back_unchanged(store: tuple[str, reader.StudyData
     assert ours.space is not None
     assert ours.space.dimensions == RAM_DIMENSIONS[:5]
     assert ours.settings["sizes"]["validation"] == 360
+
+
+def test_each_trial_has_its_page_in_mlflow_without_the_servers_password(store: tuple[str, reader.StudyData]) -> None:
+    records = read(store[0], "synthetic-0")
+    assert records.pages and list(records.pages) == list(records.trials.index)
+    client = reader.connect(store[0])
+    for trial, page in records.pages.items():
+        experiment, run_id = re.fullmatch(rf"{reader.MLFLOW_UI}/#/experiments/(\d+)/runs/(\w+)", page).groups()  # type: ignore[union-attr]
+        run = client.get_run(run_id)
+        assert (run.info.experiment_id, run.data.tags["ram.trial"]) == (experiment, str(trial))
+    made = reader._pages("https://me:secret@host:8443/prefix/", "7", {3: "abc"})
+    assert made == {3: "https://host:8443/prefix/#/experiments/7/runs/abc"}
+    assert reader._pages("databricks://profile", "7", {3: "abc"}) == {}
 
 
 def test_reading_without_bulk_requests_gives_the_same_tables(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import itertools
 import json
 import re
@@ -20,15 +19,16 @@ from markupsafe import escape
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection, QuadMesh
 
-from analysis import figures
+from analysis import charts, figures
 from analysis.answer import answer, cautions, rank_label
 from analysis.crosschecks import ESTIMATES, crosscheck
 from analysis.figures import Trial
 from analysis.fixed_designs import FixedDesigns, OfatRow, ranges, summarise
 from analysis.importance import analyse
 from analysis.load import StudyData
-from analysis.report import tracked_trials, write_design_report, write_report
+from analysis.report import list_trials, tracked_trials, write_design_report, write_report
 from analysis.results import DUMMY, Analysis, Interval
+from analysis.selection import outcomes
 from analysis.text import join, number, percent, span
 from analysis.verdicts import THRESHOLDS, judge
 from ramcore.space import Dimension, words
@@ -118,12 +118,87 @@ def test_report_writes_every_table_and_every_figure(folder: Path, study: tuple[S
 
 def test_page_loads_nothing_from_outside_and_hostile_names_are_inert(folder: Path) -> None:
     page = (folder / "report.html").read_text()
-    assert "<script" not in page
+    assert HOSTILE not in page and "<script>alert" not in page
     assert str(escape(HOSTILE)) in page
     assert "&lt;b&gt;t&lt;/b&gt;" in page
-    sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
-    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
-    assert "@import" not in page and "url(" not in page
+    own = page.replace(charts.library(), "")
+    assert len(own) < len(page), "Vega stands in the page"
+    sources = re.findall(r'(?:src|href)="([^"]{0,30})', own)
+    assert sources and all(source.startswith(("data:image/png;base64,", "#")) for source in sources)
+    assert "@import" not in own and "url(" not in own
+    assert len(page) < 3e6
+
+
+def test_contents_lead_to_every_section(folder: Path) -> None:
+    page = (folder / "report.html").read_text().replace(charts.library(), "")
+    titles = re.findall(r"<h2>(.*?)</h2>", page)
+    contents = dict(re.findall(r'<a href="#([\w-]+)">(.*?)</a>', page))
+    assert list(contents.values()) == titles and "The trials" in titles
+    assert all(f"<section id={anchor}>" in page for anchor in contents)
+
+
+def test_names_are_plain_words_in_all_that_is_read(folder: Path) -> None:
+    page = (folder / "report.html").read_text().replace(charts.library(), "")
+    read = re.sub(r"<(script|style).*?</\1>|<[^>]*>", " ", page, flags=re.DOTALL)
+    assert "number of glimpses" in read
+    assert not [d.name for d in RAM_DIMENSIONS if "_" in d.name and d.name in read]
+    assert not re.findall(r"[a-z]+_[a-z]+", json.dumps(titles_of(data_of(page, "charts-data"))))
+
+
+def data_of(page: str, name: str) -> Any:
+    """JSON that the page holds for its script."""
+    found = re.search(rf"<script type=\"application/json\" id={name}>(.*?)</script>", page)
+    assert found
+    return json.loads(found[1])
+
+
+def titles_of(spec: Any) -> list[str]:
+    """All titles of charts, axes, legends and hovers."""
+    if isinstance(spec, list):
+        return [title for part in spec for title in titles_of(part)]
+    if isinstance(spec, dict):
+        own = [spec["title"]] if isinstance(spec.get("title"), str) else []
+        return own + [title for part in spec.values() for title in titles_of(part)]
+    return []
+
+
+def test_every_trial_is_listed_with_its_run_in_mlflow(study: tuple[StudyData, Analysis], tmp_path: Path) -> None:
+    records, analysis = study
+    paged = records._replace(pages={int(t): f"http://server/#/{t}" for t in records.trials.index})
+    write_report(tmp_path, paged, analysis, judge(analysis))
+    page = (tmp_path / "report.html").read_text()
+    rows = re.findall(r'<tr data-trial="(\d+)">(.*?)</tr>', page, flags=re.DOTALL)
+    assert [int(number) for number, _ in rows] == list(records.trials.index)
+    for trial_number, row in rows:
+        assert f'<a href="http://server/#/{trial_number}">{trial_number}</a>' in row
+        assert str(escape(figures.ended(outcomes(records.trials)[int(trial_number)]))) in row
+    assert "link to their runs in MLflow." in page and "mlflow ui" not in page
+    listed = list_trials(records, tracked_trials(records, 9), RAM_DIMENSIONS[:5])
+    assert "row" not in listed.headings, "a column without a value is left out"
+    assert listed.trials[3].page == ""
+    at = listed.headings.index("validation %")
+    last = 100 * records.epochs[(records.epochs["trial"] == 0) & (records.epochs["epoch"] == 9)]["val_accuracy"].mean()
+    assert listed.trials[0].cells[at] == (f"{last:.2f}", pytest.approx(last))
+
+
+def test_charts_hold_each_trial_with_its_configuration_its_seeds_and_why_it_ended(
+    folder: Path, study: tuple[StudyData, Analysis]
+) -> None:
+    records, _ = study
+    page = (folder / "report.html").read_text()
+    rows, specs = data_of(page, "trials-data"), data_of(page, "charts-data")
+    assert set(specs) == {"parallel", "learning_curves", "history", "compute", "marginals"}
+    assert len(specs["marginals"]) == 5
+    for row in rows:
+        trial = records.trials.loc[row["trial"]]
+        assert (row["why"], row["seeds"]) == (trial["stop_reason"], "0, 1")
+        assert row["p2"] == str(trial["num_scales"])
+        assert row["u2"] == pytest.approx((trial["num_scales"] - 1) / 3, abs=1e-4)
+        assert len(row["curve"]) == len(row["epoch"]) == row["epoch"][-1] == trial["epochs_seen"]
+    assert sorted(row["u5"] for row in rows)[:: len(rows) - 1] == [0, 1], "accuracy, from the lowest to the highest"
+    for name in specs:
+        titles = titles_of(specs[name])
+        assert {"seeds", "why", "learning rate"} <= set(titles), name
 
 
 def test_page_opens_with_three_sentences_then_forest_plot_then_tables(
@@ -138,9 +213,9 @@ def test_page_opens_with_three_sentences_then_forest_plot_then_tables(
     for label in ESTIMATES:
         assert str(escape(label)) in page
     ess = f"{analysis.trust.ess:.0f}"
-    assert f"<td>smallest effective sample size of any</td><td>{ess}</td>" in page
-    for name, (value, _) in THRESHOLDS.items():
-        assert f"<td>{name}</td><td>{value}</td>" in page
+    assert f'<td data-heading="value">{ess}</td>' in page
+    for value, meaning in THRESHOLDS.values():
+        assert f'<td data-heading="threshold">{value}</td><td data-heading="meaning">{escape(meaning)}</td>' in page
     assert "<h2>One factor at a time</h2>" in page and "<h2>Replicates</h2>" in page
 
 
@@ -529,32 +604,77 @@ def test_numbers_and_names_as_words() -> None:
     assert [join("abc"[:n]) for n in range(4)] == ["", "a", "a and b", "a, b and c"]
 
 
-@pytest.mark.parametrize("width", [360, 1200])
-def test_page_in_a_browser_has_no_broken_image_and_no_overflow(folder: Path, tmp_path: Path, width: int) -> None:
+USE_PAGE = """
+const frame = document.getElementById("page");
+frame.onload = () => {
+  const d = frame.contentDocument, r = d.documentElement;
+  const seen = (all) => [...all].filter((e) => e.offsetWidth).length;
+  const rows = d.querySelectorAll("#trial-table tbody tr");
+  const tell = (more) => document.getElementById("found").textContent = JSON.stringify({
+    scroll: r.scrollWidth, width: r.clientWidth, text: parseFloat(d.defaultView.getComputedStyle(d.body).fontSize),
+    broken: [...d.images].filter((i) => !i.complete || !i.naturalWidth).length,
+    images: seen(d.images), charts: seen(d.querySelectorAll("canvas")), ...more});
+  const use = () => {
+    if (d.querySelectorAll("canvas").length < CHARTS || !d.querySelector("th button")) return setTimeout(use, 50);
+    const input = d.getElementById("trial-filter");
+    input.value = "diverged";
+    input.dispatchEvent(new Event("input"));
+    const heading = [...d.querySelectorAll("#trial-table th")].find((th) => th.textContent.startsWith("validation"));
+    heading.firstChild.click();
+    const shown = () => [...rows].filter((row) => !row.hidden).map((row) => Number(row.dataset.trial));
+    const kept = shown().length;
+    input.value = "";
+    input.dispatchEvent(new Event("input"));
+    const axes = d.querySelector("div[data-chart=parallel] canvas"), place = axes.getBoundingClientRect();
+    const drag = (type, share, target) => target.dispatchEvent(new PointerEvent(type, {
+      clientX: place.left + share * place.width, clientY: place.top + 24, bubbles: true, button: 0, buttons: 1}));
+    drag("pointermove", 0.5, axes);
+    drag("pointerdown", 0.5, axes);
+    for (const share of [0.6, 0.8, 0.99]) drag("pointermove", share, d.defaultView);
+    drag("pointerup", 0.99, d.defaultView);
+    const first = d.querySelector("#trial-table tbody tr").dataset.trial;
+    setTimeout(() => tell({rows: kept, first, brushed: shown()}), 500);
+  };
+  if (CHARTS) use(); else tell({rows: rows.length});
+};
+frame.srcdoc = PAGE;
+"""
+
+
+@pytest.mark.parametrize(("width", "scripts"), [(360, True), (1200, True), (390, False)])
+def test_page_in_a_browser_shows_charts_or_pictures_without_overflow(
+    folder: Path, study: tuple[StudyData, Analysis], tmp_path: Path, width: int, scripts: bool
+) -> None:
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium here")
     # The page in a frame of the wanted width (a window cannot be that narrow); the frame's size is what its rules see.
-    page = (folder / "report.html").read_text()
+    page = json.dumps((folder / "report.html").read_text()).replace("</", "<\\/")
+    use = USE_PAGE.replace("CHARTS", "9" if scripts else "0").replace("PAGE", page)
     wrapper = tmp_path / "wrapper.html"
-    wrapper.write_text(
-        f'<iframe id="page" width="{width}" height="800" style="border:0" srcdoc="{html.escape(page)}"></iframe>'
-        "<pre id=found></pre><script>document.getElementById('page').onload = event => {"
-        "const d = event.target.contentDocument, r = d.documentElement, images = [...d.images];"
-        "document.getElementById('found').textContent = JSON.stringify({scroll: r.scrollWidth, width: r.clientWidth,"
-        "images: images.length, broken: images.filter(i => !i.complete || !i.naturalWidth).length,"
-        "text: parseFloat(d.defaultView.getComputedStyle(d.body).fontSize)})}</script>"
-    )
+    sandbox = "" if scripts else "sandbox=allow-same-origin"
+    frame = f'<iframe id="page" width="{width}" height="800" style="border:0" {sandbox}></iframe>'
+    wrapper.write_text(f"<meta charset=utf-8>{frame}<pre id=found></pre><script>{use}</script>")
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
     command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,900", "--virtual-time-budget=8000"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,900", "--virtual-time-budget=20000"]
     shown = subprocess.run(
-        [*command, "--dump-dom", wrapper.as_uri()], capture_output=True, text=True, timeout=120, check=True
+        [*command, "--dump-dom", wrapper.as_uri()], capture_output=True, text=True, timeout=200, check=True
     ).stdout
     match = re.search(r"<pre id=\"found\">(\{.*?\})</pre>", shown)
     assert match, shown[-300:]
     found: dict[str, Any] = json.loads(match[1])
-    assert found["images"] >= 12
     assert found["broken"] == 0
     assert found["scroll"] <= found["width"], "the page must not be wider than the screen"
     assert found["text"] >= 16
+    trials = study[0].trials
+    if not scripts:
+        assert (found["images"], found["charts"], found["rows"]) == (14, 0, len(trials))
+        return
+    assert found["charts"] == 9 and found["images"] == 10, "charts stand in the place of four pictures"
+    assert found["rows"] == trials["diverged"].sum() > 0, "the filter keeps the trials that say so"
+    glimpses = trials.loc[found["brushed"], "num_glimpses"]
+    assert set(found["brushed"]) == set(trials.index[trials["num_glimpses"] >= glimpses.min()]), "the brush of an axis"
+    assert 4 < glimpses.min() < 7 and len(glimpses) < len(trials)
+    last = study[0].epochs.dropna(subset="val_accuracy").groupby(["trial", "epoch"])["val_accuracy"].mean()
+    assert int(found["first"]) == last.groupby("trial").last().idxmin(), "sorted by accuracy, the lowest first"

@@ -135,7 +135,7 @@ def test_running_study_gets_a_partial_report(store: Path, tmp_path: Path) -> Non
     assert main(Args(study="still going", tracking_uri=uri_of(store), out=tmp_path)) == 0
     page = (tmp_path / "report.html").read_text()
     assert "still running" in page
-    assert "<td>running</td><td>3</td>" in page
+    assert '<td data-heading="trials">running</td><td data-heading="number">3</td>' in page
 
 
 @pytest.mark.usefixtures("few_draws")
