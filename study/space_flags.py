@@ -39,6 +39,8 @@ def asked_space(space: Space, flags: SpaceFlags) -> Space:
 
     A file replaces all dimensions; a range or choices replace or add one; a fixed field is searched no more.
     """
+    if not flags:
+        return space
     entries = {} if flags.file is None else _read_file(flags.file)
     changes: Values = {}  # by field: a dimension's table, or the value it is fixed to
     for flag, texts, read in (

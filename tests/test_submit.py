@@ -163,6 +163,10 @@ def test_job_gets_given_flags_without_address_and_defaults(monkeypatch):
     flags = Flags(address="http://127.0.0.1:8265", data="digits", trials=5, cpus_per_trial=0.5, dry_run=True)
     assert arguments(flags) == ["--data", "digits", "--trials", "5", "--cpus-per-trial", "0.5", "--dry-run"]
     assert arguments(Flags(address="http://127.0.0.1:8265")) == []
+    space = Flags(address="http://a", space=Path("/home/me/my.toml"), range_=("a=1:2", "b=1:2"), from_="s", cancel=0)
+    assert arguments(space) == [
+        "--space", "space.toml", "--range", "a=1:2", "--range", "b=1:2", "--from", "s", "--cancel", "0",
+    ]  # fmt: skip
     assert study_of(flags) == "default-digits-search" and study_of(Flags(study="mine")) == "mine"
 
 

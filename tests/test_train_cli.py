@@ -82,6 +82,6 @@ def test_retina_view_draws_fine_scales_over_coarse_ones():
 
 def test_paper_recipe_with_a_flag_gives_the_papers_configuration(monkeypatch):
     seen = {}
-    monkeypatch.setattr("ramcore.train.train", lambda args: seen.update(config=args.config) or 0)
+    monkeypatch.setattr("ramcore.train.train", lambda args, *_: seen.update(config=args.config) or 0)
     assert main(["--recipe", "paper", "--patch-size", "8"]) == 0
     assert seen["config"] == Config(epochs=100, patch_size=8)
