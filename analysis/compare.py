@@ -107,9 +107,10 @@ def sentences(sides: Sequence[Side], effects: Effects | None) -> list[str]:
     for side in sides:
         if best := best_configuration(side, ()):
             test = f", test {number(best.test, 2)} %" if math.isfinite(best.test) else ""
+            which = "the fit expects most of" if side.analysis else "the best is"
             said.append(
-                f"{side.name}: the best of {len(side.records.trials)} trials is {best.trial} with "
-                f"{number(best.accuracy, 2)} % validation accuracy{test}."
+                f"{side.name}: of {len(side.records.trials)} trials, {which} trial {best.trial} "
+                f"({number(best.accuracy, 2)} % validation accuracy{test})."
             )
     if effects is None:
         return [*said, "Effects are not compared: that takes two searches with enough trials."]

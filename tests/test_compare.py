@@ -181,7 +181,10 @@ def test_command_compares_three_studies_of_a_folder(
     args = Args(studies=("one", "two", "three"), records=tmp_path / "records", out=tmp_path / "out")
     assert main(args, hyperdraws=8) == 0
     shown = capfd.readouterr()
-    assert "one: the best of 20 trials is" in shown.out and str(tmp_path / "out" / "compare.html") in shown.out
+    assert (
+        "one: of 20 trials, the fit expects most of trial" in shown.out
+        and str(tmp_path / "out" / "compare.html") in shown.out
+    )
     assert "one: fitting the surface" in shown.err
     assert len(pd.read_csv(tmp_path / "out" / "compare.csv")) == 2
     for wrong, message in (
