@@ -83,6 +83,9 @@ def _run(line: list[str]) -> tuple[int, str]:
                 print(last, flush=True)
             except KeyboardInterrupt:
                 process.send_signal(signal.SIGINT)
+            except BaseException:  # nobody reads on: end as after an interrupt, which loses nothing
+                process.send_signal(signal.SIGTERM)
+                raise
     return process.returncode, last
 
 

@@ -214,7 +214,7 @@ class Flags(ActionFlags, LimitFlags, MachineFlags, RecordFlags, SearchFlags, Stu
           a small study, minutes on two cores; the same command continues it
       python -m study.run --task cluttered --data mnist --trials 60
           a real one; a larger --trials later adds trials
-      python -m study.run --study wide --from translated-mnist-search --range num_glimpses=2:12
+      python -m study.run --study wide --from STUDY --range num_glimpses=2:12
           a new search over a wider range, which learns from an earlier one
       python -m study.run --task cluttered --data mnist --design replicate
           train its best configuration and the default again, on held-out seeds

@@ -50,8 +50,7 @@ def submit(flags: Flags, address: str) -> int:
 
 def _submit_or_follow(flags: Flags, address: str) -> int:
     client = _connect(address)
-    sent = flags if flags.space is None else replace(flags, space=Path(SPACE_FILE))
-    entrypoint = shlex.join(["python", "-m", "study.run", *arguments(sent)])
+    entrypoint = shlex.join(["python", "-m", "study.run", *arguments(sent(flags))])
     if without_secrets(entrypoint) != entrypoint:  # the cluster shows every job's command
         raise UserError(
             f"a job's command must hold no password; got `{without_secrets(entrypoint)}`: set MLFLOW_TRACKING_URI or "
@@ -103,6 +102,11 @@ def _connect(address: str) -> JobSubmissionClient:
         return JobSubmissionClient(address)
     except (RuntimeError, ConnectionError, OSError, ValueError, KeyError) as error:
         raise no_job_server(address, f"is not one ({first_line(error)})") from error
+
+
+def sent(flags: Flags) -> Flags:
+    """The flags as the job gets them: the file of the space goes along with the code."""
+    return flags if flags.space is None else replace(flags, space=Path(SPACE_FILE))
 
 
 def _running(client: JobSubmissionClient, study: str) -> JobDetails | None:

@@ -78,9 +78,14 @@ sys.exit(130)
             assert not said
         signal.pthread_kill(main, signal.SIGINT)
 
+    # A shell starts what it runs in the background with interrupts ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     waiting = threading.Thread(target=interrupt)
     waiting.start()
-    assert api._run([sys.executable, "-c", program]) == (130, "stopped 1")
+    try:
+        assert api._run([sys.executable, "-c", program]) == (130, "stopped 1")
+    finally:
+        signal.signal(signal.SIGINT, before)
     waiting.join()
 
 

@@ -403,7 +403,7 @@ def test_log_whole_number_dimension_is_averaged_by_how_often_each_value_is_sampl
     width = Dimension(name="width", type="int", low=1, high=16, log=True)
     surface = Surface((width, Dimension(name=DUMMY, type="float")))
     weights = np.random.default_rng(0).standard_normal((4, len(surface.groups), 1))
-    predictor = Predictor(surface, posterior_of(weights), None, -2.2)
+    predictor = Predictor(surface, posterior_of(weights), None, -2.2, 0.1)
     middle = np.array([[0.5, 0.5]])
     found = marginal(predictor, 0, middle)
     sampled = space_points((width,), 2**13, 0)
@@ -461,10 +461,12 @@ def test_shapley_effects_count_what_the_chance_of_training_changes() -> None:
     weights = np.zeros((2, len(surface.groups), 1))
     weights[:, 0] = 0.5  # the first function of x1
     posterior = posterior_of(weights)
-    assert [s.mid for s in shapley_effects(Predictor(surface, posterior, None, -2.2), 0)] == pytest.approx([1, 0, 0])
+    assert [s.mid for s in shapley_effects(Predictor(surface, posterior, None, -2.2, 0.1), 0)] == pytest.approx(
+        [1, 0, 0]
+    )
     odds = np.zeros((2, 1 + 6 * 3))
     odds[:, 1 + 6] = 2.0  # the first function of x2
-    predictor = Predictor(surface, posterior, Training(tuple(surface.bases), odds), -2.2)
+    predictor = Predictor(surface, posterior, Training(tuple(surface.bases), odds), -2.2, 0.1)
     shares = [s.mid for s in shapley_effects(predictor, 0)]
     points = space_points([base.dimension for base in surface.bases], 2**12, 0)
     values = predictor.expected_logits(points)[:, 0]

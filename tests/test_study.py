@@ -180,7 +180,8 @@ def test_help_has_groups_examples_and_no_default_that_is_none(here):
     for group in ("What is studied.", "Where the results are kept.", "Where the trials run.", "What a run may take."):
         assert group in shown
     assert "Examples:\n  python -m study.run --dry-run\n" in shown
-    assert "default: None" not in shown and shown.count("(default:") == len(dataclasses.fields(Flags))
+    described = shown.count("(default:") + shown.count("(repeatable)")
+    assert "default: None" not in shown and described == len(dataclasses.fields(Flags))
     assert max(map(len, shown.splitlines())) <= 80
     examples = re.findall(r"(?m)^  python -m study.run (.*)$", shown)
     assert len(examples) >= 3 and all(parse(example.split()) for example in examples)

@@ -21,7 +21,7 @@ import pytest
 from clusters import free_port
 
 from study.flags import Flags, arguments
-from study.submit import study_of
+from study.submit import sent, study_of
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDY = ("--data", "digits", "--task", "original", "--trials", "2")
@@ -164,7 +164,7 @@ def test_job_gets_given_flags_without_address_and_defaults(monkeypatch):
     assert arguments(flags) == ["--data", "digits", "--trials", "5", "--cpus-per-trial", "0.5", "--dry-run"]
     assert arguments(Flags(address="http://127.0.0.1:8265")) == []
     space = Flags(address="http://a", space=Path("/home/me/my.toml"), range_=("a=1:2", "b=1:2"), from_="s", cancel=0)
-    assert arguments(space) == [
+    assert arguments(sent(space)) == [
         "--space", "space.toml", "--range", "a=1:2", "--range", "b=1:2", "--from", "s", "--cancel", "0",
     ]  # fmt: skip
     assert study_of(flags) == "default-digits-search" and study_of(Flags(study="mine")) == "mine"
