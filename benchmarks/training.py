@@ -214,12 +214,12 @@ def set_up_seconds(data: TaskData, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def operations(data: TaskData, device: torch.device) -> dict[str, Any]:
+def operations(data: TaskData, device: torch.device, config: Config = TUNED) -> dict[str, Any]:
     """Of one training step of two seeds of the tuned recipe: operations (kernels on a GPU), and MACs of its products.
 
     Those that only make a view of memory, or take some, are not counted.
     """
-    trainer = Trainer(TUNED, data, seeds=(0, 1), device=device)
+    trainer = Trainer(config, data, seeds=(0, 1), device=device)
     draws = next(trainer.draws(0))
     trainer.optimise(draws)
     with FlopCounterMode(display=False, custom_mapping=PRODUCTS) as flops:
