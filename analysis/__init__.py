@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ramcore import on_first_use
 
 if TYPE_CHECKING:
     from analysis.importance import analyse as analyse
     from analysis.load import open_study as open_study
 
-_FROM = {"analyse": "analysis.importance", "open_study": "analysis.load"}
-
-
-def __getattr__(name: str) -> Any:
-    """A public name, imported on first use: its module may take seconds, and plain data should not."""
-    if name in _FROM:
-        return getattr(importlib.import_module(_FROM[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = on_first_use(__name__, {"analyse": "analysis.importance", "open_study": "analysis.load"})

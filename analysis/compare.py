@@ -32,7 +32,7 @@ from analysis.comparison import (
 )
 from analysis.importance import HYPERDRAWS, conclude, fit_study
 from analysis.load import StudyData
-from analysis.report import TEMPLATES, panels, save_figures, tracked_trials
+from analysis.report import TEMPLATES, panels, save_figures, tracked_trials, with_cost
 from analysis.results import TIE, why_not_ranked
 from analysis.text import join, number, percent, span
 from ramcore.errors import UserError, say
@@ -138,10 +138,7 @@ def cautions(sides: Sequence[Side], effects: Effects | None) -> list[str]:
     if effects and (parts := [*effects.shared.held, *effects.shared.apart]):
         said.append(
             f"The studies search different spaces. They are compared on what they share; {join(map(words, parts))} "
-            "are not varied there."
-            if len(parts) > 1
-            else "The studies search different spaces. They are compared on what they share; "
-            f"{words(parts[0])} is not varied there."
+            f"{'are' if len(parts) > 1 else 'is'} not varied there."
         )
     elif effects and _different_ranges(sides):
         said.append("The studies search different ranges. They are compared over the values that all of them search.")
@@ -250,9 +247,8 @@ def _draw(sides: Sequence[Side], effects: Effects | None, order: Sequence[str]) 
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=1, fontsize=9)
         drawn["marginals"] = figure
     drawn["learning_curves"] = figures.compared_curves({s.name: found for s in sides if (found := best_trials(s))})
-    costed = {s.name: [t for t in s.tracked if t.complete and math.isfinite(t.macs)] for s in sides}
-    if costed := {name: trials for name, trials in costed.items() if trials}:
-        drawn["compute"] = figures.compared_fronts(costed)
+    if known := {side.name: trials for side in sides if (trials := with_cost(side.tracked))}:
+        drawn["compute"] = figures.compared_fronts(known)
     return drawn
 
 

@@ -197,7 +197,7 @@ def draw_search(records: StudyData, analysis: Analysis, tracked: Sequence[Trial]
         drawn["over_epochs"] = figures.over_epochs(curves.epochs, totals)
     if analysis.configurations.path:
         drawn["ablation"] = figures.ablation(analysis.configurations.default_accuracy, analysis.configurations.path)
-    if costed := _costed(tracked):
+    if costed := with_cost(tracked):
         drawn["compute"] = figures.compute(costed)
     return drawn
 
@@ -214,7 +214,7 @@ def interactive(
         "learning_curves": [charts.learning_curves(tracked, dimensions)],
         "history": [charts.history(tracked, dimensions)],
     }
-    if costed := _costed(tracked):
+    if costed := with_cost(tracked):
         drawn["compute"] = [charts.compute(costed, dimensions)]
     panels = [name for name in marginals if name != DUMMY]
     names = [d.name for d in dimensions]
@@ -222,7 +222,7 @@ def interactive(
     return drawn
 
 
-def _costed(tracked: Sequence[Trial]) -> list[Trial]:
+def with_cost(tracked: Sequence[Trial]) -> list[Trial]:
     """The complete trials whose cost is known."""
     return [t for t in tracked if t.complete and math.isfinite(t.macs)]
 

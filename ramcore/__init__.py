@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,11 +11,20 @@ if TYPE_CHECKING:
     from ramcore.sources import load_task as load_task
     from ramcore.trainer import Trainer as Trainer
 
-_FROM = {"Config": "ramcore.config", "load_task": "ramcore.sources", "Trainer": "ramcore.trainer"}
+
+def on_first_use(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
+    """A package's __getattr__ for public names that are imported on first use: their modules may take seconds, and
+    plain data should not. modules: the module of each name.
+    """
+
+    def attribute(name: str) -> Any:
+        if name in modules:
+            return getattr(importlib.import_module(modules[name]), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return attribute
 
 
-def __getattr__(name: str) -> Any:
-    """A public name, imported on first use: its module may take seconds, and plain data should not."""
-    if name in _FROM:
-        return getattr(importlib.import_module(_FROM[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = on_first_use(
+    __name__, {"Config": "ramcore.config", "load_task": "ramcore.sources", "Trainer": "ramcore.trainer"}
+)

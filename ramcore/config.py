@@ -32,6 +32,13 @@ TASKS: dict[str, TaskSpec] = {
     "cluttered": TaskSpec(canvas_size=60, num_clutter=4),
     "cluttered-100": TaskSpec(canvas_size=100, num_clutter=8),
 }
+
+
+def canvas_side(task: str, canvas: int) -> int:
+    """Pixels along a side of the square canvas: `canvas`, or the task's where that is 0."""
+    return canvas or TASKS[task].canvas_size
+
+
 if TYPE_CHECKING:
     Task = str
 else:
@@ -141,7 +148,7 @@ class Config:
     @property
     def canvas_size(self) -> int:
         """Pixels along a side of the square canvas."""
-        return self.canvas or TASKS[self.task].canvas_size
+        return canvas_side(self.task, self.canvas)
 
     @property
     def is_recurrent(self) -> bool:

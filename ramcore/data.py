@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ramcore import kernels
-from ramcore.config import CLUTTER_SIZE, DIGIT_SIZE, MAX_CLUTTER, TASKS, Config
+from ramcore.config import CLUTTER_SIZE, DIGIT_SIZE, MAX_CLUTTER, TASKS, Config, canvas_side
 from ramcore.errors import UserError
 from ramcore.rng import Stream, integers, key
 
@@ -52,7 +52,7 @@ class TaskData:
     @property
     def canvas_size(self) -> int:
         """Pixels along a side of the canvas."""
-        return self.canvas or TASKS[self.task].canvas_size
+        return canvas_side(self.task, self.canvas)
 
     @property
     def num_classes(self) -> int:
@@ -184,7 +184,7 @@ def make_task(data: str, task: str, splits: dict[SplitName, Split], canvas: int 
     side, clutter = splits["train"].images.shape[-1], TASKS[task].num_clutter
     if not canvas and TASKS[task].canvas_size == DIGIT_SIZE != side:
         canvas = side
-    if side > (size := canvas or TASKS[task].canvas_size):
+    if side > (size := canvas_side(task, canvas)):
         raise UserError(
             f"images must fit on the canvas; those of {data} have {side}x{side} pixels, the canvas of {task} {size}x"
             f"{size}: pass --canvas {side} or more"

@@ -70,8 +70,10 @@ def class_log_probs(
         return functional.log_softmax(scores(None), -1)
     total, samples = torch.zeros(()), max(config.eval_samples, 1)
     for sample in range(samples):
-        keys = [key(seeds, Stream.LOCATION_NOISE, -1 - sample, part[0]) for part in index.split(BATCH_SIZE)]
-        noise = [policy_noise(config, k, len(part)) for k, part in zip(keys, index.split(BATCH_SIZE), strict=True)]
+        noise = [
+            policy_noise(config, key(seeds, Stream.LOCATION_NOISE, -1 - sample, part[0]), len(part))
+            for part in index.split(BATCH_SIZE)
+        ]
         total = total + functional.softmax(scores(torch.cat(noise, 2)), -1)
     return (total / samples).clamp_min(1e-12).log()
 

@@ -227,7 +227,7 @@ def _kernels(device: torch.device) -> dict[str, Callable[..., None]] | None:
         assert isinstance(loaded, dict)
         return dict(loaded)
     except (ImportError, RuntimeError, OSError) as error:
-        warnings.warn(f"torch compiles no CUDA kernels here, so a step takes twice as long: {error}", stacklevel=2)
+        warnings.warn(f"torch compiles no CUDA kernels here, so a step is slower: {error}", stacklevel=2)
         return None
 
 

@@ -61,10 +61,13 @@ def rows(weight: Tensor, inputs: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(inputs, weight.split([x.shape[-1] for x in inputs], 1), strict=True))
 
 
-def summed(out: Tensor, bias: Tensor, products: Products) -> Tensor:
+def summed(out: Tensor, products: Products, bias: Tensor | None = None) -> Tensor:
     """out (R, N, O) = the sum of x W for each product, plus the bias (R, 1, O). Autograd does not follow it."""
     (x, weight), *others = products
-    torch.baddbmm(bias, x, weight, out=out)
+    if bias is None:
+        torch.bmm(x, weight, out=out)
+    else:
+        torch.baddbmm(bias, x, weight, out=out)
     for x, weight in others:
         out.baddbmm_(x, weight)
     return out
@@ -73,12 +76,8 @@ def summed(out: Tensor, bias: Tensor, products: Products) -> Tensor:
 def rectified(out: Tensor, biases: list[Tensor], products: Products) -> Tensor:
     """out (R, N, O) = Rect(the sum of x W for each product, plus one or two biases). Autograd does not follow it."""
     if not kernels.usable(out.device):
-        return summed(out, sum(biases[1:], biases[0]), products).relu_()
-    (x, weight), *others = products
-    torch.bmm(x, weight, out=out)
-    for x, weight in others:
-        out.baddbmm_(x, weight)
-    kernels.rectify(out, *biases)
+        return summed(out, products, sum(biases[1:], biases[0])).relu_()
+    kernels.rectify(summed(out, products), *biases)
     return out
 
 

@@ -85,8 +85,6 @@ def location_returns(config: Config, reward: Tensor, decisions: int) -> Tensor:
     decisions: T - 1. Returns (R, T - 1, B): decision i places glimpse i + 1, and its return is the sum over s > i of
     discount**(s - i - 1) * reward_s.
     """
-    if config.reward_steps == "every" and config.discount == 0:
-        return reward[:, -decisions:]
     weights = _return_weights(decisions, config.discount, config.reward_steps == "every", reward.device)
     return torch.matmul(weights, reward[:, -decisions:]) if config.reward_steps == "every" else weights * reward[:, -1:]
 

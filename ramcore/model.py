@@ -271,7 +271,7 @@ class LocationNetwork(nn.Module):
         if kernels.usable(h.device):
             kernels.policy(products, self.mean.bias, noise, std, mean, sample, location)
             return
-        summed(mean, self.mean.bias, products).tanh_()
+        summed(mean, products, self.mean.bias).tanh_()
         if noise is None:
             sample.copy_(mean)
         else:

@@ -107,8 +107,7 @@ def _flatten(model: nn.Module) -> nn.Parameter:
     parameters = list(model.parameters())
     flat = nn.Parameter(torch.cat([p.detach().flatten(1) for p in parameters], 1))
     flat.grad = torch.zeros_like(flat)
-    for part in ("data", "grad"):
-        whole = flat.data if part == "data" else flat.grad
+    for part, whole in (("data", flat.data), ("grad", flat.grad)):
         views = whole.split([p[0].numel() for p in parameters], 1)
         for parameter, view in zip(parameters, views, strict=True):
             setattr(parameter, part, view.unflatten(1, parameter.shape[1:]))
@@ -264,10 +263,10 @@ class Trainer:
             state[0] = {"step": step}
             for name in ("exp_avg", "exp_avg_sq"):
                 parts = [
-                    by_weight[i][name].flatten(1) if i in by_weight else torch.zeros_like(p).flatten(1).to(step.device)
+                    by_weight[i][name].to(self.device) if i in by_weight else torch.zeros_like(p)
                     for i, p in enumerate(self.model.parameters())
                 ]
-                state[0][name] = torch.cat([part.to(self.device) for part in parts], 1)
+                state[0][name] = torch.cat([part.flatten(1) for part in parts], 1)
         # The checkpoint may come from another kind of device.
         on_gpu, rate = self.device.type == "cuda", float(group["lr"])
         rate = torch.tensor(rate, device=self.device) if on_gpu else rate

@@ -5,18 +5,12 @@ This package uses Ray, Optuna and MLflow; `ramcore` uses none of them. `analysis
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ramcore import on_first_use
 
 if TYPE_CHECKING:
     from study.api import StudyResult as StudyResult
     from study.api import run_study as run_study
 
-_FROM = {"StudyResult": "study.api", "run_study": "study.api"}
-
-
-def __getattr__(name: str) -> Any:
-    """A public name, imported on first use: its module may take seconds, and plain data should not."""
-    if name in _FROM:
-        return getattr(importlib.import_module(_FROM[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = on_first_use(__name__, {"StudyResult": "study.api", "run_study": "study.api"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import statistics
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from ramcore.errors import UserError
 from study.best import conclude
 from study.flags import USAGE, Flags, arguments, check
 from study.prepare import Prepared, held_out, prepare, stored_study
-from study.record import TrialRecord, mean_accuracy
+from study.record import TrialRecord
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -116,7 +117,7 @@ def _table(trials: list[TrialRecord]) -> pd.DataFrame:
             "seeds": trial.spec.seeds,
             "epochs_seen": len(trial.epochs),
             "val_accuracy": trial.epochs[-1].value if trial.epochs else float("nan"),
-            "test_accuracy": mean_accuracy({"val_accuracy": trial.test["accuracy"]}) if trial.test else float("nan"),
+            "test_accuracy": statistics.fmean(trial.test["accuracy"]) if trial.test else float("nan"),
             **asdict(trial.spec.config),
         }
         for trial in trials

@@ -251,7 +251,7 @@ class Record:
         self.changed = threading.Condition()  # notified after each change
         self.created: int = study.user_attrs["created"]  # ms since 1970
         self.uid: str = study.user_attrs["uid"]  # tells two studies of one name apart in MLflow
-        self.runs = [attrs[name] for name in sorted(attrs) if name.startswith("run ")]  # see `begin_run`
+        self.runs = _runs(attrs)  # see `begin_run`
         self.totals: list[int] = []  # trials asked for, as it changed
         self.rows: list[TrialSpec] | None = None  # of a fixed design
         self.asked: list[AskedPoint] = []
@@ -618,7 +618,7 @@ def read_study(path: Path, trials: Sequence[int] = ()) -> StoredStudy | None:
                 )
             return None
         found = [_from_storage(frozen) for frozen in study.get_trials(deepcopy=False)]
-        runs = [attrs[name] for name in sorted(attrs) if name.startswith("run ")]
+        runs = _runs(attrs)
         flags = runs[-1].get("flags", {}) if runs else {}
         asked, taken = AskedPoint.read(attrs), TakenOver.read(attrs)
         return StoredStudy(
@@ -650,6 +650,11 @@ def distributions(space: Space) -> dict[str, BaseDistribution]:
 def mean_accuracy(metrics: dict[str, Any]) -> float:
     """The objective of one epoch: mean validation accuracy over seeds, in [0, 1]; NaN once a seed has diverged."""
     return statistics.fmean(metrics["val_accuracy"])
+
+
+def _runs(attrs: Mapping[str, Any]) -> list[Any]:
+    """The facts of each run of the command, in a study's attributes."""
+    return [attrs[name] for name in sorted(attrs) if name.startswith("run ")]
 
 
 def _from_storage(frozen: FrozenTrial) -> TrialRecord:
