@@ -45,6 +45,7 @@ class Observations(NamedTuple):
 class Contrasts(NamedTuple):
     """How the seeds of C trials depart from their trial's mean."""
 
+    trials: Array  # (C,) trial numbers
     u: Array  # (C, B) zero where a bin is missing
     y: Array  # (C,) the trial's mean logit at its last bin
     epochs: Array  # (C, B) epochs averaged; 0 where a bin is missing
@@ -113,8 +114,8 @@ def _bins(epochs: Array, edges: Array, budget: int) -> np.ndarray:
 
 def _contrasts(per_seed: pd.DataFrame, bins: int) -> Contrasts:
     """Contrasts of every trial with two seeds or more, over the bins that all of its seeds reached."""
-    u, y, count, outer, df = [], [], [], [], []
-    for _, curve in per_seed.groupby("trial"):
+    trials, u, y, count, outer, df = [], [], [], [], [], []
+    for trial, curve in per_seed.groupby("trial"):
         wide = curve.pivot(index="seed", columns="bin", values="y").dropna(axis=1)
         if len(wide) < 2 or not wide.shape[1]:
             continue
@@ -124,10 +125,12 @@ def _contrasts(per_seed: pd.DataFrame, bins: int) -> Contrasts:
         for rows, column in ((u, "u"), (count, "epochs")):
             rows.append(np.zeros(bins))
             rows[-1][here] = means[column]
+        trials.append(trial)
         y.append(float(means["y"].iloc[-1]))
         outer.append(np.zeros((bins, bins)))
         outer[-1][np.ix_(here, here)] = departures.T @ departures
         df.append(len(wide) - 1.0)
     size = len(df)
     u, count = (np.reshape(rows, (size, bins)) for rows in (u, count))
-    return Contrasts(u, np.array(y), count, np.reshape(outer, (size, bins, bins)), np.array(df))
+    outer = np.reshape(outer, (size, bins, bins))
+    return Contrasts(np.array(trials), u, np.array(y), count, outer, np.array(df))

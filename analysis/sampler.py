@@ -2,7 +2,8 @@
 
 Modes are sought from several starts. Around each lies a Laplace approximation. Chains mix two moves, which leave the
 posterior unchanged: Hamiltonian Monte Carlo in the coordinates of one of the approximations (Neal 2011), and an
-independence proposal from their mixture (Tierney 1994), by which a chain moves between modes.
+independence proposal from their mixture (Tierney 1994), by which a chain moves between modes. What else the density
+depends on may be drawn in turns with them (Gibbs).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor
 from analysis.results import SETTLED
 from ramcore.space import Array
 
+One = TypeVar("One")
+Other = TypeVar("Other")
 Density = Callable[[Array], tuple[float, Array]]  # (H,) -> log density up to a constant, and its gradient (H,)
 
 CHAINS = 4
@@ -73,14 +76,15 @@ def find_modes(density: Density, starts: Sequence[Array], scale: Array) -> list[
     found: list[tuple[Array, float]] = []
     for iterations, distance in ((30, 8 * FAR), (100, FAR)):  # roughly first, and only what may be a mode to the end
         points = [at for at, _ in found] if found else starts
-        found = sorted((find_mode(density, at, iterations) for at in points), key=lambda mode: -mode[1])
+        found = _at_once(lambda at, most=iterations: find_mode(density, at, most), points)
+        found.sort(key=lambda mode: -mode[1])
         kept: list[tuple[Array, float]] = []
         for at, value in found:
             apart = all(float(np.mean(((at - other) / scale) ** 2)) > APART**2 for other, _ in kept)
             if apart and value > found[0][1] - distance and len(kept) < CHAINS:
                 kept.append((at, value))
         found = kept
-    roots = [laplace_factor(density, at, scale) for at, _ in found]
+    roots = _at_once(lambda mode: laplace_factor(density, mode[0], scale), found)
     weights = [value + float(np.log(root.diagonal()).sum()) for (_, value), root in zip(found, roots, strict=True)]
     total = _log_sum(weights)
     return [Mode(at, root, w - total) for (at, _), root, w in zip(found, roots, weights, strict=True)]
@@ -115,11 +119,15 @@ class Chain:
         *,
         step: float = 0.65,
         leaps: int = 6,
+        redraw: Callable[[Array], Array] = lambda state: np.empty(0),
     ) -> None:
-        """Start near a mode that the chain's number picks. step: of Hamiltonian Monte Carlo, in standard deviations;
-        leaps: how many a trajectory has at most.
+        """Start near a mode that the chain's number picks.
+
+        step: of Hamiltonian Monte Carlo, in standard deviations; leaps: how many a trajectory has at most; redraw: from
+        the state (H,), draws what else the density depends on (K,), after every step.
         """
         self._density, self._modes, self._rng, self._step, self._leaps = density, modes, rng, step, leaps
+        self._redraw = redraw
         self._shares = np.exp([mode.log_weight for mode in modes])
         self._shares = self._shares / self._shares.sum()
         self._inverses = [np.linalg.inv(mode.root) for mode in modes]
@@ -131,13 +139,15 @@ class Chain:
                 break
 
     def run(self, steps: int) -> Array:
-        """The next states (steps, H)."""
-        path = np.empty((steps, len(self._state)))
-        for step in range(steps):
+        """The next states, each with what was redrawn (steps, H + K)."""
+        path = []
+        for _ in range(steps):
             self._jump()
             self._glide(self._pick())
-            path[step] = self._state
-        return path
+            if len(also := self._redraw(self._state)):
+                self._value, self._slope = self._density(self._state)
+            path.append(np.concatenate([self._state, also]))
+        return np.stack(path)
 
     def _pick(self) -> int:
         return int(self._rng.choice(len(self._modes), p=self._shares))
@@ -182,22 +192,27 @@ def run_until_settled(
     chains: Sequence[Chain], burn: int, steps: int, rounds: int, reported: Callable[[Array], Array]
 ) -> Array:
     """The states of the chains after the first `burn`: `steps` of each, and then as many again as there are, at most
-    rounds - 1 times, until R-hat of what is reported is at most SETTLED -> (chains, steps or more, H).
+    rounds - 1 times, until R-hat of what is reported is at most SETTLED -> (chains, steps or more, H + K).
 
-    reported: from the states of a chain (N, H) to quantities (N', K).
+    reported: from the states of a chain (N, H + K) to quantities (N', K).
     """
 
-    def run(steps: int) -> list[Array]:
-        with ThreadPoolExecutor(min(len(chains), os.cpu_count() or 1)) as pool:
-            return list(pool.map(Chain.run, chains, [steps] * len(chains)))
+    def run(steps: int) -> Array:
+        return np.stack(_at_once(lambda chain: chain.run(steps), chains))
 
     run(burn)
-    paths = np.stack(run(steps))
+    paths = run(steps)
     for _ in range(rounds - 1):
         if diagnose(np.stack([reported(path) for path in paths]))[0] <= SETTLED:
             break
-        paths = np.concatenate([paths, np.stack(run(paths.shape[1]))], axis=1)
+        paths = np.concatenate([paths, run(paths.shape[1])], axis=1)
     return paths
+
+
+def _at_once(work: Callable[[One], Other], on: Sequence[One]) -> list[Other]:
+    """The work on each, a thread for every core."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(work, on))
 
 
 def weights_without(log_density: Array) -> Array:

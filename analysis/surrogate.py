@@ -8,10 +8,11 @@ f is a sum of components, one for every set of one, two or three dimensions, eac
 holds (a functional ANOVA, so variances of components are Sobol indices without Monte Carlo). A component is a product
 of basis functions with independent Gaussian weights; the weights move smoothly with u. b is the trial effect: the part
 of a trial that the smooth surface does not explain. s is the seed noise, which lasts over epochs, and e the epoch
-noise. All three may be larger where accuracy is low. The differences between the seeds of a trial enter the likelihood
-exactly, so seed noise is measured.
+noise. All three may be larger where accuracy is low, and the seed noise has heavy tails (`analysis.tails`). The
+differences between the seeds of a trial enter the likelihood exactly, so seed noise is measured.
 
-No hyperparameter is fixed at an estimate: they are sampled (`analysis.sampler`), and each draw of them gives joint
+No hyperparameter is fixed at an estimate: they are sampled (`analysis.sampler`), in turns with the trials' scales of
+noise, and each draw of them gives joint
 posterior draws of all weights (Matheron's rule). A trial is predicted without itself from the same draws, exactly for
 each of them and reweighted between them.
 
@@ -33,14 +34,15 @@ from torch import Tensor
 
 from analysis.basis import MAIN, basis
 from analysis.observations import Observations
-from analysis.sampler import CHAINS, Chain, differentiated, find_modes, run_until_settled, weights_without
+from analysis.sampler import CHAINS, Chain, Mode, differentiated, find_modes, run_until_settled, weights_without
+from analysis.tails import SCALES, Tails
 from ramcore.space import Array, Dimension
 
 PAIR, TRIPLE = 6, 3  # basis functions a dimension in components of two and three dimensions; MAIN in those of one
 JITTER = 1e-6
 STARTS = 8  # of the search for modes
 BURN = 8  # first steps of a chain, which are left out
-ROUGH = 200  # trials that the search begins with if there are more
+SAMPLED = 400  # trials that hyperparameters are sampled on, if there are more: time grows with the cube of the rows
 LEAST_STEPS = 20  # of a chain, whatever the number of draws that are asked for
 
 # Hyperparameters that belong to no dimension: prior mean and standard deviation, for y scaled to unit variance. All but
@@ -201,7 +203,7 @@ class Surface:
     def _noise_kernel(self, theta: Tensor, data: _Tensors, *, trial_effect: bool = True) -> Tensor:
         """Covariance of rows beyond the surface; only rows of one trial share any."""
         noise = self._noise(theta, data.u, data.noise_y)
-        seed = noise.seed * data.seeds.rsqrt()
+        seed = noise.seed * data.seeds.rsqrt() * data.scale_of_noise[data.trial_of]
         shared = seed[:, None] * seed[None, :] * (data.time @ self._seed_memory(theta, data.times) @ data.time.T)
         if trial_effect:
             shared = shared + noise.trial[:, None] * noise.trial[None, :]
@@ -220,23 +222,40 @@ class Surface:
         """Log density of the hyperparameters given the rows and the seeds' contrasts, up to a constant."""
         prior = -0.5 * (((theta - self.prior_mean) / self.prior_sd) ** 2).sum()
         fit = _LogDensity.apply(self.covariance(theta, data), data.y)
-        return prior + fit + self._contrast_likelihood(theta, data)
+        if len(data.contrast_df):
+            scale = torch.where(data.contrast_trial >= 0, data.scale_of_noise[data.contrast_trial], 1.0)
+            fit = fit + self._contrast_likelihood(theta, data, scale).sum()
+        return prior + fit
 
-    def _contrast_likelihood(self, theta: Tensor, data: _Tensors) -> Tensor:
-        if not len(data.contrast_df):
-            return torch.zeros((), dtype=torch.float64)
+    def _contrast_likelihood(self, theta: Tensor, data: _Tensors, scale: Tensor) -> Tensor:
+        """Log density of each trial's contrasts, for scales of its seed noise (..., C) -> (..., C)."""
         here = data.contrast_epochs > 0
         noise = self._noise(theta, data.contrast_u, data.contrast_y)
         memory = self._seed_memory(theta, data.contrast_u)
         both = here[:, :, None] & here[:, None, :]
         cov = torch.where(both, noise.seed[:, :, None] * noise.seed[:, None, :] * memory, 0.0)
-        diagonal = torch.where(here, noise.epoch**2 / data.contrast_epochs.clamp_min(1) + JITTER, 1.0)
-        factor, bad = torch.linalg.cholesky_ex(cov + torch.diag_embed(diagonal))
-        if bool(bad.any()):
-            return torch.tensor(-torch.inf, dtype=torch.float64)
-        logdet = 2 * torch.log(torch.diagonal(factor, dim1=1, dim2=2)).sum(1)
-        trace = torch.cholesky_solve(data.contrast_outer, factor).diagonal(dim1=1, dim2=2).sum(1)
-        return -0.5 * (data.contrast_df * logdet + trace).sum()
+        own = torch.where(here, noise.epoch**2 / data.contrast_epochs.clamp_min(1) + JITTER, 1.0)
+        fit, logdet = _quadratic(scale[..., None, None] ** 2 * cov + torch.diag_embed(own), data.contrast_outer)
+        return -0.5 * (data.contrast_df * logdet + fit)
+
+    def _noise_likelihood(self, theta: Tensor, data: _Tensors, noise: Tensor) -> Tensor:
+        """Log density of each trial's noise, for each of SCALES: noise (N,) and the contrasts -> (SCALES, T)."""
+        at, here = data.rows_of.clamp_min(0), data.rows_of >= 0
+        both = here[:, :, None] & here[:, None, :]
+        sd = self._noise(theta, data.u, data.noise_y)
+        seed = (sd.seed * data.seeds.rsqrt())[at]
+        cov = torch.where(both, seed[:, :, None] * seed[:, None, :] * self._seed_memory(theta, data.u[at]), 0.0)
+        shared = torch.where(both, sd.trial[at][:, :, None] * sd.trial[at][:, None, :], 0.0)
+        own = torch.where(here, (sd.epoch**2 / (data.seeds * data.epochs) + JITTER)[at], 1.0)
+        rows = torch.where(here, noise[at], 0.0)
+        outer = rows[:, :, None] * rows[:, None, :]
+        fit, logdet = _quadratic(SCALES[:, None, None, None] ** 2 * cov + shared + torch.diag_embed(own), outer)
+        found = -0.5 * (logdet + fit)
+        if len(data.contrast_df):
+            contrasts = self._contrast_likelihood(theta, data, SCALES[:, None])
+            keep = data.contrast_trial >= 0
+            found = found.index_add(1, data.contrast_trial[keep], contrasts[:, keep])
+        return found
 
     # ---- sampling --------------------------------------------------------------------------------------------
 
@@ -254,35 +273,57 @@ class Surface:
 
         The chains are doubled, at most rounds - 1 times, until the dimensions' shares of the variance have settled.
         """
-        data = self._prepare(observations)
-
-        density = differentiated(lambda theta: self.log_posterior(theta, data))
+        data = part = self._prepare(observations)
+        if len(observations.trials) > SAMPLED:
+            chosen = np.sort(rng.permutation(len(observations.trials))[:SAMPLED])
+            part = self._prepare(observations.subset(chosen))
         mean, sd = self.prior_mean.numpy(), self.prior_sd.numpy()
         starts = [mean, *(mean + sd * rng.standard_normal((STARTS - 1, len(mean))))]
-        if len(observations.trials) > ROUGH:  # the starts meet a part of the trials first, which is many times faster
-            part = self._prepare(observations.subset(np.sort(rng.permutation(len(observations.trials))[:ROUGH])))
-            rough = find_modes(differentiated(lambda theta: self.log_posterior(theta, part)), starts, sd)
-            starts = [mode.at for mode in rough]
-        modes = find_modes(density, starts, sd)
+        modes = find_modes(differentiated(lambda theta: self.log_posterior(theta, part)), starts, sd)
         kept = math.ceil(hyperdraws / CHAINS)
-        chains = [Chain(density, modes, k, child) for k, child in enumerate(rng.spawn(CHAINS))]
+        chains = [self._chain(part, modes, k, child) for k, child in enumerate(rng.spawn(CHAINS))]
         paths = run_until_settled(chains, BURN, max(kept, LEAST_STEPS), rounds, self._prior_shares)
-        chosen = np.linspace(0, paths.shape[1] - 1, kept).astype(int)
-        theta = torch.as_tensor(np.concatenate(paths[:, chosen]))
+        states = np.concatenate(paths[:, np.linspace(0, paths.shape[1] - 1, kept).astype(int)])
+        theta, scales = np.split(states, [len(mean)], axis=1)
+        tails = Tails(len(data.features))
         drawn, without = [], []
         with torch.no_grad():
-            for one in theta:
-                factor = torch.linalg.cholesky(self.covariance(one, data))
-                drawn.append(self._draw(one, data, factor, torch.as_tensor(at), draws_each, rng))
-                without.append(self._without_each(one, data, factor))
+            for one, scale in zip(torch.as_tensor(theta), torch.as_tensor(scales), strict=True):
+                if part is data:
+                    tails.scale = scale
+                else:  # the scales of all trials, in turns with the draws of the hyperparameters
+                    self._redraw(one, data, tails, rng)
+                scaled = data._replace(scale_of_noise=tails.scale)
+                factor = torch.linalg.cholesky(self.covariance(one, scaled))
+                drawn.append(self._draw(one, scaled, factor, torch.as_tensor(at), draws_each, rng))
+                without.append(self._without_each(one, scaled, factor))
         weights = np.concatenate([weights * data.scale for weights, _ in drawn])
         level = np.concatenate([level * data.scale + data.centre for _, level in drawn])
-        return Posterior(weights, level, theta.numpy(), len(modes), _held_out(without, data))
+        return Posterior(weights, level, theta, len(modes), _held_out(without, data))
 
-    def _prior_shares(self, theta: Array) -> Array:
-        """Total Sobol indices that hyperparameters (N, H) expect -> (N, D)."""
+    def _chain(self, data: _Tensors, modes: Sequence[Mode], number: int, rng: np.random.Generator) -> Chain:
+        """A chain of states (H + T,): hyperparameters, and after each of its steps the trials' scales of noise."""
+        tails = Tails(len(data.features))
+
+        def density(theta: Tensor) -> Tensor:
+            return self.log_posterior(theta, data._replace(scale_of_noise=tails.scale))
+
+        def redraw(theta: Array) -> Array:
+            with torch.no_grad():
+                self._redraw(torch.as_tensor(theta), data, tails, rng)
+            return tails.scale.numpy()
+
+        return Chain(differentiated(density), modes, number, rng, redraw=redraw)
+
+    def _redraw(self, theta: Tensor, data: _Tensors, tails: Tails, rng: np.random.Generator) -> None:
+        """Draw the trials' scales of noise, given hyperparameters and rows."""
+        noise = self._draw_noise(theta, data._replace(scale_of_noise=tails.scale), rng)
+        tails.redraw(self._noise_likelihood(theta, data, noise), rng)
+
+    def _prior_shares(self, states: Array) -> Array:
+        """Total Sobol indices that states (N, H + T) of a chain expect -> (N, D)."""
         with torch.no_grad():
-            power = np.stack([self.variances(one).numpy() for one in torch.as_tensor(theta)])
+            power = np.stack([self.variances(one).numpy() for one in torch.as_tensor(states)])
         return power @ self.member / power.sum(axis=1)[:, None]
 
     def _draw(
@@ -295,16 +336,11 @@ class Surface:
         times, where = torch.unique(torch.cat([at, data.times]), return_inverse=True)
         at_index, row_index = where[: len(at)], where[len(at) :][data.time.argmax(dim=1)]
         variances = self.variances(theta)
-        time = self._time_kernel(theta, times)
-        time_factor = torch.linalg.cholesky(time + 1e-8 * torch.eye(len(times)) * time.diagonal().max())
-        level = self._level_kernel(theta, times)
-        level_factor = torch.linalg.cholesky(level + 1e-8 * torch.eye(len(times)))
+        time, level = self._time_kernel(theta, times), self._level_kernel(theta, times)
         noise_factor = torch.linalg.cholesky(self._noise_kernel(theta, data))
         weights, levels = [], []
         for _ in range(count):
-            normal = torch.as_tensor(rng.standard_normal((len(variances), len(times))))
-            prior = variances.sqrt()[:, None] * normal @ time_factor.T
-            prior_level = level_factor @ torch.as_tensor(rng.standard_normal(len(times)))
+            prior, prior_level = self._draw_prior(theta, times, rng)
             rows = (data.features @ prior)[data.trial_of, row_index] + prior_level[row_index]
             rows = rows + noise_factor @ torch.as_tensor(rng.standard_normal(len(data.y)))
             pull = torch.cholesky_solve((data.y - rows)[:, None], factor)[:, 0]
@@ -314,6 +350,24 @@ class Surface:
             weights.append((prior[:, at_index] + variances[:, None] * (data.features.T @ by_trial.T)).numpy())
             levels.append((prior_level[at_index] + level[at_index][:, row_index] @ pull).numpy())
         return np.stack(weights), np.stack(levels)
+
+    def _draw_prior(self, theta: Tensor, times: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """A draw of weights and level at the times (U,), before any data -> (P, U), (U,)."""
+        identity = 1e-8 * torch.eye(len(times), dtype=torch.float64)
+        time, level = self._time_kernel(theta, times), self._level_kernel(theta, times)
+        normal = torch.as_tensor(rng.standard_normal((len(self.groups), len(times))))
+        weights = self.variances(theta).sqrt()[:, None] * normal
+        weights = weights @ torch.linalg.cholesky(time + identity * time.diagonal().max()).T
+        return weights, torch.linalg.cholesky(level + identity) @ torch.as_tensor(rng.standard_normal(len(times)))
+
+    def _draw_noise(self, theta: Tensor, data: _Tensors, rng: np.random.Generator) -> Tensor:
+        """A joint draw of what the rows are beyond surface and level -> (N,)."""
+        weights, level = self._draw_prior(theta, data.times, rng)
+        index, noise = data.time.argmax(dim=1), self._noise_kernel(theta, data)
+        rows = (data.features @ weights)[data.trial_of, index] + level[index]
+        drawn = torch.linalg.cholesky(noise) @ torch.as_tensor(rng.standard_normal(len(data.y)))
+        factor = torch.linalg.cholesky(self.covariance(theta, data))
+        return drawn + noise @ torch.cholesky_solve((data.y - rows - drawn)[:, None], factor)[:, 0]
 
     def explained(self, theta: Array, observations: Observations, points: Array, extra: Array, seeds: float) -> float:
         """Expected R2 over the space if `extra` configurations (M, D) were run to the full budget as well.
@@ -376,6 +430,7 @@ class Surface:
         rows = [torch.nonzero(trial_of == trial)[:, 0] for trial in range(len(observations.trials))]
         scaled = torch.as_tensor((y - centre) / scale)
         per = [torch.as_tensor(base(observations.x[:, i])) for i, base in enumerate(self.bases)]
+        place = {trial: i for i, trial in enumerate(observations.trials)}
         return _Tensors(
             powers=[_Powers(per, most, order) for order, most in enumerate((MAIN, PAIR, TRIPLE), start=1)],
             features=torch.as_tensor(self.features(observations.x)),
@@ -390,6 +445,8 @@ class Surface:
             noise_y=scaled[torch.as_tensor(observations.last)][trial_of].clamp(-3, 3),
             seeds=torch.tensor(observations.seeds),
             epochs=torch.tensor(observations.epochs),
+            scale_of_noise=torch.ones(len(rows), dtype=torch.float64),
+            contrast_trial=torch.tensor([place.get(trial, -1) for trial in contrasts.trials], dtype=torch.long),
             contrast_u=torch.tensor(contrasts.u),
             contrast_y=torch.as_tensor((contrasts.y - centre) / scale).clamp(-3, 3)[:, None],
             contrast_epochs=torch.tensor(contrasts.epochs),
@@ -424,6 +481,8 @@ class _Tensors(NamedTuple):
     noise_y: Tensor  # (N,) last accuracy of the row's trial, which the noise depends on
     seeds: Tensor
     epochs: Tensor
+    scale_of_noise: Tensor  # (T,) of the trials' seed noise
+    contrast_trial: Tensor  # (C,) which trial each is of; -1: none of these
     contrast_u: Tensor
     contrast_y: Tensor
     contrast_epochs: Tensor
@@ -501,6 +560,14 @@ def _count(functions: Iterable[tuple[int, int]], size: int) -> Tensor:
     for dimension, number in functions:
         count[dimension, number] += 1
     return count.flatten()
+
+
+def _quadratic(covariance: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
+    """Trace of C^-1 outer, and log determinant of C, for covariances C (..., B, B); infinite where C is none."""
+    factor, bad = torch.linalg.cholesky_ex(covariance)
+    logdet = 2 * torch.log(factor.diagonal(dim1=-2, dim2=-1)).sum(-1)
+    fit = torch.cholesky_solve(outer, factor).diagonal(dim1=-2, dim2=-1).sum(-1)
+    return fit, torch.where(bad > 0, math.inf, logdet)
 
 
 def _outer(a: Array, b: Array) -> Array:
