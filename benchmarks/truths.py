@@ -23,6 +23,7 @@ from scipy.stats import qmc
 from analysis.load import StudyData, StudyRun
 from ramcore.recipes import TUNED
 from ramcore.space import Array, Dimension, Space, Values
+from study.aim import aimed_point
 from study.asha import ASHA
 from study.designs import published, search_origins
 from study.record import distributions
@@ -246,23 +247,38 @@ class Facts:
         self.live = tuple(name for name, effect in self.effect.items() if effect >= 3 * self.seed_sd)
 
 
-def study_of(truth: Truth, seed: int, *, trials: int = TRIALS, epochs: int = EPOCHS, seeds: int = SEEDS) -> StudyData:
-    """A made-up study as `analysis.load.load_study` gives it: first points, Sobol points, then TPE with ASHA."""
+def study_of(
+    truth: Truth,
+    seed: int,
+    *,
+    totals: Sequence[int] = (TRIALS,),
+    aims: Sequence[str] = (),
+    sobol_share: float = SOBOL_SHARE,
+    epochs: int = EPOCHS,
+    seeds: int = SEEDS,
+) -> StudyData:
+    """A made-up study as `analysis.load.load_study` gives it: first points, Sobol points, then TPE with ASHA.
+
+    totals, aims: as `search_origins` takes them.
+    """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     space, rng = truth.space, np.random.default_rng(seed)
     points, ranges = SobolSequence(space, 1000 + seed), distributions(space)
     first = published(space) if space is RAM else [("default", dict(space.default))]
-    origins = search_origins([trials], len(first), SOBOL_SHARE)
+    origins = search_origins(totals, len(first), sobol_share, aims=aims)
     asha = ASHA(epochs)
     search = optuna.create_study(
         direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=0)
     )
+    told: tuple[list[Values], list[float]] = ([], [])
     rows: list[dict[str, Any]] = []
     tables: list[pd.DataFrame] = []
     for number, origin in enumerate(origins):
         before = origins[:number].count(origin)
         values = first[before][1] if origin == "published" else points[before]
-        if origin == "tpe":
+        if origin == "aimed":
+            values = aimed_point(space, *told, seed + number)
+        elif origin == "tpe":
             values = space.clamped(search.sampler.sample_relative(search, search.ask()._get_latest_trial(), ranges))
         accuracy = _run(truth, values, epochs, seeds, rng)
         last = _last_epoch(asha, number, accuracy) if origin == "tpe" else epochs
@@ -271,6 +287,9 @@ def study_of(truth: Truth, seed: int, *, trials: int = TRIALS, epochs: int = EPO
         state = "complete" if last == epochs else "pruned"
         accuracy = accuracy[:, :last]
         _tell(search, ranges, values, accuracy)
+        if state == "complete":
+            told[0].append(values)
+            told[1].append(float(accuracy[:, -1].mean()))
         rows.append(_row(number, origin, state, seeds, last, values))
         tables.append(_table(number, origin, state, accuracy))
     run = StudyRun("none", f"made-up-{seed}", "finished", 0.0, {}, {})

@@ -2,9 +2,10 @@
 
 A design is added to DESIGNS, and nowhere else. This module is plain data: the analysis reads it too.
 
-What chose a trial's configuration is its origin: "published", "asked" (--try), "sobol" or "tpe" in a search, the
-design's name in every other one. The origin depends on the trial's number alone, never on how many trials happen to be
-running. So parallel starts cannot exceed a share (ray#52535), and a continued study goes on where it was.
+What chose a trial's configuration is its origin: "published", "asked" (--try), "sobol", "tpe" or "aimed" (--aim
+sensitivity) in a search, the design's name in every other one. The origin depends on the trial's number alone, never on
+how many trials happen to be running. So parallel starts cannot exceed a share (ray#52535), and a continued study goes
+on where it was.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ramcore.recipes import PAPER, TUNED
 from ramcore.space import Space, Values, shown
 from study.search_space import configuration
 
-SEARCH_ORIGINS = ("published", "asked", "sobol", "tpe")
+SEARCH_ORIGINS = ("published", "asked", "sobol", "tpe", "aimed")
 STOPPABLE = frozenset({"tpe"})  # origins that early stopping may cut short
 
 HELD_OUT_SEED = 1000  # replicate's first seed; the other designs count from 0
@@ -29,6 +30,7 @@ SPREAD_SEED = 1  # of the Sobol sequence that spread points come from; a search'
 SMALL_PATCH = 8  # pixels: the smallest patch of the case study's table
 OFAT_LEVELS = (0.0, 1 / 3, 2 / 3, 0.999999)  # what uniform numbers draw the values of one factor at a time
 
+AIMS = ("accuracy", "sensitivity")  # of the trials that a search is asked for
 DEFAULT_TRIALS = 40  # of a search; the other designs have as many as rows
 DEFAULT_SOBOL_SHARE = 0.4  # of a search's trials
 LEAST_SOBOL = 16  # trials, whatever the share
@@ -252,21 +254,29 @@ def _first_points(space: Space) -> list[tuple[str, Values]]:
 
 
 def search_origins(
-    totals: Sequence[int], num_published: int, sobol_share: float = DEFAULT_SOBOL_SHARE, asked_at: Iterable[int] = ()
+    totals: Sequence[int],
+    num_published: int,
+    sobol_share: float = DEFAULT_SOBOL_SHARE,
+    asked_at: Iterable[int] = (),
+    aims: Sequence[str] = (),
 ) -> list[str]:
     """The origin of every trial of a search that was asked for totals[0] trials, then for totals[1] in all, ...
 
     Of the first total, an eighth (at least one, at most num_published) are the default and published configurations.
     Sobol points follow until `sobol_share` of the total and at least 16 are such; but a fifth of the total (at least
     one trial, from four on) is kept for TPE. An extension starts with the Sobol points that the new total lacks. A
-    smaller total takes back the last trials. A point that was asked for when `asked_at` trials had begun is put in
-    there, and all that follow move back by one.
+    smaller total takes back the last trials. Where the aim of a total is sensitivity, all its trials after the first
+    16 Sobol points are aimed, and none is TPE's; `aims` of earlier versions are missing. A point that was asked for
+    when `asked_at` trials had begun is put in there, and all that follow move back by one.
     """
     origins: list[str] = []
-    for total in totals:
+    for number, total in enumerate(totals):
         del origins[total:]
         if not origins:
             origins += ["published"] * min(num_published, max(1, total // 8))
+        if list(aims[number : number + 1]) == ["sensitivity"]:
+            origins += ["sobol"] * min(LEAST_SOBOL - origins.count("sobol"), total - len(origins))
+            origins += ["aimed"] * (total - len(origins))
         for_tpe = max(1, total // 5) - origins.count("tpe") if total >= 4 else 0
         sobol = max(LEAST_SOBOL, math.ceil(round(sobol_share * total, 6))) - origins.count("sobol")
         origins += ["sobol"] * min(sobol, total - len(origins) - max(0, for_tpe))  # none if negative

@@ -94,6 +94,7 @@ def run_prepared(flags: Flags, prepared: Prepared) -> int:
             rows=prepared.rows,
             asked=prepared.asked,
             taken=prepared.taken,
+            aim=prepared.aim,
             say=say,
         ) as record,
         used as sharing,

@@ -118,11 +118,11 @@ def _trials(prepared: Prepared) -> _Trials:
         return _Trials(recorded, rows, configs, [spec.origin for spec in rows])
     space, settings, total = prepared.space, prepared.settings, prepared.total or 0
     assert space is not None
-    totals = known.totals if known else []
+    totals, aims = (known.totals, known.aims) if known else ([], [])
     if total != (totals or [0])[-1]:
-        totals = [*totals, total]
+        totals, aims = [*totals, total], [*aims, prepared.aim]
     asked = [*(known.asked if known else ()), *prepared.asked]
-    origins = search_origins(totals, len(published(space)), settings.sobol_share, (point.at for point in asked))
+    origins = search_origins(totals, len(published(space)), settings.sobol_share, (point.at for point in asked), aims)
     return _Trials(recorded, None, configs, origins)
 
 

@@ -26,7 +26,7 @@ import tyro
 
 from ramcore.config import SOURCES, TASKS, Config, nearest
 from ramcore.errors import UserError, say
-from study.designs import DEFAULT_SOBOL_SHARE, DEFAULT_TRIALS, DESIGNS
+from study.designs import AIMS, DEFAULT_SOBOL_SHARE, DEFAULT_TRIALS, DESIGNS
 from study.schema import DEFAULT_TRACKING_URI
 from study.search_space import search_space
 from study.space_flags import SpaceFlags, asked_space
@@ -61,9 +61,9 @@ def _defaults(field_name: str) -> str:
     return ", ".join([*(f"{value} for {' and '.join(groups[value])}" for value in special), f"{usual} for the others"])
 
 
-def _default(text: str) -> Any:
-    """The default that --help shows for a flag whose value is settled later."""
-    return tyro.conf.arg(help_behavior_hint=f"(default: {text})")
+def _default(text: str, metavar: str | None = None) -> Any:
+    """The default that --help shows for a flag whose value is settled later, and what it takes."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {text})", metavar=metavar)
 
 
 # Help texts with facts of the designs; the other flags have docstrings.
@@ -79,6 +79,8 @@ _DESIGN = tyro.conf.arg(
     help_behavior_hint="(default: search)",
 )
 
+_TRIALS = _default(f"{DEFAULT_TRIALS} for search, one for each row for the others", "N|+N")
+_AIM = _default(AIMS[0], _one_of(AIMS))
 _GPUS = "as many trials share a GPU as its memory, the CPU cores and the gain allow; --dry-run says why"
 _CONCURRENT = "as many as fit; on a cluster whose nodes set RAM_MAX_WORKERS, as many as fit once it has grown"
 
@@ -106,8 +108,12 @@ class StudyFlags:
     data_dir: Annotated[Path | None, _default("$RAM_DATA_DIR, then the per-user cache, then a download")] = None
     """Folder of the IDX files."""
     design: Annotated[str | None, _DESIGN] = None
-    trials: Annotated[int | None, _default(f"{DEFAULT_TRIALS} for search, one for each row for the others")] = None
-    """Trials that the study has in the end, with those of earlier runs."""
+    trials: Annotated[str | int | None, _TRIALS] = None
+    """Trials that the study has in the end, with those of earlier runs. +N: so many more, once all others have
+    ended."""
+    aim: Annotated[str | None, _AIM] = None
+    """What the trials that this run adds to a search are for. accuracy: Sobol points, then TPE. sensitivity: after 16
+    Sobol points, the configurations that narrow the report's intervals most; none is stopped early."""
     epochs: Annotated[int | None, _default(_defaults("epochs"))] = None
     """Epochs of a trial that is not stopped early."""
     seeds_per_trial: Annotated[int | None, _default(_defaults("seeds_per_trial"))] = None
@@ -253,9 +259,16 @@ def arguments(flags: Flags) -> list[str]:
     return found
 
 
+def asked_trials(flags: Flags, before: int = 0) -> int | None:
+    """The trials that the flags ask for in all, of a study that was asked for `before`; None: they do not say."""
+    if flags.trials is None:
+        return None
+    return int(flags.trials) + (before if str(flags.trials).startswith("+") else 0)
+
+
 def check(flags: Flags) -> None:
     """Refuse flags that can be judged without the data, the storage or the cluster. Raises UserError."""
-    for name, choices in (("task", TASKS), ("design", DESIGNS)):
+    for name, choices in (("task", TASKS), ("design", DESIGNS), ("aim", AIMS)):
         _require(flags, name, f"one of {', '.join(choices)}", choices.__contains__, "pass one of these")
     if flags.data not in DATA and not re.search(r"[./]", flags.data) and not Path(flags.data).exists():
         fix = nearest(flags.data, DATA) or ": pass one of these, or the path of own images"
@@ -263,6 +276,8 @@ def check(flags: Flags) -> None:
     _require(flags, "space", "a file", lambda v: v.is_file(), "--print-space writes one")
     _require(flags, "canvas", "at least 8 and at most 1000", lambda v: 8 <= v <= 1000, "pass another number of pixels")
     _require(flags, "cancel", "at least 0", lambda v: v >= 0, "pass a trial's number")
+    if flags.trials is not None and not re.fullmatch(r"[+-]?[0-9]+", str(flags.trials)):
+        raise UserError(f"--trials must be a number, or +N for more; got {flags.trials!r}: pass another --trials")
     for name in ("trials", "epochs", "seeds_per_trial", "max_concurrent"):
         _require(flags, name, "at least 1", lambda v: v >= 1, "pass a larger number or leave it out")
         _require(flags, name, f"at most {MOST}", lambda v: v <= MOST, "pass a smaller number")
@@ -291,7 +306,7 @@ def check(flags: Flags) -> None:
 
 def _require(flags: Flags, name: str, rule: str, fulfils: Callable[[Any], bool], fix: str) -> None:
     """Refuse a flag that is given and breaks the rule. Raises UserError."""
-    value = getattr(flags, name)
+    value = asked_trials(flags) if name == "trials" else getattr(flags, name)
     if value is not None and not fulfils(value):
         got = f"{value:g}" if isinstance(value, int | float) else repr(value) if isinstance(value, str) else str(value)
         raise UserError(f"{flag_of(name)} must be {rule}; got {got}: {fix}")
@@ -307,7 +322,7 @@ def check_design(flags: Flags, name: str) -> None:
             f"--design {name} is for the tasks {', '.join(design.possible_tasks)}; got --task {flags.task}: "
             "leave --task out, or pass one of these"
         )
-    for field_name in ("sobol_share", "space", "range_", "choices", "set_", "try_", "print_space"):
+    for field_name in ("aim", "sobol_share", "space", "range_", "choices", "set_", "try_", "print_space"):
         if getattr(flags, field_name) not in (None, (), False) and design.rows is not None:
             raise UserError(f"{flag_of(field_name)} is a search's; the design is {name}: leave it out")
     if flags.from_ is not None and not design.has_space:

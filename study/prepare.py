@@ -20,7 +20,7 @@ from ramcore.space import Space
 from study import designs
 from study.checkpoints import numbers_present
 from study.designs import DESIGNS, DesignInputs, TrialSpec
-from study.flags import Flags, check_design
+from study.flags import Flags, asked_trials, check_design
 from study.integrity import RecordDamaged
 from study.moved import tracking_uri
 from study.record import (
@@ -67,6 +67,7 @@ class Prepared:
     space: Space | None  # None: the trials lie in no space; the published rows span two tasks and other models
     rows: Callable[[], list[TrialSpec]] | None  # of a fixed design
     total: int | None  # trials asked for; None: all rows
+    aim: str  # of those that the total adds
     base: Config  # the recipe for these images
     asked: Sequence[AskedPoint]  # points to try that the study does not know yet
     taken: TakenOver | None  # what it learns from an earlier study
@@ -112,9 +113,9 @@ def prepare(flags: Flags) -> Prepared:
     epochs = flags.epochs or (followed.settings.epochs if followed else design.epochs)
     like = known or (None if design.from_search else source)
     seeds = flags.seeds_per_trial or (like.settings.seeds_per_trial if like else design.seeds_per_trial)
-    total = flags.trials or (designs.DEFAULT_TRIALS if design.rows is None else None)
-    if known:
-        total = _total(flags.trials, known, warnings)
+    total = _total(flags, known, warnings) if known else asked_trials(flags)
+    if total is None and design.rows is None:
+        total = designs.DEFAULT_TRIALS
 
     recipe = DIGITS if data.data == "digits" else {}
     # A canvas of fewer than 24 pixels has smaller patches than the recipe.
@@ -153,6 +154,7 @@ def prepare(flags: Flags) -> Prepared:
         space=space,
         rows=partial(design.rows, inputs) if design.rows else None,
         total=total,
+        aim=flags.aim or designs.AIMS[0],
         base=base,
         asked=asked,
         taken=taken,
@@ -216,10 +218,17 @@ def _take_over(source: StoredStudy, space: Space, epochs: int) -> TakenOver:
     return TakenOver(source.settings.study, source.settings.epochs, trials)
 
 
-def _total(asked: int | None, known: StoredStudy, warnings: list[str]) -> int:
+def _total(flags: Flags, known: StoredStudy, warnings: list[str]) -> int:
     """The trials that a study is to have from now on: those asked for, but never fewer than have begun."""
     begun, before = len(known.trials), known.totals[-1]
+    asked = asked_trials(flags, before)
+    if str(flags.trials).startswith("+") and known.ended < before:
+        asked = before
+        fact = f"{known.ended} of the {before} trials of {known.settings.study} have ended"
+        warnings.append(f"{fact}: this run ends the others, and --trials {flags.trials} adds none")
     total = before if asked is None else max(asked, begun)
+    if flags.aim and total <= before and flags.aim != known.aims[-1]:
+        warnings.append(f"--aim {flags.aim} is of trials that a run adds; this one adds none: pass a larger --trials")
     if asked is not None and asked < before:
         fact = f"--trials {asked} is fewer than the {before} that {known.settings.study} was asked for"
         warnings.append(f"{fact}, and {begun} have begun: it ends with {total}")

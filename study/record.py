@@ -12,7 +12,8 @@ Every entry has a checksum (`study.integrity`), which is compared when a record 
 file is looked after at every commit, and copied to backups (`study.snapshots`).
 
 In the storage:
-  study user attributes   settings (StudySettings), totals (trials asked for, as it changed), rows (of a fixed design),
+  study user attributes   settings (StudySettings), totals (trials asked for, as it changed), aims (of the trials that
+                          each total added), rows (of a fixed design),
                           asked (points of --try), taken over (trials of an earlier study, from --from), uid, created,
                           "run 0007" (of one run of the command: commit, versions, devices, ...),
                           "test 0007" (of a trial whose test images were read after its end), driver epoch (how often a
@@ -57,7 +58,7 @@ from ramcore.errors import UserError, first_line
 from ramcore.space import Space, Values
 from study import integrity
 from study.checkpoints import numbers_present
-from study.designs import DEFAULT_SOBOL_SHARE, TrialSpec
+from study.designs import AIMS, DEFAULT_SOBOL_SHARE, TrialSpec
 from study.faults import fault_point
 from study.snapshots import Lease, LeaseHeld, Snapshots, fetch, set_aside
 from study.storage import RECORD, LocalFolder, RemoteFolder, Storage
@@ -253,6 +254,7 @@ class Record:
         self.uid: str = study.user_attrs["uid"]  # tells two studies of one name apart in MLflow
         self.runs = _runs(attrs)  # see `begin_run`
         self.totals: list[int] = []  # trials asked for, as it changed
+        self.aims: list[str] = []  # of the trials that each total added
         self.rows: list[TrialSpec] | None = None  # of a fixed design
         self.asked: list[AskedPoint] = []
         self.taken: TakenOver | None = None
@@ -273,6 +275,7 @@ class Record:
         rows: MakeRows | None = None,
         asked: Sequence[AskedPoint] = (),
         taken: TakenOver | None = None,
+        aim: str = AIMS[0],
     ) -> Self:
         """Create the record in `folder`, or continue the one that is there.
 
@@ -283,6 +286,7 @@ class Record:
             rows: None for a search. A continued study keeps the rows that it has.
             asked: points to try, beside those that were asked for before.
             taken: of a new study.
+            aim: one of AIMS, of the trials that the total adds.
 
         Raises:
             UserError: another process holds the record, or it is of a study with other settings.
@@ -299,7 +303,7 @@ class Record:
         try:
             with _write_errors():
                 record = cls(folder / RECORD, settings, held)
-                record._ask_for(total, rows, asked, taken)
+                record._ask_for(total, aim, rows, asked, taken)
                 record._load_trials()
                 record._commits.done()
                 record.snapshots = Snapshots(folder / RECORD)
@@ -310,7 +314,12 @@ class Record:
             raise
 
     def _ask_for(
-        self, total: int | None, rows: MakeRows | None, asked: Sequence[AskedPoint], taken: TakenOver | None
+        self,
+        total: int | None,
+        aim: str,
+        rows: MakeRows | None,
+        asked: Sequence[AskedPoint],
+        taken: TakenOver | None,
     ) -> None:
         """Enter which trials the study is asked for; a continued study keeps those that have begun."""
         is_new = "settings" not in self.study.user_attrs
@@ -326,12 +335,14 @@ class Record:
         self.asked, self.taken = AskedPoint.read(attrs), TakenOver.read(attrs)
         self.rows = _rows(attrs)
         self.totals = [] if is_new else attrs["totals"]
+        self.aims = _aims(attrs, self.totals)
         if total is None and self.rows is not None and is_new:
             total = len(self.rows)
         if total is not None and self.totals:
             total = max(total, len(self.study.get_trials(deepcopy=False)))
         if total is not None and total != (self.totals or [0])[-1]:
-            self.totals = [*self.totals, total]
+            self.totals, self.aims = [*self.totals, total], [*self.aims, aim]
+            self.study.set_user_attr("aims", self.aims)  # before the totals, which say how many of them count
             self.study.set_user_attr("totals", self.totals)
         assert self.totals, "a new study is asked for some trials"
         fault_point("record.open.asked")
@@ -520,6 +531,7 @@ def open_record(
     rows: MakeRows | None = None,
     asked: Sequence[AskedPoint] = (),
     taken: TakenOver | None = None,
+    aim: str = AIMS[0],
     say: Callable[[str], None] = logger.info,
 ) -> Record:
     """`Record.open` for a study in a storage. In a remote one, take its lease first.
@@ -528,7 +540,7 @@ def open_record(
     if another machine's driver has the study; RecordLost if the storage cannot be reached.
     """
     folder = storage.record_folder(settings.study)
-    record = Record.open(folder, settings, total=total, rows=rows, asked=asked, taken=taken)
+    record = Record.open(folder, settings, total=total, rows=rows, asked=asked, taken=taken, aim=aim)
     shared = storage.folder(settings.study)
     if isinstance(shared, LocalFolder):
         return record
@@ -538,7 +550,7 @@ def open_record(
         # The driver that had the lease may have gone on since our copy was made.
         record.close()
         version = fetch(storage, settings.study)
-        record = Record.open(folder, settings, total=total, rows=rows, asked=asked, taken=taken)
+        record = Record.open(folder, settings, total=total, rows=rows, asked=asked, taken=taken, aim=aim)
         record.take_over(shared, lease, version)
     except (LeaseHeld, OSError) as error:
         record.close()
@@ -587,6 +599,7 @@ class StoredStudy(NamedTuple):
 
     settings: StudySettings
     totals: list[int]  # trials asked for, as this changed
+    aims: list[str]  # of the trials that each of these added
     rows: list[TrialSpec] | None  # of a fixed design
     trials: list[TrialRecord]
     asked: list[AskedPoint]
@@ -621,11 +634,15 @@ def read_study(path: Path, trials: Sequence[int] = ()) -> StoredStudy | None:
         runs = _runs(attrs)
         flags = runs[-1].get("flags", {}) if runs else {}
         asked, taken = AskedPoint.read(attrs), TakenOver.read(attrs)
-        return StoredStudy(
-            StudySettings(**attrs["settings"]), attrs["totals"], _rows(attrs), found, asked, taken, flags
-        )
+        rows, aims = _rows(attrs), _aims(attrs, attrs["totals"])
+        return StoredStudy(StudySettings(**attrs["settings"]), attrs["totals"], aims, rows, found, asked, taken, flags)
     finally:
         database.engine.dispose()
+
+
+def _aims(attrs: Mapping[str, Any], totals: Sequence[int]) -> list[str]:
+    """The aim of each total; records of earlier versions have none."""
+    return [*attrs.get("aims", ()), *[AIMS[0]] * len(totals)][: len(totals)]
 
 
 def best_trial(trials: list[TrialRecord]) -> TrialRecord | None:

@@ -301,10 +301,12 @@ def _spec(number: int, identity: Attributes | None, study: Attributes, settings:
         return None
     first = published(space)
     asked = AskedPoint.read(study)
-    origins = search_origins(study["totals"], len(first), settings.sobol_share, (point.at for point in asked))
+    origins = search_origins(
+        study["totals"], len(first), settings.sobol_share, (point.at for point in asked), study.get("aims", ())
+    )
     if number >= len(origins):
         return None
-    # TPE's suggestions depended on the trials before them.
+    # The suggestions of TPE, and aimed ones, depended on the trials before them.
     row, values = fixed_point(
         origins, number, first, [(p.text, p.values) for p in asked], SobolSequence(space, settings.seed)
     )

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from ramcore.space import Space
 from study import cancel
+from study.aim import Aimed
 from study.asha import ASHA
 from study.checkpoints import Checkpoints
 from study.designs import STOPPABLE, TrialSpec, published, search_origins
@@ -63,7 +64,9 @@ class StudyScheduler:
             self._sobol = SobolSequence(space, record.settings.seed)
             self._tpe = FeasibleTPE(record, space)
             asked_at = [point.at for point in record.asked]
-            self.origins = search_origins(record.totals, len(self._published), record.settings.sobol_share, asked_at)
+            self._aimed = Aimed(record, space)
+            share = record.settings.sobol_share
+            self.origins = search_origins(record.totals, len(self._published), share, asked_at, record.aims)
         else:
             self.origins = [spec.origin for spec in record.rows[: record.totals[-1]]]
         self.total = len(self.origins)  # trials that the study was asked for
@@ -164,7 +167,7 @@ class StudyScheduler:
         asked = [(point.text, point.values) for point in self.record.asked]
         row, values = fixed_point(self.origins, number, self._published, asked, self._sobol)
         if values is None:
-            values = self._tpe.suggest(number)
+            values = (self._aimed if origin == "aimed" else self._tpe).suggest(number)
         seeds = tuple(range(self.record.settings.seeds_per_trial))
         return TrialSpec(config=configuration(self.space, values), origin=origin, row=row, seeds=seeds)
 

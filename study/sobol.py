@@ -17,7 +17,7 @@ def fixed_point(
     asked: Sequence[tuple[str, Values]],
     sobol: SobolSequence,
 ) -> tuple[str, Values | None]:
-    """(row, values) of a search's trial by its number; None for the values that TPE suggests.
+    """(row, values) of a search's trial by its number; None for values that the trials before it decide.
 
     origins: of all trials; first: the published points; asked: those of --try; sobol: the space's sequence.
     """
