@@ -2,9 +2,11 @@
 
     python -m benchmarks.sensitivity truth --replicates 10
     python -m benchmarks.sensitivity holds --replicates 8
+    python -m benchmarks.sensitivity choices --replicates 8
     python -m benchmarks.sensitivity time
 
-`holds` asks whether the intervals hold on the ten truths of `benchmarks/truths.py`. The made-up studies of `truth`
+`holds` asks whether the intervals hold on the ten truths of `benchmarks/truths.py`, and `choices` what other ways of
+choosing as many trials would give. The made-up studies of `truth`
 have six parameters, seed noise, and three ways of choosing trials. One parameter is inert, one acts only through
 another, and the optimum of one moves during training, so that learning curves cross. Our indices are compared with true
 total Sobol indices, the others with true first-order shares, which they estimate.
@@ -18,6 +20,7 @@ import multiprocessing
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +39,7 @@ from analysis.paper import markdown_table
 from analysis.results import DUMMY, TIE, Interval
 from analysis.selection import unit_table
 from analysis.text import number
-from benchmarks.truths import HELD_OUT, TRUTHS, Facts, study_of, true_indices
+from benchmarks.truths import HELD_OUT, TRUTHS, Facts, origins_of, study_of, true_indices
 from ramcore.space import Dimension
 from tests.synthetic import RAM_DEFAULT, RAM_DIMENSIONS, Synthetic, ram_truth, simulate, write_mlflow
 
@@ -67,6 +70,7 @@ DESIGNS = {
 
 
 Row = dict[str, float | str]
+BEGUN = 30  # trials of a search before the others are chosen
 PERCENT = ("effects hold", "total indices hold", "live told apart", "null told apart", "first in rank 1", "ranked")
 
 
@@ -138,12 +142,12 @@ def print_truth(*, replicates: int = 10, design: str = "") -> None:
     print(markdown_table(list(means.columns), cells))
 
 
-def _held(name: str, seed: int) -> Row:
+def _held(name: str, seed: int, origins: Sequence[str] | None = None) -> Row:
     """How well the analysis of one study of a truth agrees with it."""
     torch.set_num_threads(1)
     truth = TRUTHS[name]
     facts = Facts(truth)
-    analysis = analyse(study_of(truth, seed), seed=seed)
+    analysis = analyse(study_of(truth, seed, origins=origins), seed=seed)
     effects = {e.name: e for e in analysis.ranking.effects}
     names = list(facts.total)
     totals = np.array([effects[n].total.mid for n in names])
@@ -202,15 +206,68 @@ def print_holds(*, replicates: int = 8, truth: str = "", processes: int = 2, out
     print(holds_table(pd.DataFrame(rows)))
 
 
+def _choices(truth: str) -> dict[str, list[str]]:
+    """Ways of choosing trials, by name: the origins of all trials."""
+    search, short = origins_of(TRUTHS[truth]), origins_of(TRUTHS[truth], BEGUN)
+    more = len(search) - BEGUN
+    ends = 2 * len(TRUTHS[truth].space.dimensions)
+    first = search.index("sobol")
+    return {
+        "the search": search,
+        f"{ends} Sobol points less, both ends of every range": [
+            "ends" if first <= i < first + ends else origin for i, origin in enumerate(search)
+        ],
+        f"{BEGUN} trials alone": short,
+        f"{BEGUN} trials, {more} Sobol points": [*short, *["sobol"] * more],
+        f"{BEGUN} trials, {more} aimed": [*short, *["aimed"] * more],
+        f"{BEGUN} trials, {more} of TPE": [*short, *["tpe"] * more],
+    }
+
+
+def print_choices(
+    *, replicates: int = 8, truths: tuple[str, ...] = ("realistic", "smooth", "steps", "plateau"), processes: int = 2,
+    out: Path | None = None,
+) -> None:  # fmt: skip
+    """Print what other ways of choosing trials would give, a mean over the truths.
+
+    Args:
+        replicates: Made-up studies of each truth and way.
+        truths: Their names.
+        processes: How many studies are analysed at a time.
+        out: Write every study's row to this CSV file, as they come.
+    """
+    jobs = [
+        (way, (name, seed, origins))
+        for seed in range(replicates) for name in truths for way, origins in _choices(name).items()
+    ]  # fmt: skip
+    rows: list[Row] = []
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for (way, _), row in zip(jobs, pool.map(_held, *zip(*(job for _, job in jobs), strict=True)), strict=True):
+            rows.append({"trials": way, **row})
+            print(f"{row['truth']}: {way}: study {row['study']:.0f}", file=sys.stderr)
+            if out is not None:
+                pd.DataFrame(rows).to_csv(out, index=False, float_format="%.4g")
+    print(choices_table(pd.DataFrame(rows)))
+
+
+def choices_table(rows: pd.DataFrame) -> str:
+    """A line for each way of choosing trials, the means over truths and studies."""
+    columns = [c for c in rows.columns if c not in ("trials", "truth", "study", "held out")]
+    cells = [(way, *_shown(part[columns].mean().to_dict())) for way, part in rows.groupby("trials", sort=False)]
+    return markdown_table(["trials", *columns], cells)
+
+
+def _shown(values: dict[str, float]) -> list[str]:
+    return [f"{v:.0%}" if column in PERCENT and np.isfinite(v) else number(v, 2) for column, v in values.items()]
+
+
 def holds_table(rows: pd.DataFrame) -> str:
     """A line for each truth, the means of its studies; the truths that were held out last."""
     columns = [c for c in rows.columns if c not in ("truth", "study", "held out")]
     cells = []
     for name, part in rows.groupby("truth", sort=False):
         held = " (held out)" if name in HELD_OUT else ""
-        values = part[columns].mean().to_dict()
-        shown = (f"{v:.0%}" if column in PERCENT and np.isfinite(v) else number(v, 2) for column, v in values.items())
-        cells.append((f"{name}{held}: {TRUTHS[str(name)].about}", *shown))
+        cells.append((f"{name}{held}: {TRUTHS[str(name)].about}", *_shown(part[columns].mean().to_dict())))
     return markdown_table(["truth", *columns], cells)
 
 
@@ -243,5 +300,6 @@ def print_timing(*, trials: tuple[int, ...] = (100, 1000), tracking_uri: str | N
 
 if __name__ == "__main__":
     tyro.extras.subcommand_cli_from_dict(
-        {"truth": print_truth, "holds": print_holds, "time": print_timing}, description=__doc__
+        {"truth": print_truth, "holds": print_holds, "choices": print_choices, "time": print_timing},
+        description=__doc__,
     )

@@ -247,25 +247,28 @@ class Facts:
         self.live = tuple(name for name, effect in self.effect.items() if effect >= 3 * self.seed_sd)
 
 
-def study_of(
-    truth: Truth,
-    seed: int,
-    *,
-    totals: Sequence[int] = (TRIALS,),
-    aims: Sequence[str] = (),
-    sobol_share: float = SOBOL_SHARE,
-    epochs: int = EPOCHS,
-    seeds: int = SEEDS,
-) -> StudyData:
-    """A made-up study as `analysis.load.load_study` gives it: first points, Sobol points, then TPE with ASHA.
+def origins_of(truth: Truth, trials: int = TRIALS) -> list[str]:
+    """What chooses the configurations of a search of that many trials."""
+    return search_origins([trials], len(_first_points(truth)), SOBOL_SHARE)
 
-    totals, aims: as `search_origins` takes them.
+
+def _first_points(truth: Truth) -> list[tuple[str, Values]]:
+    return published(truth.space) if truth.space is RAM else [("default", dict(truth.space.default))]
+
+
+def study_of(
+    truth: Truth, seed: int, *, origins: Sequence[str] | None = None, epochs: int = EPOCHS, seeds: int = SEEDS
+) -> StudyData:
+    """A made-up study as `analysis.load.load_study` gives it.
+
+    origins: of its trials, those of a search if left out. Beside a search's there is "ends": the default with one
+    parameter at an end of its range, each end in turn.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     space, rng = truth.space, np.random.default_rng(seed)
     points, ranges = SobolSequence(space, 1000 + seed), distributions(space)
-    first = published(space) if space is RAM else [("default", dict(space.default))]
-    origins = search_origins(totals, len(first), sobol_share, aims=aims)
+    first, origins = _first_points(truth), origins or origins_of(truth)
+    ends = [dict(space.default) | {d.name: v} for d in space.dimensions for v in d.from_unit(np.array([0.0, 1.0]))]
     asha = ASHA(epochs)
     search = optuna.create_study(
         direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=0)
@@ -275,10 +278,13 @@ def study_of(
     tables: list[pd.DataFrame] = []
     for number, origin in enumerate(origins):
         before = origins[:number].count(origin)
-        values = first[before][1] if origin == "published" else points[before]
-        if origin == "aimed":
+        if origin in ("published", "ends"):
+            values = first[before][1] if origin == "published" else ends[before]
+        elif origin == "sobol":
+            values = points[before]
+        elif origin == "aimed":
             values = aimed_point(space, *told, seed + number)
-        elif origin == "tpe":
+        else:
             values = space.clamped(search.sampler.sample_relative(search, search.ask()._get_latest_trial(), ranges))
         accuracy = _run(truth, values, epochs, seeds, rng)
         last = _last_epoch(asha, number, accuracy) if origin == "tpe" else epochs

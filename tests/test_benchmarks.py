@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import training
 from benchmarks.plain_ram import PlainTrainer, Retina
-from benchmarks.truths import TRUTHS, Facts, study_of
+from benchmarks.truths import TRUTHS, Facts, origins_of, study_of
 from ramcore import retina
 from ramcore.config import Config
 
@@ -56,7 +56,7 @@ def test_null_parameters_of_a_truth_do_nothing_and_its_study_is_a_search(name: s
     assert [facts.effect[n] for n in truth.null] == pytest.approx([0] * len(truth.null), abs=1e-9)
     assert [facts.total[n] for n in truth.null] == pytest.approx([0] * len(truth.null), abs=1e-9)
     assert not set(facts.live) & set(truth.null)
-    study = study_of(truth, 0, trials=24)
+    study = study_of(truth, 0, origins=origins_of(truth, 24))
     assert set(study.trials["origin"]) == {"published", "sobol", "tpe"}
     assert (study.trials.loc[study.trials["origin"] != "tpe", "state"] == "complete").all()
     assert study.epochs["val_accuracy"].between(0, 1).all()
