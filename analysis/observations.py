@@ -41,6 +41,21 @@ class Observations(NamedTuple):
         trial_of = np.searchsorted(trials, self.trial_of[keep])
         return self._replace(trials=self.trials[trials], x=self.x[trials], trial_of=trial_of, **rows)
 
+    def with_trials(self, x: Array, seeds: float) -> Observations:
+        """These, and the last epoch of M more trials at coordinates (M, D), for what depends on no result."""
+        first, count = len(self.trials), len(x)
+        return self._replace(
+            trials=np.arange(first + count), x=np.concatenate([self.x, x]),
+            trial_of=np.concatenate([self.trial_of, first + np.arange(count)]),
+            u=np.append(self.u, np.ones(count)),
+            y=np.append(self.y, np.resize(self.y[self.last], count)),  # the size of the noise looks at them
+            seeds=np.append(self.seeds, np.full(count, seeds)), epochs=np.append(self.epochs, np.ones(count)),
+        )  # fmt: skip
+
+    def with_seeds(self, more: float) -> Observations:
+        """These, if every trial had so many seeds more, for what depends on no result."""
+        return self._replace(seeds=self.seeds + more)
+
 
 class Contrasts(NamedTuple):
     """How the seeds of C trials depart from their trial's mean."""

@@ -83,7 +83,11 @@ def importance_table(analysis: Analysis) -> pd.DataFrame:
 
 def verdict_table(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """verdicts.json: the thresholds, and the claims with their numbers."""
-    listed = [{**v._asdict(), "estimate": v.estimate._asdict() if v.estimate else None} for v in verdicts]
+    listed = [
+        {name: value for name, value in v._asdict().items() if name != "margin"}
+        | {"estimate": v.estimate._asdict() if v.estimate else None}
+        for v in verdicts
+    ]
     fixed = {name: {"value": value, "reason": reason} for name, (value, reason) in THRESHOLDS.items()}
     return {"thresholds": fixed, "claims": listed}
 

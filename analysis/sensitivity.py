@@ -16,10 +16,11 @@ from analysis import load
 from analysis.answer import answer, cautions, rank_label
 from analysis.crosschecks import crosscheck
 from analysis.fixed_designs import completion_line, newest, summarise
-from analysis.importance import analyse
+from analysis.importance import conclude, fit_study
 from analysis.load import Exported, StudyData, StudyRun
 from analysis.report import write_design_report, write_report
 from analysis.results import Analysis
+from analysis.settling import settle
 from analysis.text import span
 from analysis.verdicts import judge
 from ramcore.errors import UserError, say
@@ -72,12 +73,16 @@ def _report(args: Args) -> None:
 def _report_search(out: Path, records: StudyData, others: Sequence[StudyData], *, alone: bool) -> list[Path]:
     """Analyse a search, write its report and print its answer. Gives the files."""
     fixed_designs = summarise(newest(others))
-    analysis = analyse(records, say, others=() if alone else others)
-    verdicts = judge(analysis)
+    fitted = fit_study(records, say, others=() if alone else others)
+    analysis = conclude(records, fitted, say)
+    verdicts = settle(fitted, judge(analysis))
     say("drawing")
     checks = crosscheck(records, analysis)
     paths = write_report(out, records, analysis, verdicts, crosschecks=checks, fixed_designs=fixed_designs)
     print_answer(analysis, answer(analysis, verdicts))
+    for verdict in verdicts:
+        if verdict.needs:
+            print(f"\n  undecided: {verdict.claim}. {verdict.needs}.")
     return paths
 
 

@@ -369,32 +369,28 @@ class Surface:
         factor = torch.linalg.cholesky(self.covariance(theta, data))
         return drawn + noise @ torch.cholesky_solve((data.y - rows - drawn)[:, None], factor)[:, 0]
 
-    def explained(self, theta: Array, observations: Observations, points: Array, extra: Array, seeds: float) -> float:
-        """Expected R2 over the space if `extra` configurations (M, D) were run to the full budget as well.
+    def left(self, theta: Array, observations: Observations, of: Array) -> tuple[Array, Array]:
+        """Variance of linear functions of the weights at the full budget, before and after these rows are seen.
 
-        What a Gaussian process will not know does not depend on what will be measured, only on where. theta: draws of
-        the hyperparameters (S, H), over which the mean is taken; points: the space (N, D).
+        What a Gaussian process will not know does not depend on what is measured, only on where. theta: hyperparameters
+        (H,); of: coefficients (K, P) -> (K,) and (K,), in logits squared.
         """
-        first, count = len(observations.trials), len(extra)
-        y = np.resize(observations.y[observations.last], count)  # any, of the same size: only the noise looks at them
-        more = observations._replace(
-            trials=np.arange(first + count), x=np.concatenate([observations.x, extra]),
-            trial_of=np.concatenate([observations.trial_of, first + np.arange(count)]),
-            u=np.append(observations.u, np.ones(count)), y=np.append(observations.y, y),
-            seeds=np.append(observations.seeds, np.full(count, seeds)),
-            epochs=np.append(observations.epochs, np.ones(count)),
-        )  # fmt: skip
-        data, at = self._prepare(more), torch.as_tensor(self.features(points))
-        shares = []
+        data, coefficients = self._prepare(observations), torch.as_tensor(of)
         with torch.no_grad():
-            for one in torch.as_tensor(theta):
-                scaled = at * self.variances(one)
-                time = self._time_kernel(one, torch.cat([torch.ones(1, dtype=torch.float64), data.u]))[0]
-                reach = (scaled @ data.features.T)[:, data.trial_of] * time[1:]
-                factor = torch.linalg.cholesky(self.covariance(one, data))
-                known = torch.linalg.solve_triangular(factor, reach.T, upper=False) ** 2
-                shares.append(float(known.sum() / (scaled * at).sum()))
-        return float(np.mean(shares))
+            one = torch.as_tensor(theta)
+            scaled = coefficients * self.variances(one)
+            time = self._time_kernel(one, torch.cat([torch.ones(1, dtype=torch.float64), data.u]))[0]
+            reach = (scaled @ data.features.T)[:, data.trial_of] * time[1:]
+            factor = torch.linalg.cholesky(self.covariance(one, data))
+            known = (torch.linalg.solve_triangular(factor, reach.T, upper=False) ** 2).sum(dim=0)
+            before = (scaled * coefficients).sum(dim=1) * time[0]
+        return before.numpy() * data.scale**2, (before - known).numpy() * data.scale**2
+
+    def explained(self, theta: Array, observations: Observations, points: Array) -> float:
+        """Expected R2 over the space after these rows: a mean over hyperparameters (S, H), at points (N, D)."""
+        of = self.features(points)
+        variances = [self.left(one, observations, of) for one in theta]
+        return float(np.mean([1 - after.sum() / before.sum() for before, after in variances]))
 
     def _without_each(self, theta: Tensor, data: _Tensors, factor: Tensor) -> tuple[Array, Array, Array, Array]:
         """For every trial, given hyperparameters: mean and variance of its last row without the trial, the part of the

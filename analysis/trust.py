@@ -67,7 +67,7 @@ def trials_needed(selection: Selection, surface: Surface, posterior: Posterior, 
     have = len(selection.attempts.u)
 
     def expected(extra: Array) -> float:
-        return surface.explained(theta, selection.observations, points, extra, seeds)
+        return surface.explained(theta, selection.observations.with_trials(extra, seeds), points)
 
     if expected(points[:0]) > MIN_R2:
         return None

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from analysis.results import DUMMY, MIN_R2, Analysis, Interval, interval, why_not_ranked
+from analysis.results import DUMMY, MIN_R2, Analysis, Interval, Value, interval, why_not_ranked
 from ramcore.space import Array, words
 
 SURE = 0.95  # posterior probability needed to confirm, and its complement to refute: the usual one in twenty
@@ -29,6 +29,15 @@ THRESHOLDS = {
 }
 
 
+class Margin(NamedTuple):
+    """What decides a claim: a number that is above zero if the claim holds."""
+
+    draws: Array  # (S,)
+    parameter: str
+    other: str = ""  # of a difference between total indices: the other parameter
+    values: tuple[Value, ...] = ()  # of a change of accuracy: the two values
+
+
 class Verdict(NamedTuple):
     """One claim, its verdict and the numbers behind it."""
 
@@ -37,6 +46,8 @@ class Verdict(NamedTuple):
     probability: float | None  # posterior probability of the claim
     evidence: str
     estimate: Interval | None
+    margin: Margin | None = None
+    needs: str = ""  # what would settle it; see analysis.settling
 
 
 def judge(analysis: Analysis) -> tuple[Verdict, ...]:
@@ -68,7 +79,9 @@ def _patch_first(analysis: Analysis) -> Verdict | None:
     if len(changes) == len(TRIED):
         largest = float(np.mean(np.argmax(np.abs(changes), axis=0) == 0))
         evidence += f"; that of patch size is the largest with a probability of {largest:.0%}"
-    return _decide(analysis, claim, probability, evidence, interval(patch))
+    rival = "num_scales" if scales.mean() > glimpses.mean() else "num_glimpses"
+    margin = Margin(patch - analysis.draws[rival].total, "patch_size", other=rival)
+    return _decide(analysis, claim, probability, evidence, interval(patch), margin)
 
 
 def _hardly(analysis: Analysis, name: str, claim: str) -> Verdict | None:
@@ -86,7 +99,10 @@ def _hardly(analysis: Analysis, name: str, claim: str) -> Verdict | None:
     like_dummy = probability <= 1 - SURE and above_dummy < SURE
     if like_dummy:
         evidence += f"; a parameter without effect reaches as much with a probability of {1 - above_dummy:.0%}"
-    verdict = _decide(analysis, claim, probability, evidence + _changes_text(analysis, [name]), found)
+    marginal = analysis.draws[name].marginal
+    worst, best = (pick(marginal, key=lambda value: marginal[value].mean()) for pick in (min, max))
+    margin = Margin(HARDLY - np.abs(effect), name, values=(worst, best))
+    verdict = _decide(analysis, claim, probability, evidence + _changes_text(analysis, [name]), found, margin)
     return verdict._replace(verdict="undecided") if like_dummy else verdict
 
 
@@ -97,14 +113,17 @@ def _more_glimpses(analysis: Analysis) -> Verdict | None:
     if change is None:
         return None
     evidence = f"mean accuracy changes by {_change_text('num_glimpses', change)}"
-    return _decide(analysis, claim, float(np.mean(change < 0)), evidence, interval(change))
+    margin = Margin(-change, "num_glimpses", values=(few, many))
+    return _decide(analysis, claim, float(np.mean(change < 0)), evidence, interval(change), margin)
 
 
-def _decide(analysis: Analysis, claim: str, probability: float, evidence: str, estimate: Interval) -> Verdict:
+def _decide(
+    analysis: Analysis, claim: str, probability: float, evidence: str, estimate: Interval, margin: Margin
+) -> Verdict:
     if not analysis.ranked:
         return Verdict(claim, "undecided", None, why_not_ranked(analysis), None)
     verdict = "confirmed" if probability >= SURE else "refuted" if probability <= 1 - SURE else "undecided"
-    return Verdict(claim, verdict, probability, evidence, estimate)
+    return Verdict(claim, verdict, probability, evidence, estimate, margin)
 
 
 def _change(analysis: Analysis, name: str) -> Array | None:

@@ -3,10 +3,12 @@
     python -m benchmarks.sensitivity truth --replicates 10
     python -m benchmarks.sensitivity holds --replicates 8
     python -m benchmarks.sensitivity choices --replicates 8
+    python -m benchmarks.sensitivity settles --replicates 4
     python -m benchmarks.sensitivity time
 
 `holds` asks whether the intervals hold on the ten truths of `benchmarks/truths.py`, and `choices` what other ways of
-choosing as many trials would give. The made-up studies of `truth`
+choosing as many trials would give. `settles` asks whether the trials that a report names for an undecided claim settle
+it. The made-up studies of `truth`
 have six parameters, seed noise, and three ways of choosing trials. One parameter is inert, one acts only through
 another, and the optimum of one moves during training, so that learning curves cross. Our indices are compared with true
 total Sobol indices, the others with true first-order shares, which they estimate.
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import multiprocessing
 import sys
 import tempfile
@@ -33,13 +36,15 @@ from scipy.stats import spearmanr
 
 from analysis import sensitivity
 from analysis.crosschecks import fanova, last_accuracy, ped_anova
-from analysis.importance import analyse
+from analysis.importance import analyse, conclude, fit_study
 from analysis.load import connect, find_study, list_studies, load_study
 from analysis.paper import markdown_table
 from analysis.results import DUMMY, TIE, Interval
 from analysis.selection import unit_table
+from analysis.settling import after, number_needed, possible_kinds, remaining
 from analysis.text import number
-from benchmarks.truths import HELD_OUT, TRUTHS, Facts, origins_of, study_of, true_indices
+from analysis.verdicts import judge
+from benchmarks.truths import HELD_OUT, SEEDS, TRUTHS, Facts, origins_of, study_of, true_indices
 from ramcore.space import Dimension
 from tests.synthetic import RAM_DEFAULT, RAM_DIMENSIONS, Synthetic, ram_truth, simulate, write_mlflow
 
@@ -261,6 +266,55 @@ def _shown(values: dict[str, float]) -> list[str]:
     return [f"{v:.0%}" if column in PERCENT and np.isfinite(v) else number(v, 2) for column, v in values.items()]
 
 
+def _settled(name: str, seed: int) -> list[Row]:
+    """What becomes of the undecided claims of one study, a row each, if the trials that its report names are run."""
+    torch.set_num_threads(1)
+    truth, rows = TRUTHS[name], []
+    begun = origins_of(truth, BEGUN)
+    records = study_of(truth, seed, origins=begun)
+    fitted = fit_study(records, seed=seed)
+    for place, verdict in enumerate(judge(conclude(records, fitted, seed=seed))):
+        if verdict.verdict != "undecided" or verdict.margin is None:
+            continue
+        kind = next(kind for kind in possible_kinds(fitted) if kind.about.endswith(f"{SEEDS} seeds"))
+        more = number_needed(fitted, verdict.margin, kind)
+        now = remaining(fitted, verdict.margin, fitted.selection.observations)
+        then = judge(analyse(study_of(truth, seed, origins=[*begun, *["sobol"] * (more or BEGUN)]), seed=seed))[place]
+        assert then.margin is not None
+        rows.append({
+            "truth": name, "claim": verdict.claim, "more trials": float(more or BEGUN),
+            "settles": np.nan if more is None else float(then.verdict != "undecided"),
+            "SD now": float(verdict.margin.draws.std()), "SD then": float(then.margin.draws.std()),
+            "SD expected": math.sqrt(after(fitted, verdict.margin, kind, more or BEGUN, now)),
+        })  # fmt: skip
+    return rows
+
+
+def print_settles(
+    *, replicates: int = 4, truths: tuple[str, ...] = tuple(TRUTHS), processes: int = 2, out: Path | None = None
+) -> None:
+    """Print whether the Sobol trials of two seeds that a report of 30 trials names settle its undecided claims.
+
+    Args:
+        replicates: Made-up studies of each truth.
+        truths: Their names.
+        processes: How many studies are analysed at a time.
+        out: Write every claim's row to this CSV file, as they come.
+    """
+    jobs = [(name, seed) for seed in range(replicates) for name in truths]
+    rows: list[Row] = []
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for found in pool.map(_settled, *zip(*jobs, strict=True)):
+            rows += found
+            if out is not None:
+                pd.DataFrame(rows).to_csv(out, index=False, float_format="%.4g")
+    table = pd.DataFrame(rows)
+    table["SD then / expected"] = table["SD then"] / table["SD expected"]
+    means = pd.DataFrame(table.groupby("truth", sort=False, as_index=False).mean(numeric_only=True))
+    cells = ([v if isinstance(v, str) else number(v, 2) for v in row] for row in means.itertuples(index=False))
+    print(markdown_table(list(means.columns), cells))
+
+
 def holds_table(rows: pd.DataFrame) -> str:
     """A line for each truth, the means of its studies; the truths that were held out last."""
     columns = [c for c in rows.columns if c not in ("truth", "study", "held out")]
@@ -300,6 +354,12 @@ def print_timing(*, trials: tuple[int, ...] = (100, 1000), tracking_uri: str | N
 
 if __name__ == "__main__":
     tyro.extras.subcommand_cli_from_dict(
-        {"truth": print_truth, "holds": print_holds, "choices": print_choices, "time": print_timing},
+        {
+            "truth": print_truth,
+            "holds": print_holds,
+            "choices": print_choices,
+            "settles": print_settles,
+            "time": print_timing,
+        },
         description=__doc__,
     )

@@ -161,9 +161,9 @@ def test_expected_r2_of_more_trials_is_what_they_bring() -> None:
     points = rng.random((100, 2))
     few, theta = fitted(10)
     many, _ = fitted(40)
-    now = surface.explained(theta, few, points, points[:0], 2)
-    then = surface.explained(theta, few, points, many.x[10:], 2)
-    truly = surface.explained(theta, many, points, points[:0], 2)
+    now = surface.explained(theta, few, points)
+    then = surface.explained(theta, few.with_trials(many.x[10:], 2), points)
+    truly = surface.explained(theta, many, points)
     assert now < then == pytest.approx(truly, abs=0.05)
 
 
