@@ -14,6 +14,7 @@ from analysis.effects import sobol_indices
 from analysis.observations import Observations, logit, observe
 from analysis.sampler import Chain, diagnose, find_modes, weights_without
 from analysis.surrogate import PAIR, TRIPLE, Surface, _Powers
+from analysis.tails import DEGREES, LOG_PRIOR, SCALES, Tails
 from analysis.training import Attempts, fit_training
 from ramcore.space import Dimension
 from tests.synthetic import Synthetic, simulate, unit_dimensions
@@ -70,6 +71,42 @@ def test_seed_noise_is_measured_from_seeds_not_from_configurations() -> None:
     surface = Surface(DIMENSIONS[:1])
     posterior = surface.sample(observations, np.ones(1), hyperdraws=30, draws_each=1, rng=rng)
     assert np.sqrt(3) * np.median(posterior.held_out.noise) == pytest.approx(0.3, rel=0.35), "rows are of three seeds"
+
+
+def test_one_lost_seed_does_not_make_all_others_noisy() -> None:
+    def fitted(lost: float) -> tuple[float, float]:
+        rng = np.random.default_rng(5)
+        x = pd.DataFrame({"a": rng.random(20)})
+        table = curves(20, 2, 3, 0.1, rng)
+        y = np.log(table["val_accuracy"] / (1 - table["val_accuracy"]))
+        y = y + 2 * x["a"].to_numpy()[table["trial"]] - lost * ((table["trial"] == 3) & (table["seed"] == 1))
+        surface = Surface(DIMENSIONS[:1])
+        found = surface.sample(
+            observe(table.assign(val_accuracy=1 / (1 + np.exp(-y))), x, 3, 10_000), np.ones(1), hyperdraws=20,
+            draws_each=3, rng=rng,
+        )  # fmt: skip
+        ends = surface.features(np.array([[0.1], [0.9]])) @ found.weights[:, :, 0].T
+        return float(np.median(found.held_out.noise)), float((ends[1] - ends[0]).std())
+
+    (noise, width), (with_lost, wider) = fitted(0.0), fitted(4.0)
+    assert with_lost == pytest.approx(noise, rel=0.6)
+    assert wider < 2 * width
+
+
+def test_scales_of_noise_are_drawn_from_what_they_are_given() -> None:
+    rng, tails = np.random.default_rng(0), Tails(2000)
+    flat = torch.zeros(len(SCALES), 2000)
+    for _ in range(3):
+        tails.redraw(flat, rng)
+    assert float(tails.scale.log().mean()) == pytest.approx(
+        float((SCALES.log() * LOG_PRIOR.exp()).sum(dim=1)[-1]), abs=0.05
+    )
+    wide = torch.zeros(len(SCALES), 2000)
+    wide[:12, :500] = -1e3  # a quarter of the trials is far noisier
+    for _ in range(20):
+        tails.redraw(wide, rng)
+    assert (tails.scale[:500] >= SCALES[12]).all()
+    assert tails._degrees < len(DEGREES) - 1, "noise with such tails is not normal"
 
 
 def test_stopped_and_diverged_curves_are_used_up_to_their_last_result() -> None:
