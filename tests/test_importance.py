@@ -35,6 +35,8 @@ from ramcore.errors import UserError
 from ramcore.space import Dimension
 from tests.synthetic import RAM_DEFAULT, RAM_DIMENSIONS, Synthetic, Truth, ram_truth, simulate, unit_dimensions
 
+pytestmark = pytest.mark.usefixtures("quick_fits")
+
 FEW = 80  # hyperparameter draws: enough for these tolerances
 
 
@@ -546,7 +548,8 @@ def test_retuned_effect_is_smaller_where_another_parameter_makes_up_for_it() -> 
 
 
 @pytest.mark.slow
-def test_intervals_cover_the_truth() -> None:
+def test_intervals_cover_the_truth(quick_fits: pytest.MonkeyPatch) -> None:
+    quick_fits.undo()
     inside: list[bool] = []
     for name in ("Sobol, never stopped (36)", "half Sobol, half optimiser + halving (64)"):
         design = DESIGNS[name]

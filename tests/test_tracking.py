@@ -549,8 +549,10 @@ def test_probe_leaves_no_file(uri, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with Server(tmp_path_factory.mktemp("server")) as server:
+def server(tmp_path_factory, empty_database):
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(empty_database, folder / "server.db")
+    with Server(folder) as server:
         yield server
 
 
