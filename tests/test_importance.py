@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -55,13 +56,19 @@ def sobol_g(x: np.ndarray, u: float) -> np.ndarray:
     return np.prod((np.abs(4 * x - 2) + a) / (1 + a), axis=1) - 1 + 0 * u
 
 
-@pytest.mark.parametrize(("truth", "count", "trials"), [(ishigami, 3, 128), (sobol_g, 4, 96)])
-def test_indices_of_analytic_functions_agree_with_scipy(truth: Truth, count: int, trials: int) -> None:
+@cache
+def analytic(truth: Truth, count: int, trials: int) -> Analysis:
+    """The analysis of a function that is measured nearly without noise."""
     study = Synthetic(
         truth=truth, dimensions=unit_dimensions(count), trials=trials, epochs=1, seeds=1, trial_sd=0.0, epoch_sd=1e-3
     )
     records = simulate(study)._replace(settings={"sizes": {"validation": 10_000_000}})
-    analysis = analyse(records, hyperdraws=FEW)
+    return analyse(records, hyperdraws=FEW)
+
+
+@pytest.mark.parametrize(("truth", "count", "trials"), [(ishigami, 3, 128), (sobol_g, 4, 96)])
+def test_indices_of_analytic_functions_agree_with_scipy(truth: Truth, count: int, trials: int) -> None:
+    analysis = analytic(truth, count, trials)
     effects = {e.name: e for e in analysis.ranking.effects}
     names = [f"x{i + 1}" for i in range(count)]
     known = sobol_indices(func=lambda x: truth(x.T, 1.0), n=2**13, dists=[uniform()] * count, rng=0)
@@ -450,10 +457,7 @@ def test_crosschecks_name_the_right_parameter_in_any_order() -> None:
 
 
 def test_shapley_effects_of_a_known_function_agree_with_its_closed_form() -> None:
-    study = Synthetic(
-        truth=ishigami, dimensions=unit_dimensions(3), trials=128, epochs=1, seeds=1, trial_sd=0.0, epoch_sd=1e-3
-    )
-    analysis = analyse(simulate(study)._replace(settings={"sizes": {"validation": 10_000_000}}), hyperdraws=FEW)
+    analysis = analytic(ishigami, 3, 128)
     found = [analysis.other[f"x{i}"].shapley.mid for i in (1, 2, 3)]
     assert found == pytest.approx([0.3139 + 0.2437 / 2, 0.4424, 0.2437 / 2], abs=0.05)
 

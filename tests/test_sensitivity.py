@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -69,14 +66,6 @@ def test_tracked_study_gives_a_report_and_attaches_it(
     run = client.search_runs(["1"], filter_string="tags.`ram.study` = 'good' and tags.`ram.kind` = 'study'")[0]
     attached = {entry.path for entry in client.list_artifacts(run.info.run_id, "sensitivity")}
     assert {"sensitivity/report.html", "sensitivity/importance.csv", "sensitivity/figures"} <= attached
-
-
-def test_importing_the_command_loads_no_ray_and_only_plain_data_of_study() -> None:
-    code = "import sys, analysis.sensitivity; print(sorted(m for m in sys.modules if m.startswith(('ray', 'study'))))"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
-    loaded = set(eval(shown.stdout))
-    assert "ray" not in loaded
-    assert loaded <= {"study", "study.designs", "study.moved", "study.schema", "study.search_space"}
 
 
 def one_trial(records: StudyData) -> StudyData:
