@@ -19,11 +19,12 @@ from ramcore.config import Config
 from ramcore.data import TaskData, make_task
 from ramcore.sources import load_source
 
-
 # The files that take longest, longest first: begun first, they leave no worker waiting for the other at the end.
-LONGEST = ("test_importance", "test_study", "test_launcher", "test_cluster", "test_tracking", "test_report", "test_gpus",
-           "test_one_place", "test_api", "test_sensitivity", "test_seam", "test_crash", "test_surrogate", "test_compare",
-           "test_load")  # fmt: skip
+LONGEST = (
+    "test_importance", "test_study", "test_launcher", "test_cluster", "test_tracking", "test_report", "test_gpus",
+    "test_one_place", "test_api", "test_sensitivity", "test_seam", "test_crash", "test_surrogate", "test_compare",
+    "test_load",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -84,6 +85,7 @@ def quick_fits() -> Iterator[pytest.MonkeyPatch]:
     """Fits of the analysis in a fraction of the time, on studies whose modes are found from any start."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("analysis.surrogate.STARTS", 2)
+        patch.setattr("analysis.surrogate.BURN", 3)
         patch.setattr("analysis.surrogate.LEAST_STEPS", 5)
         patch.setattr("analysis.training.STARTS", 2)
         patch.setattr("analysis.training.STEPS", 200)
