@@ -85,7 +85,6 @@ def quick_fits() -> Iterator[pytest.MonkeyPatch]:
     """Fits of the analysis in a fraction of the time, on studies whose modes are found from any start."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("analysis.surrogate.STARTS", 2)
-        patch.setattr("analysis.surrogate.BURN", 3)
         patch.setattr("analysis.surrogate.LEAST_STEPS", 5)
         patch.setattr("analysis.training.STARTS", 2)
         patch.setattr("analysis.training.STEPS", 200)

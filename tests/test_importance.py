@@ -194,12 +194,10 @@ def test_study_without_sobol_results_is_marked_as_biased() -> None:
         truth=ram_truth, dimensions=RAM_DIMENSIONS, trials=20, epochs=9, origin="tpe", stop=True, default=RAM_DEFAULT
     )
     records = simulate(study)
-    assert analyse(records, hyperdraws=10).data.biased
+    assert select(records, []).data.biased
     lost = records.trials.assign(origin=["tpe"] * 10 + ["sobol"] * 10, state=["complete"] * 10 + ["failed"] * 10)
     epochs = records.epochs[records.epochs["trial"] < 10]
-    assert analyse(records._replace(trials=lost, epochs=epochs), hyperdraws=10).data.biased, (
-        "Sobol trials without results"
-    )
+    assert select(records._replace(trials=lost, epochs=epochs), []).data.biased, "Sobol trials without results"
 
 
 def test_verdicts_agree_with_a_known_truth() -> None:
@@ -296,7 +294,7 @@ def test_running_study_is_answered_for_the_epoch_it_reached() -> None:
     analysis = analyse(records._replace(trials=trials, epochs=epochs), hyperdraws=10)
     assert analysis.data.counts.running == 8
     early = records.epochs[records.epochs["epoch"] < 3]
-    partial = analyse(records._replace(trials=trials, epochs=early), hyperdraws=10)
+    partial = select(records._replace(trials=trials, epochs=early), [])
     assert "answers are for epoch 2" in partial.data.warnings[0]
 
 

@@ -68,6 +68,7 @@ results._log_model, results._draw = lambda *_: None, lambda best, weights, data,
 for flags in json.loads(sys.argv[1]):
     assert main(Flags(**flags)) == DONE
     pool.ray_running, pool.run_trials = lambda _: contextlib.nullcontext(), run_here
+    pool.Pool.slots, pool.Pool.devices = 1, {}
 """
 
 
