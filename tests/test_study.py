@@ -27,6 +27,7 @@ from test_security import descendants, is_loopback, listeners
 
 from ramcore import machine
 from ramcore.config import TASKS, Config
+from ramcore.data import Split, make_task
 from ramcore.errors import UserError
 from ramcore.sources import load_task
 from ramcore.space import Dimension
@@ -479,14 +480,21 @@ def test_percent_and_duration_are_formatted():
 def fragile(here, empty_database, monkeypatch) -> list[str]:
     """Replaces Ray by one that breaks down once for each entry of this list, then trains the trials one by one.
 
-    No model is logged, because that takes seconds.
+    It trains on the first images, and no model is logged, because that takes seconds.
     """
     shutil.copy(empty_database, here / "mlflow.db")
     # In full: MLflow keeps what it opened, and would write into the database of the test before.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{here}/mlflow.db")
     monkeypatch.setattr(results, "_log_model", lambda *_: None)
     monkeypatch.setattr(results, "_draw", lambda best, weights, data, path: path.touch())
-    breakdowns: list[str] = []
+    load, breakdowns = prepare.load_task, []
+
+    def load_few(config, *place):
+        whole = load(config, *place)
+        few = {n: Split(s.images[:100], s.labels[:100]) for n in whole.sizes if (s := whole.split(n))}
+        return make_task(config.data, config.task, few)
+
+    monkeypatch.setattr(prepare, "load_task", load_few)
 
     def run_trials(scheduler, data, ray_pool, look=None):
         if breakdowns:
