@@ -40,16 +40,14 @@ ROOT = Path(__file__).resolve().parent.parent
 STATE = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running"}
 
 # Commands, one after the other, on the first images of the bundled digits. ASHA stops every trial that it may, so that
-# some trial is stopped on every machine. Only the first command's trials run on Ray, and no model is logged: both take
-# seconds.
+# some trial is stopped on every machine.
 COMMANDS = """
-import contextlib, json, sys
+import json, sys
 from ramcore.data import Split, make_task
-from study import pool, prepare, results
+from study import prepare
 from study.asha import ASHA
 from study.flags import DONE, Flags
 from study.run import main
-from study.trainable import run_trial
 load_task = prepare.load_task
 
 def load_few(config, *args):
@@ -59,16 +57,9 @@ def load_few(config, *args):
     return make_task(config.data, config.task, few)
 
 prepare.load_task = load_few
-def run_here(scheduler, data, *_, **__):
-    while job := scheduler.next_job():
-        run_trial(job, data, lambda result: scheduler.report(job.number, result))
-
 ASHA.stops = lambda *_: True
-results._log_model, results._draw = lambda *_: None, lambda best, weights, data, path: path.touch()
 for flags in json.loads(sys.argv[1]):
     assert main(Flags(**flags)) == DONE
-    pool.ray_running, pool.run_trials = lambda _: contextlib.nullcontext(), run_here
-    pool.Pool.slots, pool.Pool.devices = 1, {}
 """
 
 
