@@ -27,7 +27,7 @@ study: $(SETUP) ## Run the quick study on bundled digits and report its sensitiv
 	@echo '      .venv/bin/python -m study.run --task translated --data mnist            the real study (hours)'
 
 test: lint ## Lint, check types and run the tests
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(SETUP)
 	$(PY) -m ruff format --check .

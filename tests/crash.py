@@ -42,7 +42,7 @@ from ramcore.data import Split, SplitName, TaskData, make_task
 from ramcore.sources import load_source
 from ramcore.space import Space
 from ramcore.trainer import Trainer
-from study import best, designs, faults, results
+from study import best, designs, faults, results, tracking
 from study.asha import ASHA
 from study.integrity import RecordDamaged
 from study.record import Record, RecordGone, RecordLost, StudySettings
@@ -222,6 +222,7 @@ def taken(root: Path) -> int:
 def _make_small(root: Path) -> None:
     """Prepare a forked process for a study in a folder."""
     designs.LEAST_SOBOL = 2  # so that a study this small has optimiser's trials that follow one another
+    tracking._BACKOFF = (0.1,)  # outages are many here, and short
     os.chdir(root)  # where MLflow puts what has no other place
 
 

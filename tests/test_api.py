@@ -6,6 +6,7 @@ import ast
 import asyncio
 import inspect
 import json
+import shutil
 import signal
 import sys
 import threading
@@ -90,8 +91,11 @@ sys.exit(130)
 
 
 @pytest.mark.timeout(900)
-def test_notebook_runs_under_an_event_loop_and_in_a_thread(tmp_path, monkeypatch, capsys):
+@pytest.mark.usefixtures("quick_fits")
+def test_notebook_runs_under_an_event_loop_and_in_a_thread(tmp_path, empty_database, monkeypatch, capsys):
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(analysis.analyse.__kwdefaults__, "hyperdraws", 10)  # what it draws is not tested here
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     notebook = json.loads((ROOT / "examples" / "study.ipynb").read_text())
     names: dict = {}

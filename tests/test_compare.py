@@ -28,6 +28,8 @@ from analysis.load import Exported, StudyData
 from ramcore.space import Dimension
 from tests.synthetic import Synthetic, simulate, unit_dimensions
 
+pytestmark = pytest.mark.usefixtures("quick_fits")
+
 RATE = Dimension(name="learning_rate", type="float", low=1e-4, high=1e-2, log=True)
 PATCH = Dimension(name="patch_size", type="int", low=4, high=20, step=1)
 SCALES = Dimension(name="num_scales", type="int", low=1, high=4, step=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -35,6 +36,8 @@ from ramcore.errors import UserError
 from ramcore.space import Dimension
 from tests.synthetic import RAM_DEFAULT, RAM_DIMENSIONS, Synthetic, Truth, ram_truth, simulate, unit_dimensions
 
+pytestmark = pytest.mark.usefixtures("quick_fits")
+
 FEW = 80  # hyperparameter draws: enough for these tolerances
 
 
@@ -53,13 +56,19 @@ def sobol_g(x: np.ndarray, u: float) -> np.ndarray:
     return np.prod((np.abs(4 * x - 2) + a) / (1 + a), axis=1) - 1 + 0 * u
 
 
-@pytest.mark.parametrize(("truth", "count", "trials"), [(ishigami, 3, 128), (sobol_g, 4, 96)])
-def test_indices_of_analytic_functions_agree_with_scipy(truth: Truth, count: int, trials: int) -> None:
+@cache
+def analytic(truth: Truth, count: int, trials: int) -> Analysis:
+    """The analysis of a function that is measured nearly without noise."""
     study = Synthetic(
         truth=truth, dimensions=unit_dimensions(count), trials=trials, epochs=1, seeds=1, trial_sd=0.0, epoch_sd=1e-3
     )
     records = simulate(study)._replace(settings={"sizes": {"validation": 10_000_000}})
-    analysis = analyse(records, hyperdraws=FEW)
+    return analyse(records, hyperdraws=FEW)
+
+
+@pytest.mark.parametrize(("truth", "count", "trials"), [(ishigami, 3, 128), (sobol_g, 4, 96)])
+def test_indices_of_analytic_functions_agree_with_scipy(truth: Truth, count: int, trials: int) -> None:
+    analysis = analytic(truth, count, trials)
     effects = {e.name: e for e in analysis.ranking.effects}
     names = [f"x{i + 1}" for i in range(count)]
     known = sobol_indices(func=lambda x: truth(x.T, 1.0), n=2**13, dists=[uniform()] * count, rng=0)
@@ -185,12 +194,10 @@ def test_study_without_sobol_results_is_marked_as_biased() -> None:
         truth=ram_truth, dimensions=RAM_DIMENSIONS, trials=20, epochs=9, origin="tpe", stop=True, default=RAM_DEFAULT
     )
     records = simulate(study)
-    assert analyse(records, hyperdraws=10).data.biased
+    assert select(records, []).data.biased
     lost = records.trials.assign(origin=["tpe"] * 10 + ["sobol"] * 10, state=["complete"] * 10 + ["failed"] * 10)
     epochs = records.epochs[records.epochs["trial"] < 10]
-    assert analyse(records._replace(trials=lost, epochs=epochs), hyperdraws=10).data.biased, (
-        "Sobol trials without results"
-    )
+    assert select(records._replace(trials=lost, epochs=epochs), []).data.biased, "Sobol trials without results"
 
 
 def test_verdicts_agree_with_a_known_truth() -> None:
@@ -287,7 +294,7 @@ def test_running_study_is_answered_for_the_epoch_it_reached() -> None:
     analysis = analyse(records._replace(trials=trials, epochs=epochs), hyperdraws=10)
     assert analysis.data.counts.running == 8
     early = records.epochs[records.epochs["epoch"] < 3]
-    partial = analyse(records._replace(trials=trials, epochs=early), hyperdraws=10)
+    partial = select(records._replace(trials=trials, epochs=early), [])
     assert "answers are for epoch 2" in partial.data.warnings[0]
 
 
@@ -448,10 +455,7 @@ def test_crosschecks_name_the_right_parameter_in_any_order() -> None:
 
 
 def test_shapley_effects_of_a_known_function_agree_with_its_closed_form() -> None:
-    study = Synthetic(
-        truth=ishigami, dimensions=unit_dimensions(3), trials=128, epochs=1, seeds=1, trial_sd=0.0, epoch_sd=1e-3
-    )
-    analysis = analyse(simulate(study)._replace(settings={"sizes": {"validation": 10_000_000}}), hyperdraws=FEW)
+    analysis = analytic(ishigami, 3, 128)
     found = [analysis.other[f"x{i}"].shapley.mid for i in (1, 2, 3)]
     assert found == pytest.approx([0.3139 + 0.2437 / 2, 0.4424, 0.2437 / 2], abs=0.05)
 
@@ -546,7 +550,8 @@ def test_retuned_effect_is_smaller_where_another_parameter_makes_up_for_it() -> 
 
 
 @pytest.mark.slow
-def test_intervals_cover_the_truth() -> None:
+def test_intervals_cover_the_truth(quick_fits: pytest.MonkeyPatch) -> None:
+    quick_fits.undo()
     inside: list[bool] = []
     for name in ("Sobol, never stopped (36)", "half Sobol, half optimiser + halving (64)"):
         design = DESIGNS[name]

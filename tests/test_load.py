@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -35,8 +36,9 @@ STUDY = Synthetic(
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, reader.StudyData]:
+def store(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> tuple[str, reader.StudyData]:
     folder = tmp_path_factory.mktemp("store")
+    shutil.copy(empty_database, folder / "mlflow.db")
     uri = f"sqlite:///{folder}/mlflow.db"
     records = simulate(STUDY)
     write_mlflow(records, uri, artifacts=folder / "artifacts")

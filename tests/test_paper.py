@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -144,8 +145,9 @@ def test_pictures_show_every_task_and_a_networks_glimpses(tmp_path: Path) -> Non
 
 
 def test_command_writes_tables_and_figures_and_refuses_an_unknown_study(
-    records: StudyData, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    records: StudyData, tmp_path: Path, empty_database: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     write_mlflow(records, uri, artifacts=tmp_path / "artifacts", params={"design": "paper"})
     assert paper.main(paper.Args(tracking_uri=uri, out=tmp_path / "out")) == 0

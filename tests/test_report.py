@@ -34,6 +34,8 @@ from analysis.verdicts import THRESHOLDS, judge
 from ramcore.space import Dimension, words
 from tests.synthetic import RAM_DEFAULT, RAM_DIMENSIONS, Synthetic, ram_truth, simulate
 
+pytestmark = pytest.mark.usefixtures("quick_fits")
+
 HOSTILE = "x\"><script>alert('{{body}}')</script>"
 
 

@@ -197,6 +197,7 @@ CHOICES = (
 )
 
 
+@pytest.mark.usefixtures("quick_fits")
 def test_choice_that_matters_is_found_and_reported(tmp_path: Path):
     def truth(x: np.ndarray, u: float) -> np.ndarray:
         return 2.0 * (np.abs(x[:, 0] - 0.5) < 1e-9) + u  # gru, the one in the middle, is the best

@@ -15,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import mlflow
 import numpy as np
@@ -22,9 +23,11 @@ import optuna
 import pytest
 import torch
 from rich.console import Console
+from test_security import descendants, is_loopback, listeners
 
 from ramcore import machine
 from ramcore.config import TASKS, Config
+from ramcore.data import Split, make_task
 from ramcore.errors import UserError
 from ramcore.sources import load_task
 from ramcore.space import Dimension
@@ -196,6 +199,12 @@ def test_dry_run_prints_plan_and_writes_nothing(here, capsys):
     assert not list(here.iterdir())
 
 
+@pytest.fixture
+def untimed(monkeypatch) -> None:
+    """Dry runs in which no epoch is timed, which takes seconds."""
+    monkeypatch.setattr("study.dry_run.time_epochs", lambda configs, *_: [1.0] * len(configs))
+
+
 def edited(monkeypatch, edit) -> None:
     """Have the study search a space with other dimensions."""
 
@@ -222,7 +231,7 @@ CORE = Dimension(name="core", type="categorical", choices=("rnn", "gru"), unit="
         (lambda _: [CORE], "core              categorical rnn, gru"),
     ],
 )
-def test_dry_run_of_an_edited_space_prints_its_dimensions(here, capsys, monkeypatch, edit, said):
+def test_dry_run_of_an_edited_space_prints_its_dimensions(here, untimed, capsys, monkeypatch, edit, said):
     edited(monkeypatch, edit)
     assert main(Flags(data="digits", task="original", dry_run=True)) == DONE
     assert said in capsys.readouterr().out
@@ -261,7 +270,7 @@ def test_space_that_makes_no_configurations_is_refused(here, capsys, monkeypatch
     assert not list(here.iterdir())
 
 
-def test_dry_run_of_paper_lists_its_rows(here, capsys):
+def test_dry_run_of_paper_lists_its_rows(here, untimed, capsys):
     assert main(Flags(data="digits", design="paper", dry_run=True)) == DONE
     out = capsys.readouterr().out
     assert "Study translated-cluttered-digits-paper: new" in out and "100 epochs, 3 seeds" in out
@@ -471,14 +480,21 @@ def test_percent_and_duration_are_formatted():
 def fragile(here, empty_database, monkeypatch) -> list[str]:
     """Replaces Ray by one that breaks down once for each entry of this list, then trains the trials one by one.
 
-    No model is logged, because that takes seconds.
+    It trains on the first images, and no model is logged, because that takes seconds.
     """
     shutil.copy(empty_database, here / "mlflow.db")
     # In full: MLflow keeps what it opened, and would write into the database of the test before.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{here}/mlflow.db")
     monkeypatch.setattr(results, "_log_model", lambda *_: None)
     monkeypatch.setattr(results, "_draw", lambda best, weights, data, path: path.touch())
-    breakdowns: list[str] = []
+    load, breakdowns = prepare.load_task, []
+
+    def load_few(config, *place):
+        whole = load(config, *place)
+        few = {n: Split(s.images[:100], s.labels[:100]) for n in whole.sizes if (s := whole.split(n))}
+        return make_task(config.data, config.task, few)
+
+    monkeypatch.setattr(prepare, "load_task", load_few)
 
     def run_trials(scheduler, data, ray_pool, look=None):
         if breakdowns:
@@ -713,7 +729,7 @@ def test_provenance_is_of_the_last_run_that_trained(fragile, monkeypatch):
 # Studies that exist already.
 
 
-def test_study_of_digits_continues_on_digits_after_mnist_appears(fragile, idx_folder, capsys):
+def test_study_of_digits_continues_on_digits_after_mnist_appears(fragile, untimed, idx_folder, capsys):
     dry = dataclasses.replace(SMALL, data="auto", study=None, data_dir=idx_folder, dry_run=True)
     assert main(dry) == DONE
     assert "Study original-mnist-search: new" in capsys.readouterr().out
@@ -733,7 +749,7 @@ def test_study_of_mnist_is_refused_after_mnist_disappears(fragile, idx_folder, c
     assert "mnist" in refused(capsys, task="original", data="auto", data_dir=empty, trials=2, epochs=1)
 
 
-def test_design_from_unfinished_search_prints_warning(fragile, capsys):
+def test_design_from_unfinished_search_prints_warning(fragile, untimed, capsys):
     assert main(SMALL) == DONE
     around = Flags(data="digits", task="original", design="replicate", dry_run=True)
     capsys.readouterr()
@@ -749,21 +765,43 @@ def test_design_from_unfinished_search_prints_warning(fragile, capsys):
 # A whole study.
 
 
+class Finished(NamedTuple):
+    folder: Path
+    returncode: int
+    stdout: str
+    stderr: str
+    listening: set[tuple[str, int]]  # (address, port) of the sockets of all its processes while it trained
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def finished(tmp_path_factory, empty_database) -> Finished:
     """A small real study, run from the command line."""
     folder = tmp_path_factory.mktemp("study")
-    return folder, command(folder, "--data", "digits", "--task", "original", "--trials", "4", "--epochs", "2")
+    shutil.copy(empty_database, folder / "mlflow.db")
+    return command(folder, "--data", "digits", "--task", "original", "--trials", "4", "--epochs", "2")
 
 
-def command(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"} | {"PYTHONPATH": str(ROOT)}
-    line = [sys.executable, "-m", "study.run", *flags]
-    return subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, timeout=250)
+def command(folder: Path, *flags: str) -> Finished:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "RAM_", "MLFLOW_"))}
+    line, env = [sys.executable, "-m", "study.run", *flags], env | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(line, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        while process.poll() is None and not list(folder.glob("runs/*/trials/*/*.pt")):
+            time.sleep(0.1)
+        listening = listeners(descendants(process.pid))
+        stdout, stderr = process.communicate(timeout=250)
+    finally:
+        process.kill()
+    return Finished(folder, process.returncode, stdout, stderr, listening)
+
+
+def test_local_study_listens_on_loopback_only(finished):
+    assert len(finished.listening) > 3  # Ray's own
+    assert [address for address, _ in finished.listening if not is_loopback(address)] == []
 
 
 def test_study_prints_results_to_stdout_and_progress_to_stderr(finished):
-    folder, done = finished
+    folder, done = finished.folder, finished
     assert done.returncode == 0, done.stderr
     for said in (
         "Best configuration: trial",
@@ -785,7 +823,7 @@ def test_study_prints_results_to_stdout_and_progress_to_stderr(finished):
 
 
 def test_finished_study_is_reported_again_without_new_trials(finished):
-    folder, done = finished
+    folder, done = finished.folder, finished
     again = command(folder, "--study", "original-digits-search")  # the study has the other settings
     assert again.returncode == 0, again.stderr
     assert again.stdout == done.stdout
@@ -798,8 +836,7 @@ def test_finished_study_is_reported_again_without_new_trials(finished):
 
 
 def test_other_settings_under_same_name_are_refused(finished, monkeypatch, capsys):
-    folder, _ = finished
-    monkeypatch.chdir(folder)
+    monkeypatch.chdir(finished.folder)
     said = refused(capsys, task="original", epochs=5)
     assert "original-digits-search differs in epochs 2 there, 5 asked for" in said
     said = refused(capsys, task="translated", study="original-digits-search")
@@ -807,7 +844,7 @@ def test_other_settings_under_same_name_are_refused(finished, monkeypatch, capsy
 
 
 def test_published_model_loads_and_reproduces_test_accuracy(finished, monkeypatch):
-    folder, _ = finished
+    folder = finished.folder
     monkeypatch.chdir(folder)
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
     client = mlflow.MlflowClient()
@@ -860,8 +897,7 @@ def test_published_model_loads_and_reproduces_test_accuracy(finished, monkeypatc
 
 
 def test_published_model_loads_without_this_project_and_needs_only_what_pypi_has(finished, tmp_path):
-    folder, _ = finished
-    (model,) = folder.glob("mlruns/*/models/*/artifacts")
+    (model,) = finished.folder.glob("mlruns/*/models/*/artifacts")
     requirements = (model / "requirements.txt").read_text().splitlines()
     assert {line.partition("==")[0] for line in requirements} == {"torch", "numpy", "mlflow"}
     assert not [line for line in requirements if "+" in line or "file:" in line]

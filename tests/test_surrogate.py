@@ -19,6 +19,8 @@ from analysis.training import Attempts, fit_training
 from ramcore.space import Dimension
 from tests.synthetic import Synthetic, simulate, unit_dimensions
 
+pytestmark = pytest.mark.usefixtures("quick_fits")
+
 DIMENSIONS = (
     Dimension(name="a", type="float"),
     Dimension(name="b", type="int", low=1, high=4),
