@@ -12,6 +12,8 @@ from analysis.settling import after, gradient, number_needed, possible_kinds, re
 from analysis.verdicts import Margin, Verdict, judge
 from tests.synthetic import RAM_DIMENSIONS, Synthetic, simulate
 
+pytestmark = pytest.mark.usefixtures("quick_fits")
+
 STUDY = Synthetic(
     truth=lambda x, u: 1.2 * x[:, 1] + 0.25 * x[:, 0] + 0.9 * np.sin(5 * x[:, 2]) + u,
     dimensions=RAM_DIMENSIONS[:3], trials=14, epochs=3, trial_sd=0.35, epoch_sd=0.02,
