@@ -59,8 +59,9 @@ from study import integrity
 from study.checkpoints import numbers_present
 from study.designs import DEFAULT_SOBOL_SHARE, TrialSpec
 from study.faults import fault_point
+from study.object_store import RemoteFolder
 from study.snapshots import Lease, LeaseHeld, Snapshots, fetch, set_aside
-from study.storage import RECORD, LocalFolder, RemoteFolder, Storage
+from study.storage import RECORD, LocalFolder, Storage
 
 logger = logging.getLogger(__name__)
 
