@@ -257,7 +257,8 @@ def check(flags: Flags) -> None:
     """Refuse flags that can be judged without the data, the storage or the cluster. Raises UserError."""
     for name, choices in (("task", TASKS), ("design", DESIGNS)):
         _require(flags, name, f"one of {', '.join(choices)}", choices.__contains__, "pass one of these")
-    if flags.data not in DATA and not re.search(r"[./]", flags.data) and not Path(flags.data).exists():
+    is_path = re.search(r"[./]", flags.data) or (flags.data and Path(flags.data).exists())
+    if flags.data not in DATA and not is_path:
         fix = nearest(flags.data, DATA) or ": pass one of these, or the path of own images"
         raise UserError(f"--data must be one of {', '.join(DATA)}; got {flags.data!r}{fix}")
     _require(flags, "space", "a file", lambda v: v.is_file(), "--print-space writes one")

@@ -76,7 +76,11 @@ def asked_points(space: Space, texts: Iterable[str]) -> list[tuple[str, Values]]
     """
     points: list[tuple[str, Values]] = []
     for text in texts:
-        values = {name: read_value(_searchable(name), value) for name, value in _named("--try", text.split(","))}
+        values: Values = {}
+        for name, value in _named("--try", text.split(",")):
+            if name in values:
+                raise UserError(f"--try says a value once; {name} has {values[name]} and {value}: keep one")
+            values[name] = read_value(_searchable(name), value)
         for name, value in values.items():
             if name not in space.names:
                 rule = f"--try says values of searched fields, {', '.join(space.names)}"

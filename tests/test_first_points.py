@@ -72,6 +72,15 @@ def test_points_of_try_come_first_and_later_ones_come_next(tmp_path):
     few.record.close()
 
 
+def test_configuration_that_is_tried_again_has_other_seeds(tmp_path):
+    (tmp_path / "space.toml").write_text("[layer_norm]\nchoices = [true, false]\n")
+    scheduler = opened(tmp_path, trials=8, space=tmp_path / "space.toml")
+    run(scheduler, 8)
+    runs = [(t.spec.config, seed) for t in scheduler.record.trials.values() for seed in t.spec.seeds]
+    assert len({config for config, _ in runs}) == 2 and len(set(runs)) == len(runs) == 16
+    scheduler.record.close()
+
+
 def earlier(tmp_path: Path, count: int = 6) -> list[int]:
     """A study `s` with ended trials; their numbers of glimpses."""
     scheduler = opened(tmp_path, trials=count)

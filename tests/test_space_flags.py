@@ -166,6 +166,8 @@ def test_points_to_try_take_the_default_where_they_say_nothing():
         ("num_glimpses=40", "num_glimpses=40 is not of 2 to 8"),
         ("input_gain=2", "input_gain is fixed to 4.0"),
         ("num_glimpse=2", "did you mean num_glimpses?"),
+        ("num_glimpses=2,num_glimpses=3", "num_glimpses has 2 and 3: keep one"),
+        ("", "--try must be NAME=..."),
         ("patch_size=20,num_scales=4", "--try must obey patch_size"),
     ):
         with pytest.raises(UserError, match=said):
