@@ -116,7 +116,10 @@ def test_printed_space_is_read_back_as_it_was(tmp_path):
         ({"ranges": ("learning_rate=a:b",)}, "learning_rate must be a finite number; got 'a'"),
         ({"ranges": ("core=1:2",)}, "a range is of numbers; core is none: pass --choices core=VALUE,VALUE"),
         ({"choices": ("core=rnn",)}, "choices must be 2 to 12 different values"),
-        ({"choices": ("core=rnn,rnn",)}, "choices must be 2 to 12 different values, without a range; core has rnn, rnn"),
+        (
+            {"choices": ("core=rnn,rnn",)},
+            "choices must be 2 to 12 different values, without a range; core has rnn, rnn",
+        ),
         ({"choices": ("core=rnn,lsmt",)}, "core must be one of rnn, gru, lstm; got 'lsmt'; did you mean lstm?"),
         ({"choices": ("core=rnn,cnn",)}, "core must be one of rnn, gru, lstm; got 'cnn'"),
         ({"choices": ("layer_norm=yes,no",)}, "layer_norm must be true or false; got 'yes'"),
