@@ -38,6 +38,7 @@ import struct
 import threading
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -630,9 +631,12 @@ def read_study(path: Path, trials: Sequence[int] = ()) -> StoredStudy | None:
 
 
 def best_trial(trials: list[TrialRecord]) -> TrialRecord | None:
-    """The complete trial of highest objective; the earliest of equals."""
+    """The complete trial of the configuration of highest objective, a mean over its trials; the earliest of equals."""
     complete = [t for t in trials if t.value is not None]
-    return max(complete, key=lambda t: (t.value or 0.0, -t.number), default=None)
+    values: dict[Config, list[float]] = defaultdict(list)
+    for trial in complete:
+        values[trial.spec.config].append(trial.value or 0.0)
+    return max(complete, key=lambda t: (statistics.fmean(values[t.spec.config]), -t.number), default=None)
 
 
 def distributions(space: Space) -> dict[str, BaseDistribution]:
