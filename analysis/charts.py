@@ -304,15 +304,22 @@ def marginal(tracked: Sequence[Trial], dimensions: Sequence[Dimension], k: int, 
         )
     ]  # fmt: skip
     if named:
-        x = alt.X("x:N", title=dimension.label, sort=[str(c) for c in dimension.choices])
+        sort = [str(c) for c in dimension.choices]
+        x = alt.X("x:N", title=dimension.label, sort=sort, axis=alt.Axis(labelAngle=0))
     elif dimension.log:
         x = _log_x("x", dimension.label, dimension.low, dimension.high)
     else:
         axis = alt.Axis(tickCount=6, tickMinStep=1 if dimension.type == "int" else 0)
         x = alt.X("x:Q", title=dimension.label, scale=alt.Scale(zero=False, nice=False, padding=8), axis=axis)
     drawn = alt.Chart(alt.InlineData(values=values)).encode(x=x)
-    band = drawn.mark_area(color=BLUE, opacity=0.22).encode(y=_y(None, "low"), y2="high")
-    line = drawn.mark_line(color=BLUE, strokeWidth=2).encode(y=_y(None))
+    # Nothing lies between two choices.
+    band = (
+        drawn.mark_rule(color=BLUE, opacity=0.3, strokeWidth=8) if named else drawn.mark_area(color=BLUE, opacity=0.22)
+    )
+    line = (
+        drawn.mark_point(color=BLUE, size=90, shape="stroke") if named else drawn.mark_line(color=BLUE, strokeWidth=2)
+    )
+    band, line = band.encode(y=_y(None, "low"), y2="high"), line.encode(y=_y(None))
     beyond = [
         {"x": a["x"], "x2": b["x"]}
         for (a, b), out in zip(pairwise(values), pairwise(curve.extrapolated), strict=True)

@@ -26,7 +26,6 @@ from analysis.comparison import (
     best_trials,
     compare_effects,
     effect_names,
-    range_of,
     setting_rows,
     shared_runs,
 )
@@ -40,8 +39,6 @@ from ramcore.private import private_arguments
 from ramcore.space import shown, words
 from study.designs import SEARCH_ORIGINS
 from study.moved import tracking_uri
-
-TEMPLATES.filters["values"] = range_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +149,7 @@ def cautions(sides: Sequence[Side], effects: Effects | None) -> list[str]:
 
 def _different_ranges(sides: Sequence[Side]) -> bool:
     spaces = [side.records.space for side in sides if side.fit and side.records.space]
-    return len({tuple((d.name, range_of(d)) for d in space.dimensions) for space in spaces}) > 1
+    return len({tuple((d.name, d.extent) for d in space.dimensions) for space in spaces}) > 1
 
 
 # ---- files ---------------------------------------------------------------------------------------------------

@@ -274,16 +274,9 @@ def _settings(side: Side) -> dict[str, str]:
     sizes = known.get("data_sizes") or known.get("sizes") or {}
     found |= {f"{part} images": shown(size) for part, size in sizes.items()}
     for dimension in records.space.dimensions if records.space else ():
-        found[words(dimension.name)] = f"searched: {range_of(dimension)}"
+        found[words(dimension.name)] = f"searched: {dimension.extent}"
     fixed = {words(name): shown(value) for name, value in _constants(side).items() if name not in SETTINGS}
     return fixed | found
-
-
-def range_of(dimension: Dimension) -> str:
-    """A dimension's values: 2 to 8; 0.0001 to 0.01, in logarithms; rnn, gru."""
-    if dimension.type == "categorical":
-        return ", ".join(map(shown, dimension.choices))
-    return f"{dimension.low:g} to {dimension.high:g}{', in logarithms' if dimension.log else ''}"
 
 
 def shared_runs(sides: Sequence[Side]) -> int:

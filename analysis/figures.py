@@ -231,7 +231,7 @@ def sobol(effects: Sequence[Effect], ax: Axes | None = None) -> Axes:
     ax.plot([], [], color=BLUE, marker="o", label="total: alone and with others")
     ax.plot([], [], color=ORANGE, marker="s", label="first order: alone")
     ax.set_xlim(0, min(1.0, max(e.total.high for e in effects) * 1.1 + 0.02))
-    ax.legend(loc="lower right", fontsize=9)
+    ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), fontsize=9)
     return ax
 
 

@@ -30,6 +30,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.rest_utils import http_request
 from sqlalchemy.exc import SQLAlchemyError
 
+from ramcore.config import nearest
 from ramcore.errors import UserError, first_line, say
 from ramcore.private import without_secrets
 from ramcore.space import Space
@@ -125,7 +126,7 @@ def open_study(
 
 def open_source(uri: str, folder: Path | None) -> Source:
     """The exported records in a folder if one is given, else the tracking server. Raises UserError."""
-    return connect(uri) if folder is None else Exported(folder)
+    return connect(uri) if folder is None else Exported(Path(folder))
 
 
 def exit_code(what: str, work: Callable[[], None]) -> int:
@@ -185,7 +186,8 @@ def find_study(studies: Sequence[StudyRun], name: str | None, flag: str = "--stu
         if name in (study.name, study.run_id):
             return study
     known = ", ".join(study.name for study in studies[:8]) + (", ..." if len(studies) > 8 else "")
-    raise UserError(f"{flag} must name a study that exists; got {name!r}. There is: {known}")
+    near = nearest(name, (study.name for study in studies))
+    raise UserError(f"{flag} must name a study that exists; got {name!r}{near}. There is: {known}")
 
 
 def load_others(source: Source, studies: Sequence[StudyRun], study: StudyRun) -> list[StudyData]:

@@ -162,7 +162,7 @@ def select(records: StudyData, others: Sequence[StudyData] = ()) -> Selection:
         evaluation_size=size,
         chance=chance,
         biased=bool((used["origin"] == "sobol").sum() < max(1, 0.25 * own.sum())),
-        warnings=(early,) if budget < full else (),
+        warnings=(*((early,) if budget < full else ()), *_left_out(records.settings, full, added)),
     )
     return Selection(
         data,
@@ -175,6 +175,17 @@ def select(records: StudyData, others: Sequence[StudyData] = ()) -> Selection:
         failed=np.array([ended[trial] in ("diverged", "failed") for trial in x.index]),
         final=final,
     )
+
+
+def _left_out(settings: Mapping[str, Any], budget: int, added: Mapping[str, int]) -> list[str]:
+    """Why the trials that --from took over are not in the fit, if they are not."""
+    taken = settings.get("taken_over")
+    if not taken or taken["study"] in added:
+        return []
+    epochs = taken.get("epochs", budget)
+    why = f"their schedule has {epochs} epochs, not {budget}" if epochs != budget else "their study was not read here"
+    count = len(taken["trials"])
+    return [f"The {count} trials taken over from {taken['study']} informed TPE and are not in this fit: {why}."]
 
 
 def trained_above(chance: float) -> float:

@@ -25,6 +25,7 @@ from analysis.text import span
 from analysis.verdicts import judge
 from ramcore.errors import UserError, say
 from ramcore.private import private_arguments
+from ramcore.space import words
 from study.designs import DESIGNS
 from study.moved import tracking_uri
 
@@ -121,7 +122,7 @@ def print_answer(analysis: Analysis, sentences: Sequence[str]) -> None:
     print(*(f"  {sentence}" for sentence in sentences), sep="\n")
     print(f"\n  {'rank':<10}{'parameter':<22}{'effect (accuracy points)':<28}total Sobol index")
     for e in analysis.ranking.effects:
-        print(f"  {rank_label(e, analysis):<10}{e.name:<22}{span(e.effect):<28}{span(e.total, 2)}")
+        print(f"  {rank_label(e, analysis):<10}{words(e.name):<22}{span(e.effect):<28}{span(e.total, 2)}")
     print("\n  total Sobol index: share of all differences in accuracy that a parameter makes, alone or with others")
     print("  dummy: a made-up parameter that does nothing; what it gets is error")
     for caution in cautions(analysis):

@@ -9,8 +9,10 @@ from analysis.results import Interval
 
 
 def number(value: float, digits: int = 1, sign: str = "") -> str:
-    """A number with a fixed count of decimals; "-" where there is none. sign "+" also marks positive numbers."""
-    return f"{value:{sign}.{digits}f}" if math.isfinite(value) else "-"
+    """A number with a fixed count of decimals; "-" where there is none. sign "+" also marks positive numbers.
+    Zero has no minus.
+    """
+    return f"{value:{sign}z.{digits}f}" if math.isfinite(value) else "-"
 
 
 def span(value: Interval, digits: int = 1, sign: str = "") -> str:

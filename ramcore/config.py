@@ -202,9 +202,9 @@ def _annotations() -> dict[str, Any]:
 
 def _check(name: str, value: Any, annotation: Any) -> None:
     """Raises UserError unless a field's value is one that its annotation allows."""
-    allowed, got = get_args(annotation), repr(value)
+    allowed, got, near = get_args(annotation), repr(value), ""
     if get_origin(annotation) is Literal:
-        fits, rule = value in allowed, f"one of {', '.join(allowed)}"
+        fits, rule, near = value in allowed, f"one of {', '.join(allowed)}", nearest(str(value), allowed)
     elif annotation is bool:
         fits, rule = isinstance(value, bool), "true or false"
     elif allowed[0] is str:
@@ -217,4 +217,4 @@ def _check(name: str, value: Any, annotation: Any) -> None:
     else:
         fits, rule, got = value in allowed[1], str(allowed[1]), f"{value:g}"
     if not fits:
-        raise UserError(f"{name} must be {rule}; got {got}")
+        raise UserError(f"{name} must be {rule}; got {got}{near}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -54,7 +54,7 @@ class TaskData:
         """Pixels along a side of the canvas."""
         return canvas_side(self.task, self.canvas)
 
-    @property
+    @cached_property
     def num_classes(self) -> int:
         """One more than the largest label."""
         return 1 + max(int(self.split(name).labels.max()) for name in get_args(SplitName))

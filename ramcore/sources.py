@@ -244,9 +244,10 @@ def load_images(path: Path | str, task: str = "original", canvas: int = 0) -> Ta
     elif path.is_file():
         arrays = _npz_file(path)
     else:
+        near = [*SOURCES, *(file.name for file in path.parent.glob("*"))]
         raise UserError(
             f"images must be one of {', '.join(SOURCES)}, an .npz file, or a folder of IDX files; there is no {path}"
-            f"{nearest(str(path), SOURCES)}"
+            f"{nearest(path.name, near)}"
         )
     labels = np.unique(_labels(path, arrays, "train"))
     if len(labels) < 2:
@@ -289,7 +290,7 @@ def _idx_folder(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a folder of IDX files. Raises UserError."""
     arrays: dict[str, np.ndarray] = {}
     for name, pattern in _OWN_ARRAYS.items():
-        files = [file for file in sorted(path.iterdir()) if re.search(pattern, file.name)]
+        files = [file for file in sorted(path.iterdir()) if file.is_file() and re.search(pattern, file.name)]
         if len(files) != 1:
             found = ", ".join(file.name for file in files) or "none"
             raise UserError(

@@ -165,11 +165,11 @@ class Dimension:
 
     @property
     def extent(self) -> str:
-        """What it may be, for people: "1 to 4", "0.0001 to 0.01, log", "rnn, gru"."""
+        """What it may be, for people: "1 to 4", "4 to 20, step 4", "0.0001 to 0.01, in logarithms", "rnn, gru"."""
         if self.type == "categorical":
-            return ", ".join(map(str, self.choices))
+            return ", ".join(map(shown, self.choices))
         step = f", step {self.step}" if self.step and self.step > 1 else ""
-        return f"{self.low:g} to {self.high:g}{step}{', log' if self.log else ''}"
+        return f"{self.low:g} to {self.high:g}{step}{', in logarithms' if self.log else ''}"
 
     def below(self, value: Any) -> Any:
         """The next smaller value; None if there is none. Only of whole numbers, as a range or as choices."""

@@ -9,14 +9,14 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pandas as pd
 
-from ramcore.config import Config
+from ramcore.config import Config, nearest
 from ramcore.errors import UserError
 from study.best import conclude
-from study.flags import USAGE, Flags, arguments, check
+from study.flags import USAGE, Flags, arguments, check, flag_of
 from study.prepare import Prepared, held_out, prepare, stored_study
 from study.record import TrialRecord
 
@@ -47,9 +47,9 @@ def run_study(**flags: Any) -> StudyResult:
 
     Raises UserError if the flags, the data, the storage or MLflow cannot be used: nothing was started.
     """
-    asked = Flags(**flags)
+    asked = _flags(flags)
     check(asked)
-    for name in ("address", "dry_run"):
+    for name in ("address", "dry_run", "print_space"):
         if getattr(asked, name) not in (None, False, "local"):
             raise UserError(f"run_study trains on this machine; got {name}: use python -m study.run for that")
     prepared = prepare(asked)
@@ -58,6 +58,26 @@ def run_study(**flags: Any) -> StudyResult:
     if code == USAGE or known is None:
         raise UserError(last.removeprefix("error: "))
     return _result(prepared, known.trials, code)
+
+
+def _flags(asked: dict[str, Any]) -> Flags:
+    """The flags of these names and values; a single text may stand for several. Raises UserError."""
+    kinds, given = get_type_hints(Flags), {}
+    for name, value in asked.items():
+        if name not in kinds:
+            raise UserError(f"run_study takes the flags of study.run by name; got {name}{nearest(name, kinds)}")
+        if get_origin(kinds[name]) is tuple:
+            value = (value,) if isinstance(value, str) else tuple(value)
+        else:
+            allowed = get_args(kinds[name]) or (kinds[name],)
+            wider = {float: (int, float), Path: (str, Path)}
+            fits = isinstance(value, tuple(kind for one in allowed for kind in wider.get(one, (one,))))
+            if not fits or (isinstance(value, bool) and bool not in allowed):
+                rule = " or ".join(kind.__name__ for kind in allowed).replace("NoneType", "None")
+                raise UserError(f"{flag_of(name)} must be of type {rule}; got {value!r}: pass another value")
+            value = Path(value) if isinstance(value, str) and Path in allowed else value
+        given[name] = value
+    return Flags(**given)
 
 
 def _run(line: list[str]) -> tuple[int, str]:

@@ -362,7 +362,11 @@ class _Run:
             "data_sizes": self.prepared.data.sizes,
             "asked": [point.text for point in record.asked],
             "taken_over": record.taken
-            and {"study": record.taken.study, "trials": [t.number for t in record.taken.trials]},
+            and {
+                "study": record.taken.study,
+                "epochs": record.taken.epochs,
+                "trials": [t.number for t in record.taken.trials],
+            },
             "record": f"{self.flags.storage.rstrip('/')}/{settings.study}/study.db",
         }
         params["trials"] = str(record.totals[0])

@@ -269,11 +269,16 @@ def asked_trials(flags: Flags, before: int = 0) -> int | None:
 def check(flags: Flags) -> None:
     """Refuse flags that can be judged without the data, the storage or the cluster. Raises UserError."""
     for name, choices in (("task", TASKS), ("design", DESIGNS), ("aim", AIMS)):
-        _require(flags, name, f"one of {', '.join(choices)}", choices.__contains__, "pass one of these")
-    if flags.data not in DATA and not re.search(r"[./]", flags.data) and not Path(flags.data).exists():
+        value = getattr(flags, name)
+        if value is not None and value not in choices:
+            fix = nearest(value, choices) or ": pass one of these"
+            raise UserError(f"{flag_of(name)} must be one of {', '.join(choices)}; got {value!r}{fix}")
+    is_path = re.search(r"[./]", flags.data) or (flags.data and Path(flags.data).exists())
+    if flags.data not in DATA and not is_path:
         fix = nearest(flags.data, DATA) or ": pass one of these, or the path of own images"
         raise UserError(f"--data must be one of {', '.join(DATA)}; got {flags.data!r}{fix}")
     _require(flags, "space", "a file", lambda v: v.is_file(), "--print-space writes one")
+    _require(flags, "from_", "a study's name", bool, "pass one, or leave it out")
     _require(flags, "canvas", "at least 8 and at most 1000", lambda v: 8 <= v <= 1000, "pass another number of pixels")
     _require(flags, "cancel", "at least 0", lambda v: v >= 0, "pass a trial's number")
     if flags.trials is not None and not re.fullmatch(r"[+-]?[0-9]+", str(flags.trials)):

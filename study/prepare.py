@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -131,6 +131,8 @@ def prepare(flags: Flags) -> Prepared:
     inputs = DesignInputs(base=base, tasks=tasks, seeds_per_trial=seeds, space=space)
     if source and design.from_search:
         inputs = _around_best(inputs, source)
+    if design.rows:
+        _check_batches((row.config.batch_size for row in design.rows(inputs)), data, f", of design {design_name}")
     settings = StudySettings(
         study=name,
         task="+".join(tasks),
@@ -174,13 +176,16 @@ def _space(flags: Flags, base: Config, known: StoredStudy | None, source: Stored
         own = {name: getattr(base, name) for name in OF_THE_STUDY}
         space = dataclasses.replace(space, fixed={**space.fixed, **own}, widest_scale=2 * base.canvas_size)
     space = checked(asked_space(space, flags.space_flags))
-    batches = next((d.from_unit((1.0,))[0] for d in space.dimensions if d.name == "batch_size"), None)
-    batches = max((d for d in [batches, space.fixed.get("batch_size")] if d), default=1)
-    if batches > (count := data.sizes["train"]):
-        raise UserError(
-            f"batch_size must be at most {count}, the training images; got {batches}: pass --set batch_size=N"
-        )
+    searched = next((d for d in space.dimensions if d.name == "batch_size"), None)
+    sizes = [space.fixed["batch_size"]] if searched is None else searched.choices or searched.from_unit((1.0,))
+    _check_batches(sizes, data, ": pass --set batch_size=N" if searched is None else ": search smaller ones")
     return space
+
+
+def _check_batches(sizes: Iterable[int], data: TaskData, fix: str) -> None:
+    """Raises UserError if a batch holds more images than there are for training."""
+    if (largest := max(sizes)) > (count := data.sizes["train"]):
+        raise UserError(f"batch_size must be at most {count}, the training images; got {largest}{fix}")
 
 
 def _asked(flags: Flags, space: Space, known: StoredStudy | None) -> list[AskedPoint]:

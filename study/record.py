@@ -39,6 +39,7 @@ import struct
 import threading
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -60,8 +61,9 @@ from study import integrity
 from study.checkpoints import numbers_present
 from study.designs import AIMS, DEFAULT_SOBOL_SHARE, TrialSpec
 from study.faults import fault_point
+from study.object_store import RemoteFolder
 from study.snapshots import Lease, LeaseHeld, Snapshots, fetch, set_aside
-from study.storage import RECORD, LocalFolder, RemoteFolder, Storage
+from study.storage import RECORD, LocalFolder, Storage
 
 logger = logging.getLogger(__name__)
 
@@ -646,9 +648,12 @@ def _aims(attrs: Mapping[str, Any], totals: Sequence[int]) -> list[str]:
 
 
 def best_trial(trials: list[TrialRecord]) -> TrialRecord | None:
-    """The complete trial of highest objective; the earliest of equals."""
+    """The complete trial of the configuration of highest objective, a mean over its trials; the earliest of equals."""
     complete = [t for t in trials if t.value is not None]
-    return max(complete, key=lambda t: (t.value or 0.0, -t.number), default=None)
+    values: dict[Config, list[float]] = defaultdict(list)
+    for trial in complete:
+        values[trial.spec.config].append(trial.value or 0.0)
+    return max(complete, key=lambda t: (statistics.fmean(values[t.spec.config]), -t.number), default=None)
 
 
 def distributions(space: Space) -> dict[str, BaseDistribution]:

@@ -37,9 +37,6 @@ def main(flags: Flags) -> int:
             return _submit(flags, flags.address.rstrip("/"))
         if flags.money_budget is not None and flags.price_per_hour is None:
             raise UserError("a money budget needs a price; got --money-budget alone: pass --price-per-hour too")
-        Storage.parse(flags.storage).check_writable()
-        if flags.address is None:
-            ray_folder.check()
         return _run(flags)
     except UserError as error:
         say(f"error: {error}")
@@ -85,7 +82,11 @@ def _submit(flags: Flags, address: str) -> int:
 
 def _run(flags: Flags) -> int:
     """Prepare the study, then run it. Raises UserError."""
-    with status("loading PyTorch") as tell:
+    with status("starting") as tell:
+        Storage.parse(flags.storage).check_writable()
+        if flags.address is None:
+            ray_folder.check()
+        tell("loading PyTorch")
         from study.prepare import RecordLost, prepare  # puts off torch: a refusal need not wait for it
 
         _quieten()

@@ -168,8 +168,10 @@ class StudyScheduler:
         row, values = fixed_point(self.origins, number, self._published, asked, self._sobol)
         if values is None:
             values = (self._aimed if origin == "aimed" else self._tpe).suggest(number)
-        seeds = tuple(range(self.record.settings.seeds_per_trial))
-        return TrialSpec(config=configuration(self.space, values), origin=origin, row=row, seeds=seeds)
+        config, count = configuration(self.space, values), self.record.settings.seeds_per_trial
+        # A configuration that was tried has other seeds now: on the same ones, training would repeat itself.
+        first = count * sum(trial.spec.config == config for trial in self.record.trials.values())
+        return TrialSpec(config=config, origin=origin, row=row, seeds=tuple(range(first, first + count)))
 
     # The reports of workers.
 

@@ -33,7 +33,8 @@ from typing import Any
 
 from ramcore.errors import first_line
 from study import integrity
-from study.storage import RECORD, LocalFolder, RemoteFolder, Storage, VersionConflict
+from study.object_store import RemoteFolder, VersionConflict
+from study.storage import RECORD, LocalFolder, Storage
 
 LEASE = "driver.json"
 BACKUPS = ("backups/study.0.db", "backups/study.1.db")  # beside the record, written in turn

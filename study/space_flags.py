@@ -76,7 +76,11 @@ def asked_points(space: Space, texts: Iterable[str]) -> list[tuple[str, Values]]
     """
     points: list[tuple[str, Values]] = []
     for text in texts:
-        values = {name: read_value(_searchable(name), value) for name, value in _named("--try", text.split(","))}
+        values: Values = {}
+        for name, value in _named("--try", text.split(",")):
+            if name in values:
+                raise UserError(f"--try says a value once; {name} has {values[name]} and {value}: keep one")
+            values[name] = read_value(_searchable(name), value)
         for name, value in values.items():
             if name not in space.names:
                 rule = f"--try says values of searched fields, {', '.join(space.names)}"
@@ -160,7 +164,8 @@ def _dimension(name: str, table: Mapping[str, Any], where: str, known: Dimension
         values = tuple(read_value(name, choice.strip() if isinstance(choice, str) else choice) for choice in choices)
         if "low" in table or "high" in table or not 2 <= len(set(values)) == len(values) <= MAX_CHOICES:
             rule = f"choices must be 2 to {MAX_CHOICES} different values, without a range"
-            raise UserError(f"{rule}; {name} has {len(values)}: one value is --set {name}=VALUE")
+            has = ", ".join(map(str, values)) or "no list of them"
+            raise UserError(f"{rule}; {name} has {has}: one value is --set {name}=VALUE")
         return Dimension(name=name, type="categorical", choices=values, unit=unit, reason=reason)
     if wanted not in (int, float):
         raise UserError(f"a range is of numbers; {name} is none: pass --choices {name}=VALUE,VALUE")
@@ -171,8 +176,11 @@ def _dimension(name: str, table: Mapping[str, Any], where: str, known: Dimension
         fix = f"one value is --set {name}={low}" if low == high else "swap them"
         raise UserError(f"a range needs low < high; {name} has {low} and {high}: {fix}")
     log, step = table.get("log", False), table.get("step")
-    if not isinstance(log, bool) or not (step is None or (isinstance(step, int) and step >= 1)):
-        raise UserError(f"log must be true or false and step a whole number of at least 1; {name} has {log} and {step}")
+    if not isinstance(log, bool):
+        raise UserError(f"log must be true or false; {name} has {log!r}: write log = true")
+    if step is not None and (wanted is float or not isinstance(step, int) or step < 1):
+        rule = "a step must be a whole number of at least 1, between whole numbers"
+        raise UserError(f"{rule}; {name} has {step!r}: leave it out, or list the values with --choices")
     if step is not None and step > high - low:
         raise UserError(f"a step must leave two values; {name} has step {step} from {low} to {high}: lower it")
     type_ = "int" if wanted is int else "float"

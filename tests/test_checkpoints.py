@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from study.checkpoints import Checkpoints, _pack
-from study.storage import LocalFolder, RemoteFolder, Storage
+from study.object_store import RemoteFolder
+from study.storage import LocalFolder, Storage
 
 
 class Malicious:

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from analysis import figures
-from analysis.compare import Args, cautions, main, read_side, sentences, write_comparison
+from analysis.compare import Args, _different_ranges, cautions, main, read_side, sentences, write_comparison
 from analysis.comparison import (
     Effects,
     Side,
@@ -84,6 +84,15 @@ def test_values_that_dimensions_have_in_common() -> None:
     assert intersect([core, RATE]) is None
     narrow = intersect([RATE, replace(RATE, low=1e-3, high=1.0)])
     assert narrow and (narrow.low, narrow.high, narrow.log) == (1e-3, 1e-2, True)
+
+
+def test_ranges_that_differ_only_in_the_step_are_different(sides: list[Side]) -> None:
+    one = next(side for side in sides if side.fit)
+    space = one.records.space
+    assert space is not None
+    stepped = tuple(replace(d, step=2) if d.name == "patch_size" else d for d in space.dimensions)
+    other = one._replace(records=one.records._replace(space=replace(space, dimensions=stepped)))
+    assert _different_ranges([one, other]) and not _different_ranges([one, one])
 
 
 def test_effect_that_differs_is_told_and_one_that_does_not_is_not(sides: list[Side], effects: Effects) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from crash import Silent
 from test_scheduler import EPOCHS, SETTINGS, SPACE, train
@@ -14,7 +15,7 @@ from study.asha import ASHA
 from study.designs import search_origins
 from study.flags import Flags
 from study.prepare import prepare
-from study.record import Record, TakenOver, open_record, read_study
+from study.record import Record, TakenOver, best_trial, open_record, read_study
 from study.scheduler import StudyScheduler
 from study.space_flags import SpaceFlags, asked_space
 from study.storage import Storage
@@ -70,6 +71,18 @@ def test_points_of_try_come_first_and_later_ones_come_next(tmp_path):
     few = opened(tmp_path, trials=1, try_=("num_glimpses=5",))
     assert few.total == 5, "a point that is asked for is tried"
     few.record.close()
+
+
+def test_configuration_that_is_tried_again_has_other_seeds(tmp_path):
+    (tmp_path / "space.toml").write_text("[layer_norm]\nchoices = [true, false]\n")
+    scheduler = opened(tmp_path, trials=8, space=tmp_path / "space.toml")
+    run(scheduler, 8)
+    runs = [(t.spec.config, seed) for t in scheduler.record.trials.values() for seed in t.spec.seeds]
+    assert len({config for config, _ in runs}) == 2 and len(set(runs)) == len(runs) == 16
+    best, trials = best_trial(list(scheduler.record.trials.values())), scheduler.record.trials.values()
+    means = {c: np.mean([t.value for t in trials if t.spec.config == c]) for c in {c for c, _ in runs}}
+    assert best and means[best.spec.config] == max(means.values()), "not the luckiest trial of a configuration"
+    scheduler.record.close()
 
 
 def earlier(tmp_path: Path, count: int = 6) -> list[int]:

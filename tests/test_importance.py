@@ -507,6 +507,26 @@ def test_run_of_two_studies_counts_once_and_others_of_the_space_join() -> None:
     assert select(records, [seeds]).data.others == {"again": 3}
 
 
+def test_report_says_why_trials_that_were_taken_over_are_not_in_the_fit() -> None:
+    records = simulate(Synthetic(truth=ram_truth, dimensions=RAM_DIMENSIONS[:5], trials=8, epochs=3))
+
+    def said(epochs: int, others: list[StudyData]) -> str:
+        taken = {"study": "before", "epochs": epochs, "trials": [0, 4]}
+        return " ".join(
+            select(records._replace(settings={**records.settings, "taken_over": taken}), others).data.warnings
+        )
+
+    assert "The 2 trials taken over from before informed TPE and are not in this fit" in said(9, [])
+    assert said(9, []).endswith("their schedule has 9 epochs, not 3.")
+    assert said(3, []).endswith("their study was not read here.")
+    before = records._replace(
+        study=records.study._replace(name="before"),
+        trials=records.trials.assign(seeds=[(7,)] * 8),
+        epochs=records.epochs.loc[records.epochs["seed"] == 0].assign(seed=7),
+    )
+    assert "taken over" not in said(3, [before])
+
+
 def test_evidence_of_other_studies_narrows_the_intervals() -> None:
     design = Synthetic(truth=ram_truth, dimensions=RAM_DIMENSIONS[:5], trials=14, epochs=3)
     records = simulate(design)

@@ -111,6 +111,7 @@ def test_missing_path_folder_without_images_and_small_canvas_are_refused(file, t
     for path, said in (
         (tmp_path, "found for train_images: none"),
         (tmp_path / "no.npz", "it is none"),
+        (tmp_path / "my shape.npz", "did you mean my shapes.npz?"),
         ("minst", "mnist"),
     ):
         with pytest.raises(UserError, match=said):
@@ -173,3 +174,8 @@ def test_study_of_own_images_is_continued_where_they_are_and_after_renaming(file
         prepare(Flags(study=name, data="other.npz"))
     with pytest.raises(UserError, match="batch_size must be at most 100, the training images; got 500"):
         prepare(Flags(data="renamed.npz", task="original", set_=("batch_size=500",)))
+    with pytest.raises(UserError, match="got 500: search smaller ones"):
+        prepare(Flags(data="renamed.npz", task="original", choices=("batch_size=20,500",)))
+    np.savez("few.npz", **{name: array[:60] for name, array in shapes().items()})
+    with pytest.raises(UserError, match="at most 50, the training images; got 100, of design paper"):
+        prepare(Flags(data="few.npz", canvas=60, design="paper"))

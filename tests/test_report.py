@@ -603,6 +603,7 @@ def test_numbers_and_names_as_words() -> None:
     assert span(Interval(2.94, 4.16, 5.4)) == "4.2 (2.9 to 5.4)"
     assert span(Interval(np.nan, 4.16, np.nan), 2, "+") == "+4.16", "no bounds with one seed"
     assert number(np.nan) == "-" and percent(0.951) == "95%"
+    assert [number(-0.01), number(-0.01, sign="+"), number(-0.06)] == ["0.0", "+0.0", "-0.1"]
     assert [join("abc"[:n]) for n in range(4)] == ["", "a", "a and b", "a, b and c"]
 
 

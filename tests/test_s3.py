@@ -27,11 +27,12 @@ from test_record import SETTINGS, SPACE, metrics, plan
 from study import snapshots
 from study.checkpoints import Checkpoints
 from study.flags import USAGE, Flags
+from study.object_store import RemoteFolder, VersionConflict
 from study.probe import COMPARED, probe, versions
 from study.record import Record, RecordLost, open_record
 from study.run import main
 from study.snapshots import fetch
-from study.storage import RemoteFolder, Storage, VersionConflict
+from study.storage import Storage
 
 ROOT = Path(__file__).resolve().parent.parent
 STORAGE = "s3://bucket/ram-study"

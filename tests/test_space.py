@@ -179,6 +179,15 @@ def test_a_saved_space_says_everything_that_the_analysis_needs():
     assert Space.from_dict(json.loads(json.dumps(described))) == space
 
 
+def test_values_are_said_with_step_and_scale():
+    whole = Dimension(name="hidden_size", type="int", low=64, high=256, step=64)
+    real = Dimension(name="learning_rate", type="float", low=1e-4, high=1e-2, log=True)
+    choices = Dimension(name="core", type="categorical", choices=("rnn", "gru"))
+    assert [d.extent for d in (whole, real, choices)] == [
+        "64 to 256, step 64", "0.0001 to 0.01, in logarithms", "rnn, gru",
+    ]  # fmt: skip
+
+
 def test_optuna_knows_the_same_ranges():
     space = search_space(Config())
     for dimension in space.dimensions:
