@@ -1,7 +1,7 @@
 """Our Shapley effects beside HyperSHAP's, on a function whose shares are known.
 
     pip install hypershap    # no dependency of this project
-    python -m benchmarks.hypershap
+    python -m benchmarks.shapley
 
 HyperSHAP's sensitivity game (Wever et al. 2025) asks how much accuracy varies when some parameters do and the others
 stay at a baseline. Ours are averages over the whole space. The two are the same where interactions vanish at the
