@@ -99,9 +99,8 @@ def _hardly(analysis: Analysis, name: str, claim: str) -> Verdict | None:
     like_dummy = probability <= 1 - SURE and above_dummy < SURE
     if like_dummy:
         evidence += f"; a parameter without effect reaches as much with a probability of {1 - above_dummy:.0%}"
-    marginal = analysis.draws[name].marginal
-    worst, best = (pick(marginal, key=lambda value: marginal[value].mean()) for pick in (min, max))
-    margin = Margin(HARDLY - np.abs(effect), name, values=(worst, best))
+    values = sorted(analysis.draws[name].marginal, key=lambda value: analysis.draws[name].marginal[value].mean())
+    margin = Margin(HARDLY - np.abs(effect), name, values=tuple(values[:1] + values[-1:]))
     verdict = _decide(analysis, claim, probability, evidence + _changes_text(analysis, [name]), found, margin)
     return verdict._replace(verdict="undecided") if like_dummy else verdict
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from analysis.importance import analyse
+from analysis.importance import fit_study
 from analysis.load import StudyData
 from analysis.sensitivity import Args, main
 from study.designs import SEARCH_ORIGINS
@@ -45,7 +45,7 @@ def uri_of(folder: Path) -> str:
 @pytest.fixture
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports in seconds, where a test is not about their numbers."""
-    monkeypatch.setattr("analysis.sensitivity.analyse", partial(analyse, hyperdraws=10))
+    monkeypatch.setattr("analysis.sensitivity.fit_study", partial(fit_study, hyperdraws=10))
 
 
 @pytest.mark.usefixtures("few_draws")
@@ -58,7 +58,7 @@ def test_tracked_study_gives_a_report_and_attaches_it(
     shown = capfd.readouterr()
     assert code == 0
     assert "Sensitivity of good" in shown.out
-    assert "patch_size" in shown.out and str(tmp_path / "out" / "report.html") in shown.out
+    assert "patch size" in shown.out and str(tmp_path / "out" / "report.html") in shown.out
     assert "fitting" in shown.err and "fitting" not in shown.out, "progress goes to stderr"
     for name in ("report.html", "importance.csv", "verdicts.json", "diagnostics.json", "epochs.csv"):
         assert (tmp_path / "out" / name).is_file(), name

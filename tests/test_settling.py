@@ -61,7 +61,8 @@ def test_what_more_trials_leave_is_what_they_leave(few: tuple[Fit, tuple[Verdict
     expected = [np.sqrt(after(fitted, margin, kind, more, now)) for more in (1, 14, 42, 100)]
     assert expected == sorted(expected, reverse=True) and expected[0] < margin.draws.std()
     truly = margin_of(judged(56)[1]).draws.std()
-    assert expected[2] == pytest.approx(truly, rel=0.5) and expected[2] < 0.75 * margin.draws.std()
+    assert truly < expected[2] < 2 * truly, "hyperparameters that so few trials do not tell count as unknown"
+    assert expected[2] < 0.75 * margin.draws.std()
 
 
 def test_an_undecided_claim_says_what_would_settle_it_and_others_do_not(few: tuple[Fit, tuple[Verdict, ...]]):
