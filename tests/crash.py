@@ -3,10 +3,15 @@
 Each session is a forked process that opens the study and works on it in one thread (scheduler, training, checkpoints,
 record; tracking in its own thread, as always) until a fault stops it or nothing is left to do. Faults are drawn from
 a seed: kill -9 at a named place of `study.faults`, or at any moment; a full disk; calls to MLflow that fail before or
-after they took effect, or hang; the study's folder moved away, or a bit of the record flipped, under a running session;
-and between sessions, checkpoints, record or write-ahead log flipped, cut short or deleted. A session that finds damage
-must say so and end; the record is then repaired, or the folder put back. At the end Optuna's storage, MLflow and the
-checkpoint folder are compared with those of an undisturbed study: so what a session said is what is there.
+after they took effect, or hang; MLflow's database locked, so that it is read only or not at all, or deleted; the
+study's folder moved away, or a bit of the record flipped, under a running session; a session suspended while another
+one starts; and between sessions, checkpoints, leases, record or write-ahead log flipped, cut short or deleted. A
+session that finds damage must say so and end; the record is then repaired, or the folder put back. Whenever a session ends by
+itself, what it says to be missing in MLflow is compared with what is missing. At the end Optuna's storage, MLflow and
+the checkpoint folder are compared with those of an undisturbed study.
+
+Every third study is in a store that two machines see, and moves between them. The store is a folder that pyarrow opens
+as it opens a bucket. There a session that was suspended wakes beside its successor.
 
     python -m tests.crash --faults 1000 --seed 3
 """
@@ -19,38 +24,46 @@ import copy
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
 import statistics
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
+import mlflow.store.db.utils
 import optuna
+import sqlalchemy
 import torch
 
 from ramcore.config import Config
 from ramcore.data import Split, SplitName, TaskData, make_task
+from ramcore.errors import UserError
 from ramcore.sources import load_source
 from ramcore.space import Space
 from ramcore.trainer import Trainer
-from study import best, designs, faults, results, tracking
+from study import best, designs, faults, results, snapshots, tracking
 from study.asha import ASHA
 from study.integrity import RecordDamaged
-from study.record import Record, RecordGone, RecordLost, StudySettings
+from study.object_store import RemoteFolder
+from study.record import RecordGone, RecordLost, StudySettings, open_record
 from study.repair import repair
 from study.scheduler import StudyScheduler, guarded
 from study.schema import EPOCH_MEANS
 from study.search_space import configuration, search_space
-from study.storage import Storage
+from study.snapshots import fetch
+from study.storage import RECORD, LocalFolder, Storage
 from study.tracking import Provenance, Tracker
 from study.trainable import SharedData, run_trial
 
@@ -67,7 +80,9 @@ PLACES = (
     "tracking.call.before", "tracking.call.after",
 )  # fmt: skip
 FULL_DISK = ("record.start.before", "record.epoch.before", "record.end.before", "file.write.before", "file.write.half")
-DAMAGED, GONE = 2, 4  # exit codes of a session: it found a damaged record; its record went away or was damaged
+# Exit codes of a session: it found a damaged record; its record went away or was damaged; another session was running
+DAMAGED, GONE, REFUSED = 2, 4, 5
+MACHINES = ("one", "another")
 OUTAGE = ("tracking.run.before", "tracking.run.after", "tracking.call.before", "tracking.call.after")
 
 
@@ -111,17 +126,26 @@ class Study:
         return Study(space=space, settings=settings, data=data)
 
 
+def storage_of(root: Path) -> Storage:
+    """Where the study of a folder is: in the folder itself, or in the store in it."""
+    return Storage.parse(f"file://{root}/store" if (root / "store").exists() else str(root))
+
+
 def work(study: Study, root: Path, trials: int = TOTALS[-1]) -> None:
     """One session: continue the study until it is finished or cannot go on."""
-    shared = SharedData.of(study.data)
+    shared, storage = SharedData.of(study.data), storage_of(root)
     try:
-        record = Record.open(root / NAME, study.settings, total=trials)
+        fetch(storage, NAME)
+        record = open_record(storage, study.settings, total=trials)
     except RecordDamaged as error:
         print(error)
         sys.stdout.flush()
         os._exit(DAMAGED)
+    except UserError as error:
+        assert "one driver at a time" in str(error), error
+        os._exit(REFUSED)
     scheduler = StudyScheduler(
-        record, space=study.space, storage=Storage.parse(str(root)), callback=Silent(), asha=ASHA(EPOCHS, eta=2)
+        record, space=study.space, storage=storage, callback=Silent(), asha=ASHA(EPOCHS, eta=2)
     )  # fmt: skip
     provenance = Provenance(settings={}, commit="none", dirty=True, params={"task": "original"})
     tracker = Tracker(record, f"sqlite:///{root}/mlflow.db", provenance, study.settings.space)
@@ -148,7 +172,7 @@ def work(study: Study, root: Path, trials: int = TOTALS[-1]) -> None:
     with contextlib.suppress(RecordLost):
         if scheduler.finished and (outcome := best.conclude(record.trials.values(), record.settings)):
             results.read_best_test(record, outcome.best, scheduler.folder, study.data)
-    untracked = tracker.finish("finished" if scheduler.finished else "stopped", patience=20)
+    untracked = tracker.finish("finished" if scheduler.finished else "stopped", patience=3 if LOCKS else 20)
     gone = isinstance(scheduler.error, RecordGone)
     try:
         record.flush()
@@ -156,7 +180,10 @@ def work(study: Study, root: Path, trials: int = TOTALS[-1]) -> None:
         gone = True
     except RecordLost:
         pass
-    record.close()
+    with contextlib.suppress(RecordLost):
+        record.close()
+    if not gone:
+        (root / "said").write_text(untracked or "")
     sys.stdout.flush()
     if gone:
         os._exit(GONE)
@@ -176,8 +203,15 @@ def _count_epochs(root: Path) -> None:
     Trainer.epoch = noted  # type: ignore[method-assign]
 
 
-def fork(body: Callable[[], None], *, kill_after: float | None = None, fault: str = "") -> int:
-    """Run a body in a forked process; returns its exit code, negative for a signal."""
+def fork(
+    body: Callable[[], None],
+    *,
+    kill_after: float | None = None,
+    fault: str = "",
+    suspended: Callable[[], None] = lambda: None,
+) -> int:
+    """Run a body in a forked process; returns its exit code, negative for a signal. While it is stopped, `suspended` is
+    called."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -192,7 +226,9 @@ def fork(body: Callable[[], None], *, kill_after: float | None = None, fault: st
         time.sleep(kill_after)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
+    while os.WIFSTOPPED(status := os.waitpid(pid, os.WUNTRACED)[1]):
+        suspended()
+        os.kill(pid, signal.SIGCONT)
     return os.waitstatus_to_exitcode(status)
 
 
@@ -205,6 +241,13 @@ def _count_faults(root: Path) -> None:
             file.write(f"{name} {action}\n")
         if action == "move":
             (root / NAME).rename(root / "moved")
+        elif action == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif action == "forget":
+            (root / "mlflow.db").unlink()
+        elif action.startswith("lock="):
+            _, mode, seconds = action.split("=")
+            lock(root / "mlflow.db", mode, float(seconds))
         elif action.startswith("flip="):
             flip(root / NAME / "study.db", float(action.removeprefix("flip=")))
         else:
@@ -213,29 +256,79 @@ def _count_faults(root: Path) -> None:
     faults._act = noted
 
 
+LOCKS: list[sqlite3.Connection] = []  # of this process
+
+
+def lock(path: Path, mode: str, seconds: float) -> None:
+    """Keep others from writing to a database (immediate), or from reading as well (exclusive), for a while."""
+    LOCKS.append(sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5))
+    LOCKS[-1].execute(f"begin {mode}")
+    threading.Timer(seconds, LOCKS[-1].rollback).start()
+
+
 def taken(root: Path) -> int:
     """Faults from plans that have taken effect so far."""
     path = root / "faults.log"
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def _make_small(root: Path) -> None:
+def _make_small(root: Path, machine: str = MACHINES[0]) -> None:
     """Prepare a forked process for a study in a folder."""
     designs.LEAST_SOBOL = 2  # so that a study this small has optimiser's trials that follow one another
     tracking._BACKOFF = (0.1,)  # outages are many here, and short
+    plain = sqlalchemy.sql.text
+    statements = SimpleNamespace(text=lambda statement: plain(statement.replace("timeout = 20000", "timeout = 200")))
+    setattr(mlflow.store.db.utils, "sql", statements)  # noqa: B010
+    snapshots._EXPIRES = 0.2
+    os.environ["XDG_CACHE_HOME"] = str(root / machine)
+    # An object appears whole in a bucket; a file that pyarrow writes does not.
+    RemoteFolder.write = lambda self, name, content: LocalFolder(Path(self._root)).write(name, content)
     os.chdir(root)  # where MLflow puts what has no other place
 
 
-def session(study: Study, root: Path, trials: int, *, kill_after: float | None = None, fault: str = "") -> int:
+def session(
+    study: Study,
+    root: Path,
+    trials: int,
+    *,
+    kill_after: float | None = None,
+    fault: str = "",
+    machine: str = MACHINES[0],
+    suspended: Callable[[], None] = lambda: None,
+) -> int:
     """One session in a process of its own."""
 
     def body() -> None:
-        _make_small(root)
+        _make_small(root, machine)
         _count_epochs(root)
         _count_faults(root)
         work(study, root, trials)
 
-    return fork(body, kill_after=kill_after, fault=fault)
+    (root / "said").unlink(missing_ok=True)
+    return fork(body, kill_after=kill_after, fault=fault, suspended=suspended)
+
+
+def check_words(root: Path) -> None:
+    """Compare what the last session said to be missing in MLflow with what is missing, if it said anything."""
+    if not (root / "said").exists():
+        return
+    said = (root / "said").read_text()
+    with contextlib.closing(sqlite3.connect(record_of(root))) as record:
+        (epochs,) = record.execute("select count(*) from trial_intermediate_values").fetchone()
+    with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as database:
+        (tracked,) = database.execute("select count(*) from metrics where key = 'val_accuracy'").fetchone()
+    missing = re.match(r"([0-9]+) epochs", said)
+    assert epochs - tracked == (int(missing[1]) if missing else 0), (
+        f"{epochs} epochs, {tracked} in MLflow, said: {said}"
+    )
+
+
+def record_of(root: Path) -> Path:
+    """The SQLite file of the study's record; in a store, the machine's copy that is further."""
+    if not (root / "store").exists():
+        return root / NAME / RECORD
+    copies = [path for machine in MACHINES for path in (root / machine).glob(f"**/{NAME}/{RECORD}")]
+    return max(copies, key=lambda path: path.stat().st_mtime)
 
 
 def draw_fault(rng: random.Random) -> tuple[str, float | None]:
@@ -249,7 +342,15 @@ def draw_fault(rng: random.Random) -> tuple[str, float | None]:
         # An outage is survived within the session, so several fit in.
         places = {f"{rng.choice(OUTAGE)}@{rng.randint(1, 5)}" for _ in range(rng.randint(1, 3))}
         return ",".join(f"{place}:{rng.choice(('full', 'hang=0.2'))}" for place in sorted(places)), None
-    if kind < 0.53:
+    if kind < 0.50:
+        action = rng.choice(("lock=immediate=0.5", "lock=exclusive=0.5", "lock=immediate=30", "forget"))
+        return f"{rng.choice(('record.epoch.after', 'record.end.after'))}@{rng.randint(1, 4)}:{action}", None
+    if kind < 0.56:
+        return (
+            f"{rng.choice(('record.start.after', 'record.epoch.after', 'report.before'))}@{rng.randint(1, 4)}:stop",
+            None,
+        )
+    if kind < 0.64:
         place = rng.choice(("record.start.after", "record.epoch.after", "record.end.after"))
         return f"{place}@{rng.randint(1, 4)}:{rng.choice(('move', f'flip={rng.random():.6f}'))}", None
     return f"{rng.choice(PLACES)}@{rng.choice((1, 1, 2, 3, 5))}:kill", None
@@ -267,7 +368,7 @@ def flip(path: Path, place: float) -> None:
 
 def tear(rng: random.Random, root: Path) -> bool:
     """Damage a newest checkpoint, as a disk that lost its last writes may; returns whether there was one."""
-    newest = [sorted(folder.glob("epoch_*.pt"))[-1:] for folder in sorted((root / NAME / "trials").glob("*"))]
+    newest = [sorted(folder.glob("epoch_*.pt"))[-1:] for folder in sorted(_trials(root).glob("*"))]
     files = [path for paths in newest for path in paths]
     if not files:
         return False
@@ -298,6 +399,21 @@ def damage(rng: random.Random, root: Path) -> str | None:
     return f"{kind} {path.name}"
 
 
+def damage_lease(rng: random.Random, root: Path) -> str | None:
+    """Damage the lease that a killed session left in the store; returns what was done."""
+    path = root / "store" / NAME / snapshots.LEASE
+    if not path.exists():
+        return None
+    kind = rng.choice(("flip", "cut", "delete"))
+    if kind == "flip":
+        flip(path, rng.random())
+    elif kind == "cut":
+        os.truncate(path, rng.randrange(path.stat().st_size + 1))
+    else:
+        path.unlink()
+    return f"{kind} {path.name}"
+
+
 def mend(root: Path) -> None:
     """Rebuild the record in a process of its own."""
 
@@ -318,6 +434,8 @@ class Chain:
     torn: int = 0
     damaged: int = 0  # times that the record was damaged
     repaired: int = 0
+    stopped: int = 0  # times that a session was suspended
+    lost: int = 0  # sessions of a study in a store that did not end well: the next one may be on another machine
     plans: list[str] = field(default_factory=list)
 
 
@@ -325,22 +443,36 @@ def disturbed(study: Study, root: Path, template: Path, seed: int, most: int = 6
     """Run a study through faults until it is finished; at most so many of them. Each session's are drawn from the seed
     and its number, whatever became of those before.
     """
-    root.mkdir()
+    (root / "store" if seed % 3 == 0 else root).mkdir(parents=True)
     shutil.copy(template, root / "mlflow.db")
-    chain = Chain()
+    chain, in_store = Chain(), (root / "store").exists()
     for trials in TOTALS:
         code = -1
         while code != 0:
             rng = random.Random(f"{seed} {chain.sessions}")
             fault, kill_after = draw_fault(rng) if chain.sessions < most else ("", None)
+            if in_store and ("move" in fault or "flip" in fault):
+                fault = ""  # the record is not in the folder
+            machine, other = rng.sample(MACHINES, 2) if in_store else (MACHINES[0], MACHINES[0])
             chain.plans.append(fault or ("nothing" if kill_after is None else f"kill after {kill_after:.3f} s"))
             before = taken(root)
-            code = session(study, root, trials, kill_after=kill_after, fault=fault)
+
+            def successor(machine: str = other, trials: int = trials) -> None:
+                found = session(study, root, trials, machine=machine)
+                assert found == (0 if in_store else REFUSED), f"seed {seed}: beside a suspended one: {found}"
+
+            code = session(
+                study, root, trials, kill_after=kill_after, fault=fault, machine=machine, suspended=successor
+            )
             chain.sessions += 1
             expected = (0, 75, -signal.SIGKILL, DAMAGED, *((GONE,) if "move" in fault or "flip" in fault else ()))
             assert code in expected, f"seed {seed}: the last of {chain.plans} ended with {code}"
             chain.faults += taken(root) - before if fault else code == -signal.SIGKILL
+            chain.stopped += "stop" in fault and taken(root) > before
+            chain.lost += in_store and code != 0
             chain.damaged += "flip" in fault and taken(root) > before
+            if code in (0, 75) and not (in_store and "stop" in fault):
+                check_words(root)
             if (root / "moved").exists():
                 assert code in (GONE, -signal.SIGKILL), f"seed {seed}: its folder was moved, and it ended with {code}"
                 shutil.rmtree(root / NAME, ignore_errors=True)  # what a worker may have written meanwhile
@@ -352,9 +484,10 @@ def disturbed(study: Study, root: Path, template: Path, seed: int, most: int = 6
             if code != 0 and rng.random() < 0.25 and tear(rng, root):
                 chain.torn += 1
                 chain.faults += 1
-            if code != 0 and rng.random() < 0.15 and (what := damage(rng, root)):
+            hurt = damage_lease if in_store else damage
+            if code != 0 and rng.random() < 0.15 and (what := hurt(rng, root)):
                 chain.plans.append(what)
-                chain.damaged += 1
+                chain.damaged += not in_store
                 chain.faults += 1
     return chain
 
@@ -378,7 +511,7 @@ def repairable(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _optuna(root: Path) -> list[Any]:
-    study = optuna.load_study(study_name=NAME, storage=f"sqlite:///{root / NAME / 'study.db'}")
+    study = optuna.load_study(study_name=NAME, storage=f"sqlite:///{record_of(root)}")
     found: list[Any] = []
     for trial in study.get_trials():
         attrs = {k: v for k, v in trial.user_attrs.items() if k != "started"}
@@ -419,8 +552,13 @@ def _mlflow(root: Path) -> list[Any]:
     return found
 
 
+def _trials(root: Path) -> Path:
+    """The folder of the trials' files."""
+    return (root / "store" if (root / "store").exists() else root) / NAME / "trials"
+
+
 def _files(root: Path) -> list[str]:
-    return sorted(str(p.relative_to(root)) for p in (root / NAME / "trials").glob("**/*") if p.is_file())
+    return sorted(str(p.relative_to(_trials(root))) for p in _trials(root).glob("**/*") if p.is_file())
 
 
 def new_database(root: Path) -> Path:
@@ -473,14 +611,14 @@ def check(root: Path, faults_wanted: int, seed: int, say: Callable[[str], None] 
             )
         again = len((folder / "trained.log").read_text().split()) - trained
         # One checkpoint interval (an epoch) a fault at most, a torn checkpoint costing the one before it as well. A
-        # damaged record may cost the trials since its last backup.
-        most = chain.faults + chain.torn + chain.damaged * EPOCHS * 2
+        # damaged record may cost the trials since its last backup, and another machine those since the last copy.
+        most = chain.faults + chain.torn + (chain.damaged + chain.lost) * EPOCHS * 2
         assert again <= most, f"seed {seed}: {again} epochs trained twice in {chain}"
         total, sessions = total + chain.faults, sessions + chain.sessions
         seconds = time.monotonic() - started
         say(
             f"seed {seed}: {chain.faults} faults ({chain.torn} torn files, {chain.damaged} damaged records, "
-            f"{chain.repaired} repaired) in {chain.sessions} sessions, "
+            f"{chain.repaired} repaired, {chain.stopped} suspended) in {chain.sessions} sessions, "
             f"{again} epochs trained again, equal; {seconds:.0f} s; {total} faults so far"
         )
         shutil.rmtree(folder)
