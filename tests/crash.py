@@ -6,9 +6,10 @@ a seed: kill -9 at a named place of `study.faults`, or at any moment; a full dis
 after they took effect, or hang; MLflow's database locked, so that it is read only or not at all, or deleted; the
 study's folder moved away, or a bit of the record flipped, under a running session; a session suspended while another
 one starts; and between sessions, checkpoints, leases, record or write-ahead log flipped, cut short or deleted. A
-session that finds damage must say so and end; the record is then repaired, or the folder put back. Whenever a session ends by
-itself, what it says to be missing in MLflow is compared with what is missing. At the end Optuna's storage, MLflow and
-the checkpoint folder are compared with those of an undisturbed study.
+session that finds damage must say so and end; the record is then repaired, or the folder put back. Once MLflow was
+deleted, the record is left alone: nothing else may know the newest trial. Whenever a session ends by itself, what it
+says to be missing in MLflow is compared with what is missing. At the end Optuna's storage, MLflow and the checkpoint
+folder are compared with those of an undisturbed study.
 
 Every third study is in a store that two machines see, and moves between them. The store is a folder that pyarrow opens
 as it opens a bucket. There a session that was suspended wakes beside its successor.
@@ -434,6 +435,7 @@ class Chain:
     torn: int = 0
     damaged: int = 0  # times that the record was damaged
     repaired: int = 0
+    forgotten: bool = False  # MLflow's database was deleted
     stopped: int = 0  # times that a session was suspended
     lost: int = 0  # sessions of a study in a store that did not end well: the next one may be on another machine
     plans: list[str] = field(default_factory=list)
@@ -451,8 +453,8 @@ def disturbed(study: Study, root: Path, template: Path, seed: int, most: int = 6
         while code != 0:
             rng = random.Random(f"{seed} {chain.sessions}")
             fault, kill_after = draw_fault(rng) if chain.sessions < most else ("", None)
-            if in_store and ("move" in fault or "flip" in fault):
-                fault = ""  # the record is not in the folder
+            if (in_store and "move" in fault) or ((in_store or chain.forgotten) and "flip" in fault):
+                fault = ""
             machine, other = rng.sample(MACHINES, 2) if in_store else (MACHINES[0], MACHINES[0])
             chain.plans.append(fault or ("nothing" if kill_after is None else f"kill after {kill_after:.3f} s"))
             before = taken(root)
@@ -468,6 +470,7 @@ def disturbed(study: Study, root: Path, template: Path, seed: int, most: int = 6
             expected = (0, 75, -signal.SIGKILL, DAMAGED, *((GONE,) if "move" in fault or "flip" in fault else ()))
             assert code in expected, f"seed {seed}: the last of {chain.plans} ended with {code}"
             chain.faults += taken(root) - before if fault else code == -signal.SIGKILL
+            chain.forgotten |= "forget" in fault and taken(root) > before
             chain.stopped += "stop" in fault and taken(root) > before
             chain.lost += in_store and code != 0
             chain.damaged += "flip" in fault and taken(root) > before
@@ -485,7 +488,8 @@ def disturbed(study: Study, root: Path, template: Path, seed: int, most: int = 6
                 chain.torn += 1
                 chain.faults += 1
             hurt = damage_lease if in_store else damage
-            if code != 0 and rng.random() < 0.15 and (what := hurt(rng, root)):
+            left = code != 0 and (in_store or not chain.forgotten)
+            if left and rng.random() < 0.15 and (what := hurt(rng, root)):
                 chain.plans.append(what)
                 chain.damaged += not in_store
                 chain.faults += 1
