@@ -34,7 +34,7 @@ from analysis.load import StudyData
 from analysis.report import TEMPLATES, panels, save_figures, tracked_trials, with_cost
 from analysis.results import TIE, why_not_ranked
 from analysis.text import join, number, percent, span
-from ramcore.errors import UserError, say
+from ramcore.errors import UserError, parsed, say
 from ramcore.private import private_arguments
 from ramcore.space import shown, words
 from study.designs import SEARCH_ORIGINS
@@ -253,7 +253,7 @@ def cli() -> int:
     """Entry point."""
     load.quieten()
     torch.set_num_threads(1)  # as in analysis.sensitivity
-    return main(tyro.cli(Args, args=private_arguments(), description=__doc__))
+    return main(parsed(lambda: tyro.cli(Args, args=private_arguments(), description=__doc__)))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 import tyro
 
 from analysis import load
+from ramcore.errors import parsed
 from ramcore.private import private_arguments
 from study.moved import tracking_uri
 
@@ -43,7 +44,7 @@ def _export(args: Args) -> None:
 def cli() -> int:
     """Entry point."""
     load.quieten()
-    return main(tyro.cli(Args, args=private_arguments(), description=__doc__))
+    return main(parsed(lambda: tyro.cli(Args, args=private_arguments(), description=__doc__)))
 
 
 if __name__ == "__main__":

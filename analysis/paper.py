@@ -30,7 +30,7 @@ from analysis.results import INTERVAL, Interval, mean_interval
 from analysis.text import number, span
 from ramcore.config import SOURCES, TASKS, Config
 from ramcore.data import TaskData
-from ramcore.errors import UserError, say
+from ramcore.errors import UserError, parsed, say
 from ramcore.pictures import GlimpsePath, draw_canvas, draw_glimpses, glimpse_paths
 from ramcore.private import private_arguments
 from ramcore.published import CASE_STUDY, MNIH, PUBLISHED, Published
@@ -439,7 +439,7 @@ def _images(studies: Sequence[StudyRun], records: Sequence[StudyData], model: Sa
 def cli() -> int:
     """Entry point."""
     load.quieten()
-    return main(tyro.cli(Args, args=private_arguments(), description=__doc__))
+    return main(parsed(lambda: tyro.cli(Args, args=private_arguments(), description=__doc__)))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from analysis.results import Analysis
 from analysis.settling import settle
 from analysis.text import span
 from analysis.verdicts import judge
-from ramcore.errors import UserError, say
+from ramcore.errors import UserError, parsed, say
 from ramcore.private import private_arguments
 from ramcore.space import words
 from study.designs import DESIGNS
@@ -135,7 +135,7 @@ def cli() -> int:
     # Matrices of a few hundred rows gain nothing from a second thread (25 s with one, 33 s with two on two idle cores),
     # and beside trials that train the threads wait for each other: 20 s of fitting became over 9 minutes.
     torch.set_num_threads(1)
-    return main(tyro.cli(Args, args=private_arguments(), description=__doc__))
+    return main(parsed(lambda: tyro.cli(Args, args=private_arguments(), description=__doc__)))
 
 
 if __name__ == "__main__":

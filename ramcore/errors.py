@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 import sys
+from collections.abc import Callable
+from typing import TypeVar
 
 from ramcore.private import without_secrets
+
+Parsed = TypeVar("Parsed")
 
 
 class UserError(Exception):
@@ -23,3 +30,27 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 def say(text: str) -> None:
     """Print one message, without secrets, to stderr at once; stdout is for results."""
     print(without_secrets(text), file=sys.stderr, flush=True)
+
+
+def parsed(parse: Callable[[], Parsed]) -> Parsed:
+    """What tyro reads from a command line. What it refuses is said in one line, not in its box, and the process ends
+    with its exit code, 2.
+    """
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return parse()
+    except SystemExit:
+        if lines := [line.strip("╭╮╰╯│─ ") for line in box.getvalue().splitlines()[1:]]:
+            say(f"error: {_refusal(lines)}: see --help")
+        raise
+
+
+def _refusal(lines: list[str]) -> str:
+    """The message in tyro's box, with the nearest flag."""
+    said = " ".join(lines[: lines.index("")] if "" in lines else lines).removesuffix(".")
+    if wrong := re.match(r"Error parsing (\S+): .*?(INT|int|FLOAT|float)\b.*(?:\[|: )'(.*?)'\]?", said):
+        flag, kind, got = wrong.groups()
+        return f"{flag} must be {'a whole number' if kind.lower() == 'int' else 'a number'}; got {got!r}"
+    meant = next((lines[i + 1] for i, line in enumerate(lines) if line.startswith("Perhaps you meant")), "")
+    return said + (f"; did you mean {meant.split()[0]}?" if meant else "")

@@ -17,7 +17,7 @@ from ramcore import machine
 from ramcore.config import SOURCES, TASKS, Config
 from ramcore.cost import check_memory, cost
 from ramcore.data import TaskData
-from ramcore.errors import UserError, say
+from ramcore.errors import UserError, parsed, say
 from ramcore.pictures import draw_glimpses, glimpse_paths
 from ramcore.recipes import RECIPES
 from ramcore.sources import load_images, load_task
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
             # A configuration holds the images' name and number of classes, which only the images tell.
             data = load_images(known.data, known.task, known.canvas)
             default, arguments = replace(default, config=data.configure(default.config)), others
-        args = tyro.cli(Arguments, args=arguments, default=default, prog="ramcore.train")
+        args = parsed(lambda: tyro.cli(Arguments, args=arguments, default=default, prog="ramcore.train"))
         return train(args, data)
     except UserError as error:
         say(f"error: {error}")

@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import tyro
 
 from ramcore.config import SOURCES, TASKS, Config, nearest
-from ramcore.errors import UserError, say
+from ramcore.errors import UserError, parsed, say
 from study.designs import AIMS, DEFAULT_SOBOL_SHARE, DEFAULT_TRIALS, DESIGNS
 from study.schema import DEFAULT_TRACKING_URI
 from study.search_space import search_space
@@ -243,7 +243,7 @@ def parse(arguments: Sequence[str]) -> Flags:
 
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
     about = inspect.cleandoc(Flags.__doc__ or "")
-    return tyro.cli(flags, prog="python -m study.run", description=about, args=arguments, config=config)
+    return parsed(lambda: tyro.cli(flags, prog="python -m study.run", description=about, args=arguments, config=config))
 
 
 def arguments(flags: Flags) -> list[str]:
