@@ -41,7 +41,8 @@ def parsed(parse: Callable[[], Parsed]) -> Parsed:
         with contextlib.redirect_stderr(box):
             return parse()
     except SystemExit:
-        if lines := [line.strip("╭╮╰╯│─ ") for line in box.getvalue().splitlines()[1:]]:
+        box_lines = box.getvalue().splitlines()[1:]
+        if lines := [re.sub(r"^\W*[─-]{3,}\W*$", "", line.strip("│| ")).strip() for line in box_lines]:
             say(f"error: {_refusal(lines)}: see --help")
         raise
 
