@@ -41,9 +41,9 @@ def parsed(parse: Callable[[], Parsed]) -> Parsed:
         with contextlib.redirect_stderr(box):
             return parse()
     except SystemExit:
-        box_lines = box.getvalue().splitlines()[1:]
-        if lines := [re.sub(r"^\W*[─-]{3,}\W*$", "", line.strip("│| ")).strip() for line in box_lines]:
-            say(f"error: {_refusal(lines)}: see --help")
+        inside = "\n".join(box.getvalue().splitlines()[1:])  # without its title
+        if inside := re.sub(r"^\W*[─-]{3,}\W*$", "", re.sub(r"^[│|] | *[│|]$", "", inside, flags=re.M), flags=re.M):
+            say(f"error: {_refusal([line.strip() for line in inside.strip().splitlines()])}: see --help")
         raise
 
 
