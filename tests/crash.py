@@ -142,6 +142,8 @@ def work(study: Study, root: Path, trials: int = TOTALS[-1]) -> None:
         print(error)
         sys.stdout.flush()
         os._exit(DAMAGED)
+    except RecordLost:  # the store cannot be written
+        os._exit(75)
     except UserError as error:
         assert "one driver at a time" in str(error), error
         os._exit(REFUSED)
