@@ -44,7 +44,7 @@ from mlflow.store.db.utils import create_sqlalchemy_engine
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from ramcore.cost import cost
-from ramcore.errors import UserError, first_line
+from ramcore.errors import UserError, first_line, say
 from ramcore.private import without_secrets
 from study import schema
 from study.faults import fault_point
@@ -341,7 +341,7 @@ class Tracker:
                 break
             if not told and now - began > _TELL:
                 told = True
-                logger.info("waiting for MLflow%s; Ctrl-C ends this", f" ({self.outage})" if self.outage else "")
+                say(f"waiting for MLflow{f' ({self.outage})' if self.outage else ''}; Ctrl-C ends this")
         return self._lacking()
 
     def _lacking(self) -> str | None:

@@ -101,7 +101,7 @@ def test_study_read_over_http_is_unchanged(store: tuple[str, reader.StudyData], 
         subprocess.Popen(command, stdout=log, stderr=log, env=quiet, start_new_session=True) as server,
     ):
         try:
-            for _ in range(200):
+            for _ in range(1000):
                 try:
                     if requests.get(f"http://127.0.0.1:{port}/health", timeout=1).ok:
                         break

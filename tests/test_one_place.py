@@ -87,4 +87,4 @@ def test_a_field_and_its_range_make_a_searched_hyperparameter(code):
     insert(code / "ramcore" / "config.py", FIELDS, NEW_FIELD)
     insert(code / "study" / "search_space.py", DIMENSIONS, NEW_DIMENSION)
     plan = run(code, "study.run --task original --data digits --trials 2 --seeds-per-trial 1 --dry-run")
-    assert "weight_decay" in plan and "1e-06 to 0.01, log (per step): a guess" in plan
+    assert "weight_decay" in plan and "1e-06 to 0.01, in logarithms (per step): a guess" in plan
