@@ -42,7 +42,8 @@ PAIR, TRIPLE = 6, 3  # basis functions a dimension in components of two and thre
 JITTER = 1e-6
 STARTS = 8  # of the search for modes
 BURN = 8  # first steps of a chain, which are left out
-SAMPLED = 400  # trials that hyperparameters are sampled on, if there are more: time grows with the cube of the rows
+SAMPLED = 300  # trials that hyperparameters are sampled on, if there are more: time grows with the cube of the rows
+MOST_ROUNDS = 3  # of sampling, where there are more
 LEAST_STEPS = 20  # of a chain, whatever the number of draws that are asked for
 
 # Hyperparameters that belong to no dimension: prior mean and standard deviation, for y scaled to unit variance. All but
@@ -275,6 +276,7 @@ class Surface:
         """
         data = part = self._prepare(observations)
         if len(observations.trials) > SAMPLED:
+            rounds = min(rounds, MOST_ROUNDS)
             chosen = np.sort(rng.permutation(len(observations.trials))[:SAMPLED])
             part = self._prepare(observations.subset(chosen))
         mean, sd = self.prior_mean.numpy(), self.prior_sd.numpy()

@@ -54,9 +54,18 @@ class RecordGone(OSError):
 def connected(path: Path) -> Iterator[sqlite3.Connection]:
     """A connection to a SQLite file that exists; one in WAL mode sees the log beside it. Raises sqlite3.Error."""
     database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=60, isolation_level=None)
-    with contextlib.closing(database):
+    with contextlib.closing(database), _errors_of_sqlite():
         database.text_factory = _text
         yield database
+
+
+@contextlib.contextmanager
+def _errors_of_sqlite() -> Iterator[None]:
+    """Raises sqlite3.DatabaseError where the text of SQLite's own error, with a damaged name in it, is no UTF-8."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise sqlite3.DatabaseError("database disk image is malformed") from error
 
 
 def _text(raw: bytes) -> str:
@@ -200,7 +209,8 @@ def problem_of(database: sqlite3.Connection) -> str | None:
     """What is wrong with an open copy of a record, as a phrase; None if it is as it was written."""
     database.text_factory = _text
     try:
-        return _problem(database, None, ())
+        with _errors_of_sqlite():
+            return _problem(database, None, ())
     except sqlite3.DatabaseError as error:
         return f"cannot be read ({first_line(error)})"
 

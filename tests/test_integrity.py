@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -105,6 +106,22 @@ def test_any_flipped_bit_is_noticed_or_changes_nothing(tmp_path, file):
             noticed += 1
             assert "\n" not in str(error)
     assert noticed >= 3
+
+
+def test_name_of_a_table_that_is_no_text_is_damage(tmp_path):
+    fill(tmp_path / "whole")
+    content, expected = (tmp_path / "whole" / "study.db").read_bytes(), stored(tmp_path / "whole").trials
+    places = [found.start() for found in re.finditer(b"trial_user_attributes|checksums|study_user", content)]
+    said = []
+    for attempt, place in enumerate(places[:16]):
+        folder = tmp_path / f"{attempt}" / "s"
+        shutil.copytree(tmp_path / "whole", folder)
+        flip(folder / "study.db", place + 2, 7)
+        try:
+            assert stored(folder).trials == expected, "a name that nothing reads"
+        except (UserError, RecordLost) as error:
+            said.append(str(error))
+    assert any("malformed" in text for text in said) and all("\n" not in text for text in said)
 
 
 @pytest.mark.parametrize("damage", ["wal deleted", "wal cut", "cut to half", "emptied"])
