@@ -61,8 +61,11 @@ def cross_validate(selection: Selection, predictor: Predictor, held_out: HeldOut
 
 def trials_needed(selection: Selection, surface: Surface, posterior: Posterior, points: Array) -> int | None:
     """A rough number of Sobol trials, in all, with which R2 would come to MIN_R2; None if eight times as many as there
-    are would not do, or if the model expects that there are enough.
+    are would not do, if the model expects that there are enough, or if most trials did not train: then the surface,
+    which is of those that did, does not tell.
     """
+    if len(selection.observations.trials) < max(MIN_RANKED, len(selection.attempts.u) / 2):
+        return None
     theta, seeds = posterior.theta[:: max(1, len(posterior.theta) // 8)], float(selection.data.counts.seeds)
     have = len(selection.attempts.u)
 

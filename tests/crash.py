@@ -463,7 +463,8 @@ def disturbed(study: Study, root: Path, template: Path, seed: int, most: int = 6
 
             def successor(machine: str = other, trials: int = trials) -> None:
                 found = session(study, root, trials, machine=machine)
-                assert found == (0 if in_store else REFUSED), f"seed {seed}: beside a suspended one: {found}"
+                # The suspended session may hold MLflow's database locked.
+                assert found in ((0, 75) if in_store else (REFUSED,)), f"seed {seed}: beside a suspended one: {found}"
 
             code = session(
                 study, root, trials, kill_after=kill_after, fault=fault, machine=machine, suspended=successor
