@@ -50,6 +50,7 @@ ORIGIN_STYLE = {  # colour, marker, words
     "asked": (GREEN, "P", "asked for (--try)"),
     "sobol": (BLUE, "o", "space-filling (Sobol)"),
     "tpe": (ORANGE, "s", "optimiser (TPE)"),
+    "aimed": (BLUE, "D", "where it tells most (--aim)"),
     "paper": (GREEN, "D", "paper's rows"),
     "ofat": (PURPLE, "^", "one factor at a time"),
     "replicate": (RED, "v", "replicates"),

@@ -10,12 +10,13 @@ from crash import Silent
 from test_first_points import FLAGS
 from test_scheduler import EPOCHS, train
 
+from analysis.figures import ORIGIN_STYLE
 from ramcore.config import Config
 from ramcore.errors import UserError
 from ramcore.space import Dimension, Space, Values
 from study.aim import aimed_point
 from study.asha import ASHA
-from study.designs import search_origins
+from study.designs import SEARCH_ORIGINS, search_origins
 from study.flags import Flags, check
 from study.prepare import Prepared, prepare
 from study.record import open_record
@@ -58,6 +59,10 @@ def test_added_trials_of_that_aim_follow_the_first_sobol_points_and_are_of_no_ot
     assert search_origins([12], 3, aims=["sensitivity"]) == ["published"] + ["sobol"] * 11
     later = search_origins([24, 34, 44], 3, aims=["accuracy", "sensitivity"])
     assert later[:34] == grown and set(later[34:]) == {"sobol", "tpe"}, "totals without an aim are for accuracy"
+
+
+def test_every_origin_of_a_search_has_a_mark_in_figures():
+    assert set(SEARCH_ORIGINS) <= set(ORIGIN_STYLE)
 
 
 def test_aimed_trials_are_never_stopped_are_tried_once_and_come_again_after_a_kill(tmp_path: Path):
