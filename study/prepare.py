@@ -131,7 +131,7 @@ def prepare(flags: Flags) -> Prepared:
     inputs = DesignInputs(base=base, tasks=tasks, seeds_per_trial=seeds, space=space)
     if source and design.from_search:
         inputs = _around_best(inputs, source)
-    if design.rows:
+    if design.rows and known is None:
         _check_batches((row.config.batch_size for row in design.rows(inputs)), data, f", of design {design_name}")
     settings = StudySettings(
         study=name,

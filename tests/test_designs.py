@@ -5,6 +5,8 @@ import json
 
 import pytest
 from crash import Silent
+from test_first_points import opened, run
+from test_scheduler import EPOCHS
 
 from ramcore.config import Config
 from ramcore.recipes import PAPER, TUNED
@@ -204,3 +206,16 @@ def test_design_added_to_the_registry_is_prepared_and_run(tmp_path, monkeypatch)
         jobs = [scheduler.next_job(), scheduler.next_job(), scheduler.next_job()]
     assert [(j.config.num_glimpses, j.test, j.seeds) for j in jobs if j] == [(2, True, (0, 1, 2)), (4, True, (0, 1, 2))]
     assert scheduler.origins == ["mine", "mine"]
+
+
+@pytest.mark.parametrize("design", ["ofat", "replicate"])
+def test_design_that_starts_from_a_search_is_continued_from_its_own_record(tmp_path, design):
+    search = opened(tmp_path, trials=3)
+    run(search, 3)
+    search.record.close()
+    flags = Flags(design=design, data="digits", task="original", epochs=EPOCHS, storage=str(tmp_path))
+    first = prepare(flags)
+    open_record(first.storage, first.settings, total=first.total, rows=first.rows).close()
+    again = prepare(flags)
+    assert again.known is not None and again.settings == first.settings
+    assert again.trials_left == first.trials_left > 0
