@@ -66,20 +66,11 @@ def possible_kinds(fitted: Fit) -> list[Kind]:
     return [*(sobol(seeds) for seeds in sorted({1, data.counts.seeds})), repeated]
 
 
-def number_needed(fitted: Fit, margin: Margin, kind: Kind) -> int | None:
-    """How many of a kind would probably settle a claim; None: not even the most that are considered."""
-    now = remaining(fitted, margin, fitted.selection.observations)
-    for number in kind.numbers:
-        if _probability(margin.draws, after(fitted, margin, kind, number, now)) >= LIKELY:
-            return number
-    return None
-
-
 def _needs(fitted: Fit, margin: Margin, kinds: Sequence[Kind]) -> str:
     """What would settle a claim, as a sentence."""
-    found, not_enough = [], []
+    outlook, found, not_enough = Outlook(fitted, margin), [], []
     for kind in kinds:
-        number = number_needed(fitted, margin, kind)
+        number = outlook.number_needed(kind)
         if number is None:
             not_enough.append(f"{kind.numbers[-1]} {kind.about}")
         else:
@@ -91,27 +82,33 @@ def _needs(fitted: Fit, margin: Margin, kinds: Sequence[Kind]) -> str:
     return text
 
 
-def after(fitted: Fit, margin: Margin, kind: Kind, number: int, now: float) -> float:
-    """The variance that the margin of a claim will have after so many of a kind.
+class Outlook:
+    """What more trials would tell of the margin of a claim."""
 
-    now: what `remaining` gives for what there is.
-    """
-    variance = float(margin.draws.var())
-    of_surface = min(now, variance)
-    runs = float((fitted.selection.attempts.trained + fitted.selection.attempts.failed).sum())
-    then = remaining(fitted, margin, kind.of(fitted.selection.observations, number))
-    return of_surface * then / max(now, 1e-12) + (variance - of_surface) * runs / (runs + kind.runs(number))
+    def __init__(self, fitted: Fit, margin: Margin) -> None:
+        self._fitted, self._margin = fitted, margin
+        draws = len(fitted.posterior.weights) // DRAWS_EACH
+        self._chosen = np.linspace(0, draws - 1, THETAS).astype(int)
+        self._gradients = np.stack([gradient(fitted, margin, k * DRAWS_EACH)[None, :] for k in self._chosen])
+        self._now = self._remaining(fitted.selection.observations)
 
+    def number_needed(self, kind: Kind) -> int | None:
+        """How many of a kind would probably settle the claim; None: not even the most that are considered."""
+        draws = self._margin.draws
+        return next((n for n in kind.numbers if _probability(draws, self.after(kind, n)) >= LIKELY), None)
 
-def remaining(fitted: Fit, margin: Margin, seen: Observations) -> float:
-    """The variance of a margin that the surface's weights leave when these rows have been seen."""
-    draws = len(fitted.posterior.weights)
-    chosen = np.linspace(0, draws // DRAWS_EACH - 1, THETAS).astype(int)
-    variances = [
-        fitted.surface.left(fitted.posterior.theta[k], seen, gradient(fitted, margin, k * DRAWS_EACH)[None, :])[1][0]
-        for k in chosen
-    ]
-    return float(np.mean(variances))
+    def after(self, kind: Kind, number: int) -> float:
+        """The variance that the margin will have after so many of a kind."""
+        variance, selection = float(self._margin.draws.var()), self._fitted.selection
+        of_surface = min(self._now, variance)
+        runs = float((selection.attempts.trained + selection.attempts.failed).sum())
+        then = self._remaining(kind.of(selection.observations, number))
+        return of_surface * then / max(self._now, 1e-12) + (variance - of_surface) * runs / (runs + kind.runs(number))
+
+    def _remaining(self, seen: Observations) -> float:
+        """The variance that the surface's weights leave when these rows have been seen."""
+        theta = self._fitted.posterior.theta[self._chosen]
+        return float(np.mean(self._fitted.surface.left(theta, seen, self._gradients)[1]))
 
 
 def gradient(fitted: Fit, margin: Margin, draw: int) -> Array:

@@ -12,9 +12,8 @@ noise. All three may be larger where accuracy is low, and the seed noise has hea
 differences between the seeds of a trial enter the likelihood exactly, so seed noise is measured.
 
 No hyperparameter is fixed at an estimate: they are sampled (`analysis.sampler`), in turns with the trials' scales of
-noise, and each draw of them gives joint
-posterior draws of all weights (Matheron's rule). A trial is predicted without itself from the same draws, exactly for
-each of them and reweighted between them.
+noise, and each draw of them gives joint posterior draws of all weights (Matheron's rule). A trial is predicted without
+itself from the same draws, exactly for each of them and reweighted between them.
 
 Sources: Marrel et al. 2009 and Le Gratiet et al. 2014 (Sobol indices on posterior draws), Durrande et al. 2013 (ANOVA
 kernels), Wilson et al. 2020 (Matheron's rule), Rasmussen and Williams 2006, 5.4.2 (leaving rows out), Vehtari et al.
@@ -375,24 +374,26 @@ class Surface:
         """Variance of linear functions of the weights at the full budget, before and after these rows are seen.
 
         What a Gaussian process will not know does not depend on what is measured, only on where. theta: hyperparameters
-        (H,); of: coefficients (K, P) -> (K,) and (K,), in logits squared.
+        (S, H); of: coefficients, the same for all of these (K, P) or not (S, K, P) -> (S, K) and (S, K), in logits
+        squared.
         """
-        data, coefficients = self._prepare(observations), torch.as_tensor(of)
+        data, before, known = self._prepare(observations), [], []
+        coefficients = torch.as_tensor(of).expand(len(theta), -1, -1)
         with torch.no_grad():
-            one = torch.as_tensor(theta)
-            scaled = coefficients * self.variances(one)
-            time = self._time_kernel(one, torch.cat([torch.ones(1, dtype=torch.float64), data.u]))[0]
-            reach = (scaled @ data.features.T)[:, data.trial_of] * time[1:]
-            factor = torch.linalg.cholesky(self.covariance(one, data))
-            known = (torch.linalg.solve_triangular(factor, reach.T, upper=False) ** 2).sum(dim=0)
-            before = (scaled * coefficients).sum(dim=1) * time[0]
-        return before.numpy() * data.scale**2, (before - known).numpy() * data.scale**2
+            for one, wanted in zip(torch.as_tensor(theta), coefficients, strict=True):
+                scaled = wanted * self.variances(one)
+                time = self._time_kernel(one, torch.cat([torch.ones(1, dtype=torch.float64), data.u]))[0]
+                reach = (scaled @ data.features.T)[:, data.trial_of] * time[1:]
+                factor = torch.linalg.cholesky(self.covariance(one, data))
+                known.append((torch.linalg.solve_triangular(factor, reach.T, upper=False) ** 2).sum(dim=0))
+                before.append((scaled * wanted).sum(dim=1) * time[0])
+        all_of_it, seen = (torch.stack(part).numpy() * data.scale**2 for part in (before, known))
+        return all_of_it, all_of_it - seen
 
     def explained(self, theta: Array, observations: Observations, points: Array) -> float:
         """Expected R2 over the space after these rows: a mean over hyperparameters (S, H), at points (N, D)."""
-        of = self.features(points)
-        variances = [self.left(one, observations, of) for one in theta]
-        return float(np.mean([1 - after.sum() / before.sum() for before, after in variances]))
+        before, after = self.left(theta, observations, self.features(points))
+        return float(np.mean(1 - after.sum(axis=1) / before.sum(axis=1)))
 
     def _without_each(self, theta: Tensor, data: _Tensors, factor: Tensor) -> tuple[Array, Array, Array, Array]:
         """For every trial, given hyperparameters: mean and variance of its last row without the trial, the part of the

@@ -8,10 +8,9 @@
 
 `holds` asks whether the intervals hold on the ten truths of `benchmarks/truths.py`, and `choices` what other ways of
 choosing as many trials would give. `settles` asks whether the trials that a report names for an undecided claim settle
-it. The made-up studies of `truth`
-have six parameters, seed noise, and three ways of choosing trials. One parameter is inert, one acts only through
-another, and the optimum of one moves during training, so that learning curves cross. Our indices are compared with true
-total Sobol indices, the others with true first-order shares, which they estimate.
+it. The made-up studies of `truth` have six parameters, seed noise, and three ways of choosing trials. One parameter is
+inert, one acts only through another, and the optimum of one moves during training, so that learning curves cross. Our
+indices are compared with true total Sobol indices, the others with true first-order shares, which they estimate.
 """
 
 from __future__ import annotations
@@ -23,10 +22,11 @@ import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -41,7 +41,7 @@ from analysis.load import connect, find_study, list_studies, load_study
 from analysis.paper import markdown_table
 from analysis.results import DUMMY, TIE, Interval
 from analysis.selection import unit_table
-from analysis.settling import after, number_needed, possible_kinds, remaining
+from analysis.settling import Outlook, possible_kinds
 from analysis.text import number
 from analysis.verdicts import judge
 from benchmarks.truths import HELD_OUT, SEEDS, TRUTHS, Facts, origins_of, study_of, true_indices
@@ -201,14 +201,21 @@ def print_holds(*, replicates: int = 8, truth: str = "", processes: int = 2, out
         out: Write every study's row to this CSV file, as they come.
     """
     jobs = [(name, seed) for name in TRUTHS if truth in name for seed in range(replicates)]
+    print(holds_table(_tried(_held, jobs, processes, out)))
+
+
+def _tried(
+    work: Callable[..., Row | list[Row]], jobs: Sequence[tuple[Any, ...]], processes: int, out: Path | None
+) -> pd.DataFrame:
+    """The rows of all jobs, tuples of arguments, in processes of their own; written to `out` as they come."""
     rows: list[Row] = []
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for row in pool.map(_held, *zip(*jobs, strict=True)):
-            rows.append(row)
-            print(f"{row['truth']}: study {row['study']:.0f}", file=sys.stderr)
+        for job, found in zip(jobs, pool.map(work, *zip(*jobs, strict=True)), strict=True):
+            rows += found if isinstance(found, list) else [found]
+            print(f"{job[0]}: study {job[1]}", file=sys.stderr)
             if out is not None:
                 pd.DataFrame(rows).to_csv(out, index=False, float_format="%.4g")
-    print(holds_table(pd.DataFrame(rows)))
+    return pd.DataFrame(rows)
 
 
 def _choices(truth: str) -> dict[str, list[str]]:
@@ -242,17 +249,14 @@ def print_choices(
         out: Write every study's row to this CSV file, as they come.
     """
     jobs = [
-        (way, (name, seed, origins))
+        (name, seed, way, origins)
         for seed in range(replicates) for name in truths for way, origins in _choices(name).items()
     ]  # fmt: skip
-    rows: list[Row] = []
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for (way, _), row in zip(jobs, pool.map(_held, *zip(*(job for _, job in jobs), strict=True)), strict=True):
-            rows.append({"trials": way, **row})
-            print(f"{row['truth']}: {way}: study {row['study']:.0f}", file=sys.stderr)
-            if out is not None:
-                pd.DataFrame(rows).to_csv(out, index=False, float_format="%.4g")
-    print(choices_table(pd.DataFrame(rows)))
+    print(choices_table(_tried(_chosen, jobs, processes, out)))
+
+
+def _chosen(name: str, seed: int, way: str, origins: Sequence[str]) -> Row:
+    return {"trials": way, **_held(name, seed, origins)}
 
 
 def choices_table(rows: pd.DataFrame) -> str:
@@ -277,15 +281,15 @@ def _settled(name: str, seed: int) -> list[Row]:
         if verdict.verdict != "undecided" or verdict.margin is None:
             continue
         kind = next(kind for kind in possible_kinds(fitted) if kind.about.endswith(f"{SEEDS} seeds"))
-        more = number_needed(fitted, verdict.margin, kind)
-        now = remaining(fitted, verdict.margin, fitted.selection.observations)
+        outlook = Outlook(fitted, verdict.margin)
+        more = outlook.number_needed(kind)
         then = judge(analyse(study_of(truth, seed, origins=[*begun, *["sobol"] * (more or BEGUN)]), seed=seed))[place]
         assert then.margin is not None
         rows.append({
             "truth": name, "claim": verdict.claim, "more trials": float(more or BEGUN),
             "settles": np.nan if more is None else float(then.verdict != "undecided"),
             "SD now": float(verdict.margin.draws.std()), "SD then": float(then.margin.draws.std()),
-            "SD expected": math.sqrt(after(fitted, verdict.margin, kind, more or BEGUN, now)),
+            "SD expected": math.sqrt(outlook.after(kind, more or BEGUN)),
         })  # fmt: skip
     return rows
 
@@ -302,13 +306,7 @@ def print_settles(
         out: Write every claim's row to this CSV file, as they come.
     """
     jobs = [(name, seed) for seed in range(replicates) for name in truths]
-    rows: list[Row] = []
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for found in pool.map(_settled, *zip(*jobs, strict=True)):
-            rows += found
-            if out is not None:
-                pd.DataFrame(rows).to_csv(out, index=False, float_format="%.4g")
-    table = pd.DataFrame(rows)
+    table = _tried(_settled, jobs, processes, out)
     table["SD then / expected"] = table["SD then"] / table["SD expected"]
     means = pd.DataFrame(table.groupby("truth", sort=False, as_index=False).mean(numeric_only=True))
     cells = ([v if isinstance(v, str) else number(v, 2) for v in row] for row in means.itertuples(index=False))

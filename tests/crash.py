@@ -127,9 +127,14 @@ class Study:
         return Study(space=space, settings=settings, data=data)
 
 
+def home(root: Path) -> Path:
+    """Where the study of a folder is: in the store in it, or in the folder itself."""
+    return root / "store" if (root / "store").exists() else root
+
+
 def storage_of(root: Path) -> Storage:
-    """Where the study of a folder is: in the folder itself, or in the store in it."""
-    return Storage.parse(f"file://{root}/store" if (root / "store").exists() else str(root))
+    """The same as a storage."""
+    return Storage.parse(str(root) if home(root) == root else f"file://{home(root)}")
 
 
 def work(study: Study, root: Path, trials: int = TOTALS[-1]) -> None:
@@ -275,13 +280,17 @@ def taken(root: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
+def waiting(milliseconds: int) -> SimpleNamespace:
+    """What makes MLflow, in place of `mlflow.store.db.utils.sql`, wait so long for a locked database, not 20 s."""
+    plain, ours = sqlalchemy.sql.text, f"timeout = {milliseconds}"
+    return SimpleNamespace(text=lambda statement: plain(statement.replace("timeout = 20000", ours)))
+
+
 def _make_small(root: Path, machine: str = MACHINES[0]) -> None:
     """Prepare a forked process for a study in a folder."""
     designs.LEAST_SOBOL = 2  # so that a study this small has optimiser's trials that follow one another
     tracking._BACKOFF = (0.1,)  # outages are many here, and short
-    plain = sqlalchemy.sql.text
-    statements = SimpleNamespace(text=lambda statement: plain(statement.replace("timeout = 20000", "timeout = 200")))
-    setattr(mlflow.store.db.utils, "sql", statements)  # noqa: B010
+    setattr(mlflow.store.db.utils, "sql", waiting(200))  # noqa: B010
     snapshots._EXPIRES = 0.2
     os.environ["XDG_CACHE_HOME"] = str(root / machine)
     # An object appears whole in a bucket; a file that pyarrow writes does not.
@@ -328,7 +337,7 @@ def check_words(root: Path) -> None:
 
 def record_of(root: Path) -> Path:
     """The SQLite file of the study's record; in a store, the machine's copy that is further."""
-    if not (root / "store").exists():
+    if home(root) == root:
         return root / NAME / RECORD
     copies = [path for machine in MACHINES for path in (root / machine).glob(f"**/{NAME}/{RECORD}")]
     return max(copies, key=lambda path: path.stat().st_mtime)
@@ -349,10 +358,8 @@ def draw_fault(rng: random.Random) -> tuple[str, float | None]:
         action = rng.choice(("lock=immediate=0.5", "lock=exclusive=0.5", "lock=immediate=30", "forget"))
         return f"{rng.choice(('record.epoch.after', 'record.end.after'))}@{rng.randint(1, 4)}:{action}", None
     if kind < 0.56:
-        return (
-            f"{rng.choice(('record.start.after', 'record.epoch.after', 'report.before'))}@{rng.randint(1, 4)}:stop",
-            None,
-        )
+        place = rng.choice(("record.start.after", "record.epoch.after", "report.before"))
+        return f"{place}@{rng.randint(1, 4)}:stop", None
     if kind < 0.64:
         place = rng.choice(("record.start.after", "record.epoch.after", "record.end.after"))
         return f"{place}@{rng.randint(1, 4)}:{rng.choice(('move', f'flip={rng.random():.6f}'))}", None
@@ -391,25 +398,21 @@ def damage(rng: random.Random, root: Path) -> str | None:
     path = root / NAME / rng.choice(names) if names else root / NAME / "study.db"
     if not path.exists():
         return None
-    kind = rng.choice(("flip", "flip", "cut", "delete"))
-    if kind == "flip":
-        for _ in range(rng.choice((1, 1, 8))):
-            flip(path, rng.random())
-    elif kind == "cut":
-        os.truncate(path, rng.randrange(path.stat().st_size + 1))
-    else:
-        path.unlink()
-    return f"{kind} {path.name}"
+    return hurt(rng, path)
 
 
 def damage_lease(rng: random.Random, root: Path) -> str | None:
     """Damage the lease that a killed session left in the store; returns what was done."""
-    path = root / "store" / NAME / snapshots.LEASE
-    if not path.exists():
-        return None
-    kind = rng.choice(("flip", "cut", "delete"))
+    path = home(root) / NAME / snapshots.LEASE
+    return hurt(rng, path) if path.exists() else None
+
+
+def hurt(rng: random.Random, path: Path) -> str:
+    """Flip bits of a file, cut it short or delete it; returns which."""
+    kind = rng.choice(("flip", "flip", "cut", "delete"))
     if kind == "flip":
-        flip(path, rng.random())
+        for _ in range(rng.choice((1, 1, 8))):
+            flip(path, rng.random())
     elif kind == "cut":
         os.truncate(path, rng.randrange(path.stat().st_size + 1))
     else:
@@ -449,7 +452,7 @@ def disturbed(study: Study, root: Path, template: Path, seed: int, most: int = 6
     """
     (root / "store" if seed % 3 == 0 else root).mkdir(parents=True)
     shutil.copy(template, root / "mlflow.db")
-    chain, in_store = Chain(), (root / "store").exists()
+    chain, in_store = Chain(), home(root) != root
     for trials in TOTALS:
         code = -1
         while code != 0:
@@ -490,9 +493,9 @@ def disturbed(study: Study, root: Path, template: Path, seed: int, most: int = 6
             if code != 0 and rng.random() < 0.25 and tear(rng, root):
                 chain.torn += 1
                 chain.faults += 1
-            hurt = damage_lease if in_store else damage
             left = code != 0 and (in_store or not chain.forgotten)
-            if left and rng.random() < 0.15 and (what := hurt(rng, root)):
+            damaged = damage_lease if in_store else damage
+            if left and rng.random() < 0.15 and (what := damaged(rng, root)):
                 chain.plans.append(what)
                 chain.damaged += not in_store
                 chain.faults += 1
@@ -561,7 +564,7 @@ def _mlflow(root: Path) -> list[Any]:
 
 def _trials(root: Path) -> Path:
     """The folder of the trials' files."""
-    return (root / "store" if (root / "store").exists() else root) / NAME / "trials"
+    return home(root) / NAME / "trials"
 
 
 def _files(root: Path) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from analysis.importance import Fit, conclude, fit_study
-from analysis.settling import after, gradient, number_needed, possible_kinds, remaining, settle
+from analysis.settling import Outlook, gradient, possible_kinds, settle
 from analysis.verdicts import Margin, Verdict, judge
 from tests.synthetic import RAM_DIMENSIONS, Synthetic, simulate
 
@@ -57,8 +57,8 @@ def test_what_more_trials_leave_is_what_they_leave(few: tuple[Fit, tuple[Verdict
     fitted, verdicts = few
     margin, kind = margin_of(verdicts), possible_kinds(fitted)[1]
     assert "Sobol trials of 2 seeds" in kind.about and kind.runs(10) == 20
-    now = remaining(fitted, margin, fitted.selection.observations)
-    expected = [np.sqrt(after(fitted, margin, kind, more, now)) for more in (1, 14, 42, 100)]
+    outlook = Outlook(fitted, margin)
+    expected = [np.sqrt(outlook.after(kind, more)) for more in (1, 14, 42, 100)]
     assert expected == sorted(expected, reverse=True) and expected[0] < margin.draws.std()
     truly = margin_of(judged(56)[1]).draws.std()
     assert truly < expected[2] < 2 * truly, "hyperparameters that so few trials do not tell count as unknown"
@@ -82,6 +82,7 @@ def test_claim_far_from_its_threshold_needs_fewer_trials_than_one_near_it(few: t
     centred = margin.draws - margin.draws.mean()
 
     def needed(distance: float) -> float:
-        return number_needed(fitted, margin._replace(draws=centred + distance * centred.std()), kind) or np.inf
+        moved = margin._replace(draws=centred + distance * centred.std())
+        return Outlook(fitted, moved).number_needed(kind) or np.inf
 
     assert needed(1.6) < needed(1.2) <= needed(0.0)

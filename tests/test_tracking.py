@@ -11,12 +11,11 @@ import threading
 import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import mlflow
 import optuna
 import pytest
-import sqlalchemy
+from crash import waiting
 from servers import Proxy, Server
 
 from analysis import load
@@ -57,9 +56,7 @@ def uri(empty_database, tmp_path, monkeypatch) -> str:
 @pytest.fixture
 def impatient(monkeypatch) -> None:
     """An MLflow that waits 5 seconds for a locked database, not 20."""
-    plain = sqlalchemy.sql.text
-    statements = SimpleNamespace(text=lambda statement: plain(statement.replace("timeout = 20000", "timeout = 5000")))
-    monkeypatch.setattr("mlflow.store.db.utils.sql", statements)
+    monkeypatch.setattr("mlflow.store.db.utils.sql", waiting(5000))
 
 
 @pytest.fixture
