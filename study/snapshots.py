@@ -19,7 +19,9 @@ A lock file is seen by one machine only. So two things keep a second driver out 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
+import itertools
 import json
 import logging
 import socket
@@ -85,7 +87,9 @@ def fetch(storage: Storage, study: str) -> str | None:
 
 def set_aside(path: Path) -> str:
     """Rename a record and its backups, so that another can take its place; returns the new name. Nothing is deleted."""
-    aside = f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}"
+    made = f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (made if n == 0 else f"{made}-{n}" for n in itertools.count())
+    aside = next(name for name in names if not list(path.parent.glob(f"{glob.escape(name)}*")))
     path.with_name(integrity.COMMITS).unlink(missing_ok=True)  # it speaks of this one
     for suffix in ("", "-wal", "-shm"):
         if (leftover := path.with_name(path.name + suffix)).exists():

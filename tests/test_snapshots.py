@@ -14,7 +14,7 @@ from study import snapshots
 from study.integrity import RecordDamaged
 from study.record import Record, RecordLost
 from study.repair import repair
-from study.snapshots import LEASE, Lease, LeaseHeld, fetch
+from study.snapshots import LEASE, Lease, LeaseHeld, fetch, set_aside
 from study.storage import Storage
 
 
@@ -164,6 +164,18 @@ def test_study_deleted_in_storage_starts_anew_and_working_copy_is_renamed(storag
     assert len(list(folder.glob("study.db.2*"))) >= 1
 
 
+def test_two_records_set_aside_within_a_second_are_both_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda form: "20260101-000000")
+    for content in ("one", "two", "three"):
+        (tmp_path / "backups").mkdir()
+        for name in ("study.db", "study.db-wal", "backups/study.0.db"):
+            (tmp_path / name).write_text(content)
+        aside = set_aside(tmp_path / "study.db")
+        for name in (aside, f"{aside}-wal", f"{aside}-backups/study.0.db"):
+            assert (tmp_path / name).read_text() == content
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 9
+
+
 def test_longer_working_copy_of_another_study_is_not_used(storage, tmp_path):
     with open_record(storage) as record:
         record.start(plan(), SPACE)
@@ -222,7 +234,10 @@ def test_suspended_driver_cannot_overwrite_the_record_of_its_successor(storage, 
         with pytest.raises(RecordLost, match="another driver has taken the study over"):
             suspended.start(plan(1), SPACE)
         suspended.close()
-        assert (tmp_path / "store" / "s" / "study.db").read_bytes() == theirs
+        end = time.monotonic() + 20  # the successor's own copies are not written at one stroke to this kind of store
+        while (tmp_path / "store" / "s" / "study.db").read_bytes() != theirs:
+            assert time.monotonic() < end
+            time.sleep(0.05)
         assert LEASE in storage.folder("s").names("")  # the successor's
         monkeypatch.undo()
 
