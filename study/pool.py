@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import joblib
 import ray
 import torch
 from ray import tune
@@ -55,7 +57,7 @@ _LEAVE_SECONDS = {"raylet": 7.0, "GCS": 40.0}
 _USABLE = 0.95  # share of the memory that Ray lets its workers fill before it kills them
 _OVERHEAD = 900e6  # of the driver and of Ray's services
 _WORKER = 350e6  # of a worker before it trains
-_OBJECT_STORE = 512 * 2**20  # on a single machine: the images of any task, with room
+_OBJECT_STORE = 128 * 2**20  # on a single machine, which keeps next to nothing there
 
 
 class PoolLost(RuntimeError):
@@ -220,9 +222,10 @@ def run_trials(
 ) -> None:
     """Train the scheduler's trials with `work`; returns when it has no more or wants to stop.
 
-    Ray copies the data to each node once. `look` is called every few seconds and returns the current number of slots,
-    so that workers that join get trials. Raises PoolLost if Ray or Tune broke down (ShortOfMemory: because there was
-    too little memory), or the error that stopped the scheduler.
+    Ray copies the data to each node of a cluster once. On one machine workers read a file: the driver of data in Ray's
+    object store is ended at once, without a word, when the raylet takes the store with it. `look` is called every few
+    seconds and returns the current number of slots, so that workers that join get trials. Raises PoolLost if Ray or
+    Tune broke down (ShortOfMemory: because there was too little memory), or the error that stopped the scheduler.
     """
     slots = pool.slots
     limiter = ConcurrencyLimiter(TuneSearcher(scheduler), max_concurrent=slots)
@@ -244,7 +247,12 @@ def run_trials(
             stop=TuneStopper(scheduler, _breakdown_check(tune_scheduler)),
             verbose=0,
         )
-        trainable = tune.with_resources(tune.with_parameters(work, data=data), resources)
+        if pool.on_cluster:
+            with_data = tune.with_parameters(work, data=data)
+        else:
+            joblib.dump(data, file := Path(scratch) / "data")
+            with_data = partial(_with_data_of, file, work)
+        trainable = tune.with_resources(with_data, resources)
         tuner = tune.Tuner(trainable, tune_config=search, run_config=run)
         try:
             with cluster.called_regularly(grow) if look else nullcontext():
@@ -257,6 +265,11 @@ def run_trials(
             raise (ShortOfMemory if lacks_memory(reason) else PoolLost)(reason) from error
     if scheduler.error is not None:
         raise scheduler.error
+
+
+def _with_data_of(file: Path, work: Callable[..., None], job: dict[str, Any]) -> None:
+    """The work on a job, with data that all workers read from one file without a copy."""
+    work(job, data=joblib.load(file, mmap_mode="r"))
 
 
 def _breakdown_check(tune_scheduler: TuneScheduler) -> Callable[[], None]:
