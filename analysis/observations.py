@@ -129,22 +129,24 @@ def _bins(epochs: Array, edges: Array, budget: int) -> np.ndarray:
 
 def _contrasts(per_seed: pd.DataFrame, bins: int) -> Contrasts:
     """Contrasts of every trial with two seeds or more, over the bins that all of its seeds reached."""
+    curves = per_seed.pivot(index=["trial", "seed"], columns="bin", values="y").reindex(range(bins), axis=1)
+    means = {
+        name: per_seed.pivot_table(name, index="trial", columns="bin").reindex(range(bins), axis=1)
+        for name in ("u", "y", "epochs")
+    }
     trials, u, y, count, outer, df = [], [], [], [], [], []
-    for trial, curve in per_seed.groupby("trial"):
-        wide = curve.pivot(index="seed", columns="bin", values="y").dropna(axis=1)
-        if len(wide) < 2 or not wide.shape[1]:
+    for trial, curve in curves.groupby(level="trial"):
+        values = curve.to_numpy()
+        here = ~np.isnan(values).any(axis=0)
+        if len(values) < 2 or not here.any():
             continue
-        here = wide.columns.to_numpy(dtype=int)
-        means = curve.groupby("bin").agg(u=("u", "mean"), y=("y", "mean"), epochs=("epochs", "mean")).loc[here]
-        departures = (wide - wide.mean()).to_numpy()
-        for rows, column in ((u, "u"), (count, "epochs")):
-            rows.append(np.zeros(bins))
-            rows[-1][here] = means[column]
+        departures = np.where(here, values - values.mean(axis=0), 0.0)
+        for rows, name in ((u, "u"), (count, "epochs")):
+            rows.append(np.where(here, means[name].loc[trial], 0.0))
         trials.append(trial)
-        y.append(float(means["y"].iloc[-1]))
-        outer.append(np.zeros((bins, bins)))
-        outer[-1][np.ix_(here, here)] = departures.T @ departures
-        df.append(len(wide) - 1.0)
+        y.append(means["y"].loc[trial].to_numpy()[here][-1])
+        outer.append(departures.T @ departures)
+        df.append(len(values) - 1.0)
     size = len(df)
     u, count = (np.reshape(rows, (size, bins)) for rows in (u, count))
     outer = np.reshape(outer, (size, bins, bins))

@@ -76,7 +76,7 @@ def find_modes(density: Density, starts: Sequence[Array], scale: Array) -> list[
     found: list[tuple[Array, float]] = []
     for iterations, distance in ((30, 8 * FAR), (100, FAR)):  # roughly first, and only what may be a mode to the end
         points = [at for at, _ in found] if found else starts
-        found = _at_once(lambda at, most=iterations: find_mode(density, at, most), points)
+        found = at_once(lambda at, most=iterations: find_mode(density, at, most), points)
         found.sort(key=lambda mode: -mode[1])
         kept: list[tuple[Array, float]] = []
         for at, value in found:
@@ -84,7 +84,7 @@ def find_modes(density: Density, starts: Sequence[Array], scale: Array) -> list[
             if apart and value > found[0][1] - distance and len(kept) < CHAINS:
                 kept.append((at, value))
         found = kept
-    roots = _at_once(lambda mode: laplace_factor(density, mode[0], scale), found)
+    roots = at_once(lambda mode: laplace_factor(density, mode[0], scale), found)
     weights = [value + float(np.log(root.diagonal()).sum()) for (_, value), root in zip(found, roots, strict=True)]
     total = _log_sum(weights)
     return [Mode(at, root, w - total) for (at, _), root, w in zip(found, roots, weights, strict=True)]
@@ -198,7 +198,7 @@ def run_until_settled(
     """
 
     def run(steps: int) -> Array:
-        return np.stack(_at_once(lambda chain: chain.run(steps), chains))
+        return np.stack(at_once(lambda chain: chain.run(steps), chains))
 
     run(burn)
     paths = run(steps)
@@ -209,7 +209,7 @@ def run_until_settled(
     return paths
 
 
-def _at_once(work: Callable[[One], Other], on: Sequence[One]) -> list[Other]:
+def at_once(work: Callable[[One], Other], on: Sequence[One]) -> list[Other]:
     """The work on each, a thread for every core."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(work, on))

@@ -33,7 +33,16 @@ from torch import Tensor
 
 from analysis.basis import MAIN, basis
 from analysis.observations import Observations
-from analysis.sampler import CHAINS, Chain, Mode, differentiated, find_modes, run_until_settled, weights_without
+from analysis.sampler import (
+    CHAINS,
+    Chain,
+    Mode,
+    at_once,
+    differentiated,
+    find_modes,
+    run_until_settled,
+    weights_without,
+)
 from analysis.tails import SCALES, Tails
 from ramcore.space import Array, Dimension
 
@@ -284,23 +293,40 @@ class Surface:
         kept = math.ceil(hyperdraws / CHAINS)
         chains = [self._chain(part, modes, k, child) for k, child in enumerate(rng.spawn(CHAINS))]
         paths = run_until_settled(chains, BURN, max(kept, LEAST_STEPS), rounds, self._prior_shares)
-        states = np.concatenate(paths[:, np.linspace(0, paths.shape[1] - 1, kept).astype(int)])
-        theta, scales = np.split(states, [len(mean)], axis=1)
-        tails = Tails(len(data.features))
-        drawn, without = [], []
-        with torch.no_grad():
-            for one, scale in zip(torch.as_tensor(theta), torch.as_tensor(scales), strict=True):
-                if part is data:
-                    tails.scale = scale
-                else:  # the scales of all trials, in turns with the draws of the hyperparameters
-                    self._redraw(one, data, tails, rng)
-                scaled = data._replace(scale_of_noise=tails.scale)
-                factor = torch.linalg.cholesky(self.covariance(one, scaled))
-                drawn.append(self._draw(one, scaled, factor, torch.as_tensor(at), draws_each, rng))
-                without.append(self._without_each(one, scaled, factor))
-        weights = np.concatenate([weights * data.scale for weights, _ in drawn])
-        level = np.concatenate([level * data.scale + data.centre for _, level in drawn])
+        states = paths[:, np.linspace(0, paths.shape[1] - 1, kept).astype(int)]
+        known, rngs = part is data, rng.spawn(CHAINS)
+        parts = at_once(
+            lambda k: self._draw_all(states[k], data, torch.as_tensor(at), draws_each, rngs[k], known=known),
+            range(CHAINS),
+        )
+        weights = np.concatenate([one for part in parts for one in part[0]]) * data.scale
+        level = np.concatenate([one for part in parts for one in part[1]]) * data.scale + data.centre
+        without = [one for part in parts for one in part[2]]
+        theta = np.concatenate(states)[:, : len(mean)]
         return Posterior(weights, level, theta, len(modes), _held_out(without, data))
+
+    def _draw_all(
+        self, states: Array, data: _Tensors, at: Tensor, each: int, rng: np.random.Generator, *, known: bool
+    ) -> tuple[list[Array], list[Array], list[tuple[Array, ...]]]:
+        """For each of a chain's states: joint draws of weights and of level, and every trial without itself.
+
+        known: whether the states hold the scales of these trials' noise; if not, they are drawn in turns.
+        """
+        tails = Tails(len(data.features))
+        weights, level, without = [], [], []
+        with torch.no_grad():
+            for state in torch.as_tensor(states):
+                theta, scale = state[: len(self.prior_mean)], state[len(self.prior_mean) :]
+                if known:
+                    tails.scale = scale
+                else:
+                    self._redraw(theta, data, tails, rng)
+                scaled = data._replace(scale_of_noise=tails.scale)
+                factor = torch.linalg.cholesky(self.covariance(theta, scaled))
+                for found, one in zip((weights, level), self._draw(theta, scaled, factor, at, each, rng), strict=True):
+                    found.append(one)
+                without.append(self._without_each(theta, scaled, factor))
+        return weights, level, without
 
     def _chain(self, data: _Tensors, modes: Sequence[Mode], number: int, rng: np.random.Generator) -> Chain:
         """A chain of states (H + T,): hyperparameters, and after each of its steps the trials' scales of noise."""

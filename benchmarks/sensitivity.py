@@ -330,6 +330,7 @@ def print_timing(*, trials: tuple[int, ...] = (100, 1000), tracking_uri: str | N
         trials: Trials of the made-up studies, 30 epochs each.
         tracking_uri: Write to and read from this MLflow server; a fresh SQLite file if left out.
     """
+    torch.set_num_threads(1)  # as the command has it
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         uri = tracking_uri or f"sqlite:///{folder}/mlflow.db"
