@@ -304,7 +304,7 @@ def _load(source: str, task: str, canvas: int, data_dir: Path | None, warnings: 
     except DataMissing as error:
         if source != "auto":
             raise
-        warnings.append(f"training on the bundled digits (1,797 images of 8x8 pixels), not on MNIST: {error}")
+        warnings.append(f"using the bundled digits (1,797 images of 8x8 pixels), not MNIST: {error}")
         return load_task(dataclasses.replace(config, data="digits"))
 
 

@@ -184,4 +184,6 @@ def _draw(trial: TrialRecord, weights: dict[str, Tensor], data: TaskData, path: 
 def _brief(config: Config) -> str:
     if not config.is_recurrent:
         return config.model
-    return f"{config.num_glimpses} glimpses, {config.patch_size}x{config.patch_size}, {config.num_scales} scales"
+    counts = (config.num_glimpses, "glimpse"), (config.num_scales, "scale")
+    glimpses, scales = (f"{number} {one}{'s' if number > 1 else ''}" for number, one in counts)
+    return f"{glimpses}, {config.patch_size}x{config.patch_size}, {scales}"
