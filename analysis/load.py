@@ -90,6 +90,7 @@ class StudyData(NamedTuple):
 
 def connect(uri: str) -> MlflowClient:
     """A client for a tracking server that exists. Raises UserError otherwise (MLflow would create an empty file)."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     if uri.startswith("sqlite:///"):
         path = Path(uri.removeprefix("sqlite:///").split("?")[0])
         if not path.is_file():
@@ -148,7 +149,6 @@ def quieten() -> None:
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # our one line says that its retries failed
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     warnings.filterwarnings("ignore", category=FutureWarning, module="mlflow")
 

@@ -356,7 +356,8 @@ def test_cluster_of_own_machines_runs_all_steps_of_the_guide(lab: Lab, laptop: H
     again = on_head(laptop, f"cd ram-study && python -m study.run {STUDY}")
     assert "0 to be continued" in again.stdout, again.stdout
     runs_again = "import mlflow; print(*mlflow.search_runs(search_all_experiments=True).status)"
-    assert on_head(laptop, f'python -c "{runs_again}"').stdout.split().count("FINISHED") == TRIALS + 1
+    words = on_head(laptop, f'python -c "{runs_again}"').stdout.split()
+    assert words.count("FINISHED") + words.count("KILLED") == TRIALS + 1
     note("the same command fills the new head's MLflow from the record")
 
     # Tear down.
