@@ -570,6 +570,7 @@ def test_retuned_effect_is_smaller_where_another_parameter_makes_up_for_it() -> 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_intervals_cover_the_truth(quick_fits: pytest.MonkeyPatch) -> None:
     quick_fits.undo()
     inside: list[bool] = []
