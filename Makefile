@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 SETUP := .venv/.set-up
 
-# The quick study: bundled digits, few enough trials to end within 5 minutes on 2 cores, enough for a report.
+# The quick study: bundled digits, few enough trials to end within 5 to 7 minutes on 2 cores, enough for a report.
 QUICK := --data digits --task original --epochs 12 --trials 28
 
 .PHONY: help setup study test lint format bench clean
