@@ -40,9 +40,8 @@ ESTIMATES = {
 
 def fanova(names: Sequence[str], x: Array, y: Array, seed: int = 0) -> dict[str, float]:
     """Optuna's fANOVA on unit-cube coordinates (N, D) of at most MOST_TRIALS: shares that sum to 1 by name."""
-    chosen = np.random.default_rng(seed).permutation(len(x))[:MOST_TRIALS] if len(x) > MOST_TRIALS else slice(None)
-    x, y = x[chosen], y[chosen]
-    return _importances(names, x, y, FanovaImportanceEvaluator(seed=seed))
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(x))[:MOST_TRIALS])
+    return _importances(names, x[chosen], y[chosen], FanovaImportanceEvaluator(seed=seed))
 
 
 def ped_anova(names: Sequence[str], x: Array, y: Array) -> dict[str, float]:

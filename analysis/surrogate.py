@@ -323,8 +323,9 @@ class Surface:
                     self._redraw(theta, data, tails, rng)
                 scaled = data._replace(scale_of_noise=tails.scale)
                 factor = torch.linalg.cholesky(self.covariance(theta, scaled))
-                for found, one in zip((weights, level), self._draw(theta, scaled, factor, at, each, rng), strict=True):
-                    found.append(one)
+                one, its_level = self._draw(theta, scaled, factor, at, each, rng)
+                weights.append(one)
+                level.append(its_level)
                 without.append(self._without_each(theta, scaled, factor))
         return weights, level, without
 

@@ -89,7 +89,7 @@ def set_aside(path: Path) -> str:
     """Rename a record and its backups, so that another can take its place; returns the new name. Nothing is deleted."""
     made = f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}"
     names = (made if n == 0 else f"{made}-{n}" for n in itertools.count())
-    aside = next(name for name in names if not list(path.parent.glob(f"{glob.escape(name)}*")))
+    aside = next(name for name in names if not any(path.parent.glob(f"{glob.escape(name)}*")))
     path.with_name(integrity.COMMITS).unlink(missing_ok=True)  # it speaks of this one
     for suffix in ("", "-wal", "-shm"):
         if (leftover := path.with_name(path.name + suffix)).exists():

@@ -51,7 +51,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class SharedData:
-    """The images as numpy arrays. Ray keeps them once a node, and every trial there reads them without a copy."""
+    """The images as numpy arrays. A node keeps them once, and every trial there reads them without a copy."""
 
     data: str
     digest: str
