@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -58,6 +59,7 @@ class EpochMetrics:
 
 
 _STEPS_DRAWN = 50  # steps whose random numbers are drawn at once: far cheaper than step by step
+_CAPTURING = threading.Lock()  # CUDA lets no other thread begin to capture a graph, which waits for the whole GPU
 _CNN_CHANNELS = 20  # maps of the cnn's second convolution; dropout drops whole maps
 
 
@@ -370,7 +372,7 @@ class Trainer:
                 self.optimise(inputs)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with _CAPTURING, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self.optimise(inputs)
         # Undo the warm-up. The tensors stay in place, since the graph refers to their memory.
         self._weights.data.copy_(weights)

@@ -172,7 +172,8 @@ def test_precision_of_products_is_set_on_a_gpu_alone_and_put_back():
 def test_tf32_products_train_as_well(tiny):
     losses = {}
     for precision in ("highest", "high"):
-        config = dataclasses.replace(tiny[0], matmul_precision=precision)
+        # Products of a few rows and columns are computed in full precision all the same.
+        config = dataclasses.replace(tiny[0], matmul_precision=precision, glimpse_size=128, hidden_size=256)
         trainer = Trainer(config, tiny[1], seeds=(0, 1, 2), device="cuda")
         losses[precision] = [trainer.epoch().train_loss for _ in range(2)][-1]
     assert losses["high"] != losses["highest"]

@@ -427,4 +427,4 @@ def test_trials_that_share_a_gpu_give_what_each_gives_alone(tmp_path, monkeypatc
         )  # fmt: skip
         found = [result["metrics"] for result in without_time(reports(alone, images, device="cuda"))]
         shared = [{k: v for k, v in epoch.metrics.items() if k != "seconds"} for epoch in trial.epochs]
-        assert json.loads(json.dumps(found)) == shared[: len(found)] and len(shared) == 3
+        assert shared and json.loads(json.dumps(found))[: len(shared)] == shared  # it may have been stopped early
