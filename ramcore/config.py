@@ -130,7 +130,7 @@ class Config:
     learning_rate: AboveZero = 3e-4  # Adam's, at the first step
     schedule: Literal["constant", "cosine"] = "constant"  # cosine: down to 0 over all epochs
     gradient_clip: Annotated[float, Between(0)] = 0.0  # largest norm of a replicate's gradient; 0: no limit
-    matmul_precision: Literal["highest", "high"] = "highest"  # of products on a GPU; high: TF32, 10 bits of mantissa
+    matmul_precision: Literal["highest", "high"] = "highest"  # of a GPU's products; high: TF32, 10 bits of mantissa
     dropout: Annotated[float, Between(0, 0.95)] = 0.5  # share of maps dropped after the cnn's second convolution
 
     # The evaluation.

@@ -138,7 +138,113 @@ extern "C" __global__ void policy(  // a warp a row: mean = tanh(x W + x2 W2 + b
     sample[(i64)r * mean_stride + 2 * row + lane] = s;
     location[(i64)r * location_stride + 2 * row + lane] = fminf(fmaxf(s, -1), 1);
 }
+
+extern "C" __global__ void sum_rows(  // a block 32 columns
+    const float* x, float* out, int rows, int columns, int x_stride, int row_stride, int out_stride) {
+    __shared__ float parts[32][32];
+    int blocks = (columns + 31) / 32, r = blockIdx.x / blocks;
+    int lane = threadIdx.x % 32, first = threadIdx.x / 32, column = blockIdx.x % blocks * 32 + lane;
+    float sum = 0;
+    if (column < columns)
+        for (int row = first; row < rows; row += 32) sum += x[(i64)r * x_stride + (i64)row * row_stride + column];
+    parts[first][lane] = sum;
+    __syncthreads();
+    if (first || column >= columns) return;
+    for (int other = 1; other < 32; other++) sum += parts[other][lane];
+    out[(i64)r * out_stride + column] = sum;
+}
+
+extern "C" __global__ void losses(  // a block a replicate; out: the fields of Losses
+    const float* logits, const float* means, const float* baselines, float* to_logits, float* to_means,
+    float* to_baselines, const float* samples, const float* std, const i64* labels, const float* uniform,
+    float* rewards, float* out, int replicates, int steps, int batch, int classes, int decisions, int by_probability,
+    int every, double mixing, double spread, double discount, double policy_weight) {
+    __shared__ float parts[5][256];
+    int r = blockIdx.x;
+    float classification = 0, policy = 0, baseline = 0, last_reward = 0, accuracy = 0;
+    for (int i = threadIdx.x; i < steps * batch; i += blockDim.x) {  // a decision for a class
+        int b = i % batch, label = labels[r * batch + b], last = i / batch == steps - 1, best = 0;
+        i64 row = (i64)r * steps * batch + i;
+        const float* score = logits + row * classes;
+        for (int c = 1; c < classes; c++) best = score[c] > score[best] ? c : best;
+        float total = 0, mix = mixing, weight = ((last ? 1 - spread : 0) + spread / steps) / batch;
+        for (int c = 0; c < classes; c++) total += expf(score[c] - score[best]);
+        float log_total = score[best] + logf(total), log_true = score[label] - log_total, right = expf(log_true);
+        float loss = -mix * log_true, advantage = 0;
+        int chosen = label;
+        if (mix < 1) {  // REINFORCE on a sampled class
+            float cumulative = 0;
+            chosen = 0;
+            for (int c = 0; c < classes; c++) {
+                cumulative += expf(score[c] - log_total);
+                chosen += uniform[r * batch + b] >= cumulative;
+            }
+            chosen = min(chosen, classes - 1);
+            advantage = (1 - mix) * ((chosen == label) - right);
+            loss -= advantage * (score[chosen] - log_total);
+        }
+        for (int c = 0; c < classes; c++) {
+            float p = expf(score[c] - log_total);
+            to_logits[row * classes + c] = weight * (mix * (p - (c == label)) + advantage * (p - (c == chosen)));
+        }
+        rewards[row] = by_probability ? right : best == label;
+        classification += weight * loss;
+        if (last) last_reward += rewards[row] / batch, accuracy += (best == label) / (float)batch;
+    }
+    __syncthreads();
+    float s = std[r];
+    for (int b = threadIdx.x; b < batch; b += blockDim.x) {  // the decisions for the locations of an image
+        float earned = 0;
+        for (int i = decisions - 1; i >= 0; i--) {
+            earned *= (float)discount;
+            if (every || i == decisions - 1) earned += rewards[((i64)r * steps + steps - decisions + i) * batch + b];
+            i64 at = ((i64)r * decisions + i) * batch + b;
+            float error = earned - baselines[at], x = samples[2 * at] - means[2 * at];
+            float y = samples[2 * at + 1] - means[2 * at + 1], slope = -(float)policy_weight * error / batch / (s * s);
+            policy += error * (0.5f * (x * x + y * y) / (s * s) + 2 * logf(s) + 1.8378770664f) / batch;  // log(2 pi)
+            baseline += error * error / (decisions * batch);
+            to_means[2 * at] = slope * x, to_means[2 * at + 1] = slope * y;
+            to_baselines[at] = -2 * error / (decisions * batch);
+        }
+    }
+    float mine[5] = {classification, policy, baseline, last_reward, accuracy};
+    for (int k = 0; k < 5; k++) parts[k][threadIdx.x] = mine[k];
+    for (int half = blockDim.x / 2; half; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x >= half) continue;
+        for (int k = 0; k < 5; k++) parts[k][threadIdx.x] += parts[k][threadIdx.x + half];
+    }
+    if (threadIdx.x) return;
+    out[r] = parts[0][0] + (float)policy_weight * parts[1][0] + parts[2][0];
+    for (int k = 0; k < 5; k++) out[(k + 1) * replicates + r] = parts[k][0];
+}
+
+extern "C" __global__ void factors(  // a thread a replicate: what `adam` multiplies its gradients by, 0 once diverged
+    const float* norm, const float* total, u8* alive, float* factor, float* steps, const float* rate, int replicates,
+    double clip, double beta1, double beta2) {
+    INDEX(replicates)
+    alive[i] &= isfinite(norm[i] + total[i]);
+    factor[i] = !alive[i] ? 0 : clip > 0 ? fminf((float)clip / norm[i], 1) : 1;
+    if (i) return;
+    *steps += 1;
+    factor[replicates] = *rate / (1 - pow(beta1, (double)*steps));
+    factor[replicates + 1] = 1 / sqrt(1 - pow(beta2, (double)*steps));
+}
+
+extern "C" __global__ void adam(  // a thread a weight
+    float* weights, const float* gradient, float* mean, float* square, const float* factor, int replicates, int size,
+    double beta1, double beta2, double epsilon) {
+    int blocks = (size + blockDim.x - 1) / blockDim.x, r = blockIdx.x / blocks;
+    int j = blockIdx.x % blocks * blockDim.x + threadIdx.x;
+    if (j >= size) return;
+    i64 i = (i64)r * size + j;
+    float g = factor[r] ? factor[r] * gradient[i] : 0, m = mean[i], v = square[i];
+    mean[i] = m += (float)(1 - beta1) * (g - m);
+    square[i] = v = (float)beta2 * v + (float)(1 - beta2) * g * g;
+    weights[i] -= factor[replicates] * m / (sqrtf(v) * factor[replicates + 1] + (float)epsilon);
+}
 """
+_NAMES = ["render", "read", "rectify", "paths", "policy", "sum_rows", "losses", "factors", "adam"]
 _THREADS = 256  # of a block
 
 
@@ -207,11 +313,69 @@ def policy(
     _launch("policy", 32 * mean.shape[0] * mean.shape[1], [*tensors, *sizes])
 
 
-def _launch(name: str, threads: int, args: list[Any]) -> None:
+def sum_rows(x: Tensor, out: Tensor) -> None:
+    """out (R, 1, O) = the sum of x (R, N, O) over N."""
+    replicates, rows, columns = x.shape
+    sizes = [rows, columns, x.stride(0), x.stride(1), out.stride(0)]
+    _launch("sum_rows", replicates * math.ceil(columns / 32) * 1024, [x, out, *sizes], block=1024)
+
+
+def losses(
+    leaves: list[Tensor],
+    gradients: list[Tensor],
+    samples: Tensor,
+    std: Tensor,
+    labels: Tensor,
+    class_uniform: Tensor | None,
+    flags: tuple[bool, bool],
+    numbers: tuple[float, float, float, float],
+) -> tuple[Tensor, ...]:
+    """As `ramcore.loss.losses_with_gradients`: the fields of Losses, each (R,); fills the gradients of the leaves.
+
+    leaves: the rollout's logits, means and baselines. flags: whether the reward is the true class's probability, and
+    whether every glimpse has one. numbers: loss_mixing, step_supervision, discount and reinforce_weight.
+    """
+    replicates, steps, batch, classes = leaves[0].shape
+    rewards = std.new_empty(replicates, steps, batch)
+    out = std.new_empty(6, replicates)
+    uniform = std if class_uniform is None else class_uniform.contiguous()
+    tensors = [*leaves, *gradients, samples, std, labels, uniform, rewards, out]
+    sizes = [replicates, steps, batch, classes, leaves[2].shape[1], *map(int, flags)]
+    _launch("losses", replicates * _THREADS, [*tensors, *sizes, *map(float, numbers)])
+    return out.unbind()
+
+
+def adam(
+    weights: Tensor,
+    state: dict[str, Tensor],
+    group: dict[str, Any],
+    norm: Tensor,
+    total: Tensor,
+    alive: Tensor,
+    clip: float,
+) -> None:
+    """One step of Adam, as in `Trainer.optimise`; a replicate that has diverged gets a gradient of 0.
+
+    weights: (R, W), with .grad. state and group: torch.optim.Adam's. norm: (R,), of the gradients, which are clipped to
+    `clip` if it is above 0. total: (R,), the losses. alive: (R,) bool, becomes false for one that has just diverged.
+    """
+    gradient = weights.grad
+    assert gradient is not None
+    replicates, size = weights.shape
+    factor = norm.new_empty(replicates + 2)
+    rate = torch.as_tensor(group["lr"], device=weights.device)
+    betas = list(map(float, group["betas"]))
+    _launch("factors", replicates, [norm, total, alive, factor, state["step"], rate, replicates, clip, *betas])
+    tensors = [weights.detach(), gradient, state["exp_avg"], state["exp_avg_sq"], factor]
+    threads = replicates * math.ceil(size / _THREADS) * _THREADS
+    _launch("adam", threads, [*tensors, replicates, size, *betas, float(group["eps"])])
+
+
+def _launch(name: str, threads: int, args: list[Any], block: int = _THREADS) -> None:
     device = args[0].device
     kernels = _kernels(device)
     assert kernels is not None
-    kernels[name](grid=(math.ceil(threads / _THREADS), 1, 1), block=(_THREADS, 1, 1), args=args)
+    kernels[name](grid=(math.ceil(threads / block), 1, 1), block=(block, 1, 1), args=args)
 
 
 @functools.cache
@@ -221,9 +385,7 @@ def _kernels(device: torch.device) -> dict[str, Callable[..., None]] | None:
         from torch.cuda._utils import _cuda_load_module, _get_nvrtc_library  # torch's own compiler, not public yet
 
         with torch.cuda.device(device):
-            loaded = _cuda_load_module(
-                _compiled(_get_nvrtc_library()), ["render", "read", "rectify", "paths", "policy"]
-            )
+            loaded = _cuda_load_module(_compiled(_get_nvrtc_library()), _NAMES)
         assert isinstance(loaded, dict)
         return dict(loaded)
     except (ImportError, RuntimeError, OSError) as error:

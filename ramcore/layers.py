@@ -97,8 +97,8 @@ def weight_gradients(layer: Linear, inputs: list[Tensor], gradient: Tensor) -> N
 
 def sum_rows(x: Tensor, out: Tensor) -> None:
     """The sum of x (R, N, O) over N, into out (R, 1, O). A CPU is twice as fast at it by a matrix product."""
-    if x.is_cuda:
-        torch.sum(x, 1, keepdim=True, out=out)
+    if kernels.usable(x.device):
+        kernels.sum_rows(x, out)
     else:
         torch.bmm(x.new_ones(x.shape[0], 1, x.shape[1]), x, out=out)
 

@@ -78,6 +78,30 @@ def hybrid_loss(config: Config, rollout: Rollout, labels: Tensor, class_uniform:
     )
 
 
+def losses_with_gradients(config: Config, rollout: Rollout, labels: Tensor, class_uniform: Tensor) -> Losses:
+    """`hybrid_loss`, which also writes the gradients of the rollout's leaves, of the losses' sum, into their .grad."""
+    if not kernels.usable(labels.device):
+        losses = hybrid_loss(config, rollout, labels, class_uniform)
+        losses.total.sum().backward()
+        return losses
+    leaves = [rollout.logits, rollout.means, rollout.baselines]
+    gradients = [torch.empty_like(leaf) for leaf in leaves]
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        leaf.grad = gradient
+    return Losses(
+        *kernels.losses(
+            leaves=[leaf.detach() for leaf in leaves],
+            gradients=gradients,
+            samples=rollout.samples,
+            std=rollout.std,
+            labels=labels,
+            class_uniform=class_uniform if config.loss_mixing < 1 else None,
+            flags=(config.reward == "probability", config.reward_steps == "every"),
+            numbers=(config.loss_mixing, config.step_supervision, config.discount, config.reinforce_weight),
+        )
+    )
+
+
 def location_returns(config: Config, reward: Tensor, decisions: int) -> Tensor:
     """Discounted return of each location decision: the rewards of the glimpse that it places and of those after it.
 

@@ -2,7 +2,7 @@
 
 `RAM.look` takes the glimpses one after another: the retina reads the canvas, the glimpse network encodes what it read
 and where, the core updates its state, and the location network chooses the next location. `RAM.rollout` then computes
-what the losses need from all glimpses at once. Autograd takes the losses' gradients back to the class scores, the
+what the losses need from all glimpses at once. `ramcore.loss` takes the losses' gradients back to the class scores, the
 baselines and the policy's means, and `RAM.backward` takes them on to the weights. A sampled location carries no
 gradient, so this is the policy gradient.
 
@@ -73,19 +73,28 @@ class Rollout(NamedTuple):
     """What the losses need of T glimpses at B images by R networks.
 
     logits: (R, t, B, C) class scores after each of the last t glimpses; t is T or 1.
-    log_probs: (R, T - 1, B) of the sampled locations of the second and later glimpses.
+    means, samples: (R, T - 1, B, 2) of the policy that places the second and later glimpses.
+    std: (R, 1, 1), the policy's standard deviation.
     baselines: (R, T - 1, B) predicted return at each of those decisions.
     """
 
     logits: Tensor
-    log_probs: Tensor
+    means: Tensor
+    samples: Tensor
+    std: Tensor
     baselines: Tensor
 
     @classmethod
     def without_decisions(cls, logits: Tensor) -> Rollout:
         """The rollout of a network that chooses no location, from its scores (R, t, B, C)."""
         none = logits.new_empty(len(logits), 0, logits.shape[2])
-        return cls(logits, none, none)
+        places = logits.new_empty(*none.shape, 2)
+        return cls(logits, places, places, logits.new_ones(len(logits), 1, 1), none)
+
+    @property
+    def log_probs(self) -> Tensor:
+        """(R, T - 1, B), of the samples."""
+        return gaussian_log_prob(self.samples, self.means, self.std[:, None])
 
 
 class GlimpseNetwork(nn.Module):
@@ -218,7 +227,10 @@ class CoreNetwork(nn.Module):
         if last:
             before = hiddens[:, :last].flatten(1, 2)
             torch.bmm(before.mT, to_h[:, 1:].flatten(1, 2), out=gradient_of(self.recurrent.weight))
-        sum_rows(to_h.flatten(1, 2), out=gradient_of(self.recurrent.bias))
+        if self.is_plain:
+            gradient_of(self.recurrent.bias).copy_(gradient_of(self.input.bias))
+        else:
+            sum_rows(to_h.flatten(1, 2), out=gradient_of(self.recurrent.bias))
         return to_input.bmm(self.input.weight.mT)
 
     def _backward_by_glimpse(self, glimpses: Glimpses, to_hiddens: Tensor) -> tuple[Tensor, Tensor]:
@@ -378,8 +390,8 @@ class RAM(nn.Module):
     def rollout(self, glimpses: Glimpses, *, every_step: bool = False) -> Rollout:
         """What the losses need of glimpses that `look` has just taken, with noise.
 
-        Autograd follows it to the logits, the baselines and the policy's means, which then have the gradients that
-        `backward` starts from. every_step: score classes after every glimpse, not only after the last.
+        Its logits, baselines and means are leaves, whose .grad `backward` starts from. every_step: score classes after
+        every glimpse, not only after the last.
         """
         hiddens = glimpses.hiddens
         with torch.no_grad():
@@ -387,9 +399,7 @@ class RAM(nn.Module):
             if not self._decides:
                 return Rollout.without_decisions(logits)
             baselines = self.baseline(hiddens[:, :-1].flatten(1, 2)).view(glimpses.means.shape[:3]).requires_grad_()
-        means = glimpses.means.requires_grad_()
-        log_probs = gaussian_log_prob(glimpses.samples, means, self.location_std[:, None])
-        return Rollout(logits, log_probs, baselines)
+        return Rollout(logits, glimpses.means.requires_grad_(), glimpses.samples, self.location_std, baselines)
 
     @property
     def _decides(self) -> bool:
@@ -397,8 +407,9 @@ class RAM(nn.Module):
 
     @torch.no_grad()
     def backward(self, glimpses: Glimpses, rollout: Rollout) -> None:
-        """Write the gradients of all weights into their .grad, once autograd has been back from the losses to the
-        rollout. glimpses: taken with `keep`. A weight that has no gradient is left alone.
+        """Write the gradients of all weights into their .grad, given those of the rollout's leaves.
+
+        glimpses: taken with `keep`. A weight that has no gradient is left alone.
         """
         for module in self.modules():
             if isinstance(module, LayerNorm):
@@ -413,12 +424,12 @@ class RAM(nn.Module):
         torch.bmm(to_logits, self.action.weight.mT, out=to_hiddens[:, -scored:].flatten(1, 2))
         to_read: list[Tensor] = []
         if self._decides:
-            assert rollout.baselines.grad is not None and glimpses.means.grad is not None
+            assert rollout.baselines.grad is not None and rollout.means.grad is not None
             # The baseline does not train the core.
             weight_gradients(
                 self.baseline, [hiddens[:, :-1].flatten(1, 2)], rollout.baselines.grad.flatten(1)[..., None]
             )
-            to_read = self.location.backward(glimpses, glimpses.means.grad)
+            to_read = self.location.backward(glimpses, rollout.means.grad)
         if to_read:
             to_state = to_read[0].view(to_hiddens[:, :-1].shape)
             to_hiddens[:, :-1] = to_hiddens[:, :-1] + to_state if filled else to_state

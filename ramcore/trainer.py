@@ -21,12 +21,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ramcore import kernels
 from ramcore.config import Config
 from ramcore.data import SplitName, TaskData
 from ramcore.errors import UserError
 from ramcore.evaluation import Evaluation, build_model, evaluate, policy_noise, whole_image_input
 from ramcore.layers import gradient_of
-from ramcore.loss import Losses, hybrid_loss, needs_every_step
+from ramcore.loss import Losses, hybrid_loss, losses_with_gradients, needs_every_step
 from ramcore.model import RAM, Rollout
 from ramcore.rng import Stream, key, permutation, uniform
 
@@ -75,12 +76,18 @@ def _denormals_as_zero() -> Iterator[None]:
 
 @contextmanager
 def _products(config: Config, device: torch.device) -> Iterator[None]:
-    """Compute a GPU's matrix products in the configuration's precision. A CPU's stay as they are."""
-    before = torch.get_float32_matmul_precision()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision(config.matmul_precision)
-    try:
+    """Compute a GPU's matrix products and convolutions in the configuration's precision, and the same way every time.
+
+    A CPU's stay as they are.
+    """
+    if device.type != "cuda":
         yield
+        return
+    before, precision = torch.get_float32_matmul_precision(), config.matmul_precision
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=precision == "high"):
+            yield
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -149,6 +156,8 @@ class Trainer:
         on_gpu = self.device.type == "cuda"  # where a CUDA graph is captured, and the rate must be a tensor
         rate = torch.tensor(config.learning_rate, device=self.device) if on_gpu else config.learning_rate
         self._adam = torch.optim.Adam([self._weights], lr=rate, fused=True, capturable=on_gpu)
+        moments = {name: torch.zeros_like(self._weights.detach()) for name in ("exp_avg", "exp_avg_sq")}
+        self._adam.state[self._weights] = {"step": torch.zeros((), device=self.device), **moments}
         self._alive = torch.ones(len(seeds), dtype=torch.bool, device=self.device)
         self._sums = torch.zeros(len(_SUMMED), len(seeds), device=self.device)
         self._best_accuracy = torch.full((len(seeds),), -1.0)
@@ -244,36 +253,32 @@ class Trainer:
     def _adam_by_weight(self) -> dict[str, Any]:
         """Adam's state as torch.optim.Adam has it for the model's own weights, which no layout of memory changes."""
         state = self._adam.state_dict()
-        moments = state["state"].get(0)
+        moments = state["state"][0]
         parameters = list(self.model.parameters())
+        sizes = [p[0].numel() for p in parameters]
+        split = {name: moments[name].split(sizes, 1) for name in ("exp_avg", "exp_avg_sq")}
         by_weight: dict[int, dict[str, Tensor]] = {}
-        if moments:
-            sizes = [p[0].numel() for p in parameters]
-            split = {name: moments[name].split(sizes, 1) for name in ("exp_avg", "exp_avg_sq")}
-            for i, parameter in enumerate(parameters):
-                by_weight[i] = {"step": moments["step"].clone()}
-                by_weight[i] |= {name: parts[i].reshape(parameter.shape).clone() for name, parts in split.items()}
+        for i, parameter in enumerate(parameters):
+            by_weight[i] = {"step": moments["step"].clone()}
+            by_weight[i] |= {name: parts[i].reshape(parameter.shape).clone() for name, parts in split.items()}
         groups = [group | {"params": list(range(len(parameters)))} for group in copy.deepcopy(state["param_groups"])]
         return {"state": by_weight, "param_groups": groups}
 
     def _load_adam(self, saved: dict[str, Any]) -> None:
-        """The inverse of `_adam_by_weight`. A weight that had no gradient has no state in older checkpoints."""
+        """The inverse of `_adam_by_weight`. In older checkpoints a weight that had no gradient has no state."""
         by_weight, group = saved["state"], saved["param_groups"][0]
-        state: dict[int, dict[str, Tensor]] = {}
-        if by_weight:
-            step = next(iter(by_weight.values()))["step"]
-            state[0] = {"step": step}
-            for name in ("exp_avg", "exp_avg_sq"):
-                parts = [
-                    by_weight[i][name].to(self.device) if i in by_weight else torch.zeros_like(p)
-                    for i, p in enumerate(self.model.parameters())
-                ]
-                state[0][name] = torch.cat([part.flatten(1) for part in parts], 1)
+        state = {"step": next((one["step"] for one in by_weight.values()), torch.zeros(()))}
+        for name in ("exp_avg", "exp_avg_sq"):
+            parts = [
+                by_weight[i][name].to(self.device) if i in by_weight else torch.zeros_like(p)
+                for i, p in enumerate(self.model.parameters())
+            ]
+            state[name] = torch.cat([part.flatten(1) for part in parts], 1)
         # The checkpoint may come from another kind of device.
         on_gpu, rate = self.device.type == "cuda", float(group["lr"])
         rate = torch.tensor(rate, device=self.device) if on_gpu else rate
         self._adam.load_state_dict(
-            {"state": state, "param_groups": [group | {"params": [0], "capturable": on_gpu, "lr": rate}]}
+            {"state": {0: state}, "param_groups": [group | {"params": [0], "capturable": on_gpu, "lr": rate}]}
         )
 
     def draws(self, epoch: int) -> Iterator[Draws]:
@@ -311,13 +316,18 @@ class Trainer:
         gradient = self._weights.grad
         assert gradient is not None
         norm = torch.linalg.vector_norm(gradient, dim=1)
-        self._alive &= torch.isfinite(norm + losses.total)
-        if self.config.gradient_clip > 0:
-            gradient *= (self.config.gradient_clip / norm).clamp(max=1)[:, None]
-        # A diverged seed gets no more gradient. A CPU skips this if there is none; a GPU would have to wait to know.
-        if self.device.type != "cpu" or not self._alive.all():
-            gradient.masked_fill_(~self._alive[:, None], 0)
-        self._adam.step()
+        clip = self.config.gradient_clip
+        if kernels.usable(self.device):
+            state, (group,) = self._adam.state[self._weights], self._adam.param_groups
+            kernels.adam(self._weights, state, group, norm, losses.total, self._alive, clip)
+        else:
+            self._alive &= torch.isfinite(norm + losses.total)
+            if clip > 0:
+                gradient *= (clip / norm).clamp(max=1)[:, None]
+            # A diverged seed gets no more gradient. A CPU skips this if there is none; a GPU would wait to know.
+            if self.device.type != "cpu" or not self._alive.all():
+                gradient.masked_fill_(~self._alive[:, None], 0)
+            self._adam.step()
         self._sums += torch.stack([losses.classification, losses.accuracy, losses.reward, losses.baseline, norm])
 
     def _losses(self, draws: Draws) -> Losses:
@@ -328,8 +338,7 @@ class Trainer:
         if isinstance(self.model, RAM):
             glimpses = self.model.look(self.model.retina.pyramid(images), draws.first, draws.noise, keep=True)
             rollout = self.model.rollout(glimpses, every_step=needs_every_step(config))
-            losses = hybrid_loss(config, rollout, labels, draws.classes)
-            losses.total.sum().backward()
+            losses = losses_with_gradients(config, rollout, labels, draws.classes)
             self.model.backward(glimpses, rollout)
             return losses
         dropout = (draws.dropout,) if config.model == "cnn" else ()
@@ -367,7 +376,7 @@ class Trainer:
         moments = {name: value.clone() for name, value in self._adam.state[self._weights].items()}
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):  # capturing needs loaded kernels and allocated Adam moments
+        with torch.cuda.stream(stream):  # capturing needs loaded kernels
             for _ in range(3):
                 self.optimise(inputs)
         torch.cuda.current_stream(self.device).wait_stream(stream)
@@ -379,7 +388,7 @@ class Trainer:
         self._alive.copy_(alive)
         self._sums.zero_()
         for name, value in self._adam.state[self._weights].items():
-            value.copy_(moments[name]) if moments else value.zero_()
+            value.copy_(moments[name])
 
         def replay(draws: Draws) -> None:
             for old, new in zip(inputs, draws, strict=True):

@@ -1,6 +1,6 @@
 """Runs the CUDA kernels of ramcore on the CPU: their source, compiled as C++, with CUDA's words defined.
 
-Blocks and threads are taken in turn. The 32 threads of a warp that exchange numbers run as threads with a barrier.
+Blocks and threads are taken in turn. Where the threads of a block exchange numbers, they run as threads with barriers.
 """
 
 from __future__ import annotations
@@ -24,23 +24,28 @@ _CUDA = r"""
 #include <algorithm>
 #include <barrier>
 #include <cmath>
+#include <memory>
 #include <thread>
 #include <vector>
-using std::max; using std::min;
+using std::max; using std::min; using std::isfinite;
 struct Index { int x; };
 static thread_local Index blockIdx, threadIdx;
 static Index blockDim;
-static float exchanged[32];
-static std::barrier<> *warp;
+static float exchanged[1024];
+static std::vector<std::unique_ptr<std::barrier<>>> warps;
+static std::barrier<> *block_barrier;
 #define __global__
+#define __shared__ static
 #define __device__ static inline
+static void __syncthreads() { block_barrier->arrive_and_wait(); }
 static float __fadd_rn(float a, float b) { volatile float sum = a + b; return sum; }
 static float __fmul_rn(float a, float b) { volatile float product = a * b; return product; }
 static float __shfl_xor_sync(unsigned, float value, int step) {
-    exchanged[threadIdx.x % 32] = value;
-    warp->arrive_and_wait();
-    float other = exchanged[threadIdx.x % 32 ^ step];
-    warp->arrive_and_wait();
+    auto& warp = *warps[threadIdx.x / 32];
+    exchanged[threadIdx.x] = value;
+    warp.arrive_and_wait();
+    float other = exchanged[threadIdx.x ^ step];
+    warp.arrive_and_wait();
     return other;
 }
 """
@@ -51,20 +56,23 @@ extern "C" void run_{name}(int blocks, int threads, {parameters}) {{
         for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++) cuda_{name}({names});
 }}
 """
-_WARPS = """
+_TOGETHER = """
 extern "C" void run_{name}(int blocks, int threads, {parameters}) {{
     blockDim.x = threads;
-    for (int block = 0; block < blocks; block++)
-        for (int first = 0; first < threads; first += 32) {{
-            std::barrier<> all(32);
-            warp = &all;
-            std::vector<std::thread> lanes;
-            for (int lane = 0; lane < 32; lane++) lanes.emplace_back([=] {{
-                blockIdx.x = block, threadIdx.x = first + lane;
-                cuda_{name}({names});
-            }});
-            for (auto& lane : lanes) lane.join();
-        }}
+    for (int block = 0; block < blocks; block++) {{
+        std::barrier<> all(threads);
+        block_barrier = &all;
+        warps.clear();
+        for (int first = 0; first < threads; first += 32) warps.push_back(std::make_unique<std::barrier<>>(32));
+        std::vector<std::thread> running;
+        for (int thread = 0; thread < threads; thread++) running.emplace_back([=] {{
+            blockIdx.x = block, threadIdx.x = thread;
+            cuda_{name}({names});
+            warps[thread / 32]->arrive_and_drop();
+            block_barrier->arrive_and_drop();
+        }});
+        for (auto& thread : running) thread.join();
+    }}
 }}
 """
 
@@ -79,7 +87,7 @@ def use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         for name, parameters in re.findall(r"__global__ void (\w+)\((?:.*\n)?([^)]*)\)", kernels._SOURCE):
             body = kernels._SOURCE.split(f"void {name}(")[1].split("extern")[0]
             names = ", ".join(re.findall(r"(\w+)(?:,|$)", parameters.strip()))
-            template = _WARPS if "__shfl" in body else _IN_TURN
+            template = _TOGETHER if "__shfl" in body or "__syncthreads" in body else _IN_TURN
             source = source.replace(f"void {name}(", f"void cuda_{name}(")  # `read` is a word of C's own
             source += template.format(name=name, parameters=parameters, names=names)
         (folder / "kernels.cpp").write_text(source)
@@ -89,15 +97,16 @@ def use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     def launcher(name: str) -> Callable[..., None]:
         def launch(grid: tuple[int, ...], block: tuple[int, ...], args: list[Any]) -> None:
-            assert all(arg.stride(-1) == 1 or arg.shape[-1] == 1 for arg in args if isinstance(arg, Tensor))
+            tensors = [arg for arg in args if isinstance(arg, Tensor)]
+            assert all(not x.ndim or x.stride(-1) == 1 or x.shape[-1] == 1 for x in tensors)
             called[name] += 1
-            values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int(a) for a in args]
+            kinds = {int: ctypes.c_int, float: ctypes.c_double}
+            values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else kinds[type(a)](a) for a in args]
             getattr(loaded, f"run_{name}")(grid[0], block[0], *values)
 
         return launch
 
-    names = ("render", "read", "rectify", "paths", "policy")
-    launchers = {name: launcher(name) for name in names}
+    launchers = {name: launcher(name) for name in kernels._NAMES}
     monkeypatch.setattr(kernels, "_kernels", lambda device: launchers)
     monkeypatch.setattr(kernels, "usable", lambda device: device == torch.device("cpu"))
     return called

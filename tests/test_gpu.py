@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import threading
+from typing import Any
 
 import cuda_on_cpu
 import pytest
@@ -15,7 +17,8 @@ from benchmarks.synthetic import synthetic
 from benchmarks.training import operations
 from ramcore.config import TASKS, Config
 from ramcore.evaluation import build_model
-from ramcore.model import RAM
+from ramcore.loss import losses_with_gradients, needs_every_step
+from ramcore.model import RAM, Rollout
 from ramcore.recipes import TUNED
 from ramcore.retina import Retina
 from ramcore.trainer import Trainer, _products
@@ -112,6 +115,70 @@ def test_kernel_reads_the_same_bits_as_torch(patch, scales, factor, side, device
         assert torch.equal(retina.read(pyramid, location.to(device)).cpu(), seen)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"loss_mixing": 0.3, "discount": 0.7, "reinforce_weight": 0.2},
+        {"step_supervision": 0.4, "reward": "probability", "reward_steps": "every", "discount": 0.5},
+        {"loss_mixing": 0.0, "step_supervision": 1.0},
+        {"model": "ram-random", "step_supervision": 0.5},
+    ],
+)
+def test_kernel_follows_the_losses_back_as_autograd_does(settings, device, compiled, monkeypatch):
+    config = dataclasses.replace(SMALL, **settings)
+    generator = torch.Generator().manual_seed(0)
+    batch = 300  # more than the kernel has threads
+    logits = 3 * torch.randn(2, 4 if needs_every_step(config) else 1, batch, 10, generator=generator)
+    means, samples = torch.randn(2, 2, 3, batch, 2, generator=generator)
+    std, baselines = torch.tensor([0.3, 0.6])[:, None, None], torch.randn(2, 3, batch, generator=generator)
+    labels = torch.randint(0, 10, (2, batch), generator=generator)
+    uniform = torch.rand(2, batch, generator=generator)
+
+    def followed(device: str) -> list[Tensor]:
+        rollout = Rollout(*(x.to(device) for x in (logits, means, samples, std, baselines)))
+        if config.model == "ram-random":
+            rollout = Rollout.without_decisions(rollout.logits)
+        leaves = [rollout.logits, rollout.means, rollout.baselines]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        losses = losses_with_gradients(config, rollout, labels.to(device), uniform.to(device))
+        return [x.detach().cpu() for x in losses] + [torch.zeros(0) if x.grad is None else x.grad.cpu() for x in leaves]
+
+    expected = followed("cpu")
+    called = cuda_on_cpu.use(compiled, monkeypatch) if device == "cpu" else {"losses": 1}
+    found = followed(device)
+    assert called["losses"] == 1
+    for mine, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.view(reference.shape), reference, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_kernel_moves_the_weights_as_torchs_adam_does(tiny, clip, device, compiled, monkeypatch):
+    config, data = dataclasses.replace(tiny[0], gradient_clip=clip, batch_size=5), tiny[1]
+
+    def moved(device: str) -> dict[str, Any]:
+        trainer = Trainer(config, data.to(device), seeds=(0, 1, 2), device=device)
+        trainer.model.action.bias.data[1] = torch.inf  # diverges at once
+        for draws in itertools.islice(trainer.draws(0), 4):
+            trainer.optimise(draws)
+        return trainer.state_dict()
+
+    expected = moved("cpu")
+    if device == "cpu":
+        called = cuda_on_cpu.use(compiled, monkeypatch)
+    found = moved(device)
+    assert device != "cpu" or called["adam"] == 4
+    assert found["alive"].tolist() == expected["alive"].tolist() == [True, False, True]
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name].cpu()[::2], weight[::2], rtol=1e-4, atol=1e-6)
+    for mine, reference in zip(found["adam"]["state"].values(), expected["adam"]["state"].values(), strict=True):
+        for name, value in reference.items():
+            torch.testing.assert_close(mine[name].cpu(), value, rtol=1e-3, atol=1e-7, msg=name)
+
+
 @pytest.mark.gpu
 def test_gpu_and_cpu_training_agree(tiny):
     config, data = tiny
@@ -152,12 +219,14 @@ def test_trials_that_share_a_card_give_to_the_last_digit_what_each_gives_alone(t
     alone: dict[int, object] = {}
     together: dict[int, object] = {}
     threads = [threading.Thread(target=train, args=(seed, together)) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for seed in range(6):
-        train(seed, alone)
+    # A trainer sets this, and puts back what it found: with threads, while another one trains.
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for seed in range(6):
+            train(seed, alone)
     assert together == alone
 
 
@@ -194,15 +263,15 @@ def test_memory_is_given_back_between_trials(tiny):
     assert held[3] <= held[1]
 
 
-def test_a_step_has_at_most_200_operations_where_kernels_do_the_many_small_ones(compiled, monkeypatch):
+def test_a_step_has_at_most_130_operations_where_kernels_do_the_many_small_ones(compiled, monkeypatch):
     """A GPU's products sometimes are two kernels, so that it has some more than operations are counted here."""
     called = cuda_on_cpu.use(compiled, monkeypatch)
     few = dataclasses.replace(TUNED, batch_size=5)
     counted = operations(synthetic("translated", 500), torch.device("cpu"), few)["operations"]
-    assert counted + called.total() // 3 <= 200  # three steps were taken
+    assert counted + called.total() // 3 <= 130  # three steps were taken
 
 
 @pytest.mark.gpu
-def test_a_step_has_at_most_250_kernels():
+def test_a_step_has_at_most_150_kernels():
     device = torch.device("cuda")
-    assert operations(synthetic("translated", 500).to(device), device)["kernels"] <= 250
+    assert operations(synthetic("translated", 500).to(device), device)["kernels"] <= 150

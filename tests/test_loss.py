@@ -7,14 +7,12 @@ import torch
 
 from ramcore.config import Config
 from ramcore.loss import hybrid_loss, location_returns, needs_every_step
-from ramcore.model import Rollout, gaussian_log_prob
+from ramcore.model import Rollout
 
 CONFIG = Config(num_glimpses=3)
 
 
-def rollout_of(logits, log_probs=None, baselines=None) -> Rollout:
-    none = logits.new_empty(len(logits), 0, logits.shape[2])
-    return Rollout(logits, none if log_probs is None else log_probs, none if baselines is None else baselines)
+rollout_of = Rollout.without_decisions
 
 
 def test_returns_equal_those_computed_by_hand():
@@ -62,11 +60,8 @@ def policy_gradients(baseline: float, samples: int = 40_000):
     drawn = (mean + 0.5 * torch.randn(samples, 2, generator=generator)).detach()
     logits = torch.zeros(samples, 1, 1, 10)
     logits[:, 0, 0, 0] = torch.where(drawn[:, 0] > 0, 5.0, -5.0)
-    rollout = Rollout(
-        logits,
-        gaussian_log_prob(drawn, mean, torch.tensor(0.5)).view(-1, 1, 1),
-        torch.full((samples, 1, 1), baseline),
-    )
+    places = (mean.view(-1, 1, 1, 2), drawn.view(-1, 1, 1, 2), torch.full((samples, 1, 1), 0.5))
+    rollout = Rollout(logits, *places, torch.full((samples, 1, 1), baseline))
     losses = hybrid_loss(config, rollout, torch.zeros(samples, 1, dtype=torch.int64))
     losses.total.sum().backward()
     return -mean.grad
@@ -114,11 +109,11 @@ def test_loss_mixing_is_linear():
 def test_reinforce_weight_scales_only_the_policys_gradient():
     def gradients(weight):
         logits = torch.zeros(1, 1, 4, 10, requires_grad=True)
-        log_probs, baselines = torch.zeros(1, 2, 4, requires_grad=True), torch.zeros(1, 2, 4, requires_grad=True)
-        rollout = Rollout(logits, log_probs, baselines)
+        means, baselines = torch.zeros(1, 2, 4, 2, requires_grad=True), torch.zeros(1, 2, 4, requires_grad=True)
+        rollout = Rollout(logits, means, torch.ones(1, 2, 4, 2), torch.ones(1, 1, 1), baselines)
         config = dataclasses.replace(CONFIG, reinforce_weight=weight)
         hybrid_loss(config, rollout, torch.zeros(1, 4, dtype=torch.int64)).total.sum().backward()
-        return logits.grad, log_probs.grad, baselines.grad
+        return logits.grad, means.grad, baselines.grad
 
     one, three = gradients(1.0), gradients(3.0)
     assert torch.equal(one[0], three[0])

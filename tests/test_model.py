@@ -66,10 +66,10 @@ def test_rollout_and_gradients_equal_the_papers_equations(settings):
     model, images, first, noise = look(dataclasses.replace(SMALL, **settings))
     weights = [torch.randn(2, 4, 7, 10), torch.randn(2, 3, 7), torch.randn(2, 3, 7)]
 
-    def gradients(rollout, glimpses=None):
+    def gradients(seen, glimpses=None, rollout=None):
         model.zero_grad()
-        steps = rollout[0].shape[1]
-        sum((w[:, -steps:] * r).sum() for w, r in zip(weights, rollout, strict=True)).backward()
+        steps = seen[0].shape[1]
+        sum((w[:, -steps:] * part).sum() for w, part in zip(weights, seen, strict=True)).backward()
         if glimpses is not None:
             model.backward(glimpses, rollout)
         return {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -80,9 +80,10 @@ def test_rollout_and_gradients_equal_the_papers_equations(settings):
             plain = (plain[0][:, -1:], *plain[1:])
         glimpses = model.look(model.retina.pyramid(images), first, noise, keep=True)
         rollout = model.rollout(glimpses, every_step=every_step)
-        for mine, reference in zip(rollout, plain, strict=True):
+        seen = rollout.logits, rollout.log_probs, rollout.baselines
+        for mine, reference in zip(seen, plain, strict=True):
             torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
-        expected, found = gradients(plain), gradients(rollout, glimpses)
+        expected, found = gradients(plain), gradients(seen, glimpses, rollout)
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4, msg=name)
         spared = model.look(model.retina.pyramid(images), first, noise)
