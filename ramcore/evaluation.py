@@ -19,7 +19,7 @@ from ramcore.model import RAM
 from ramcore.rng import Stream, key, normal, uniform, unit
 
 BATCH_SIZE = 500  # images; fits the cache of a laptop. The noise of sampled rollouts is drawn for so many at a time
-_GPU_BATCHES = {True: 10, False: 4}  # that a GPU evaluates at once, which else waits for the host; of a RAM, of others
+_GPU_ROWS = {True: 40_000, False: 4_000}  # images x networks that a GPU evaluates at once: of RAM, of the others
 _FIXED_SEED = -1  # of the first locations at evaluation, which are the same in every run
 
 
@@ -111,7 +111,9 @@ def evaluate(
     keys = data.placement_keys(split, seed_tensor, 0)
     hits: list[Tensor] = []  # correct decisions (R, t) of each batch
     nats: list[Tensor] = []  # sum of the cross-entropies (R,) of each batch
-    batch = BATCH_SIZE * (_GPU_BATCHES[config.is_recurrent] if device.type == "cuda" else 1)
+    batch = BATCH_SIZE
+    if device.type == "cuda":  # which waits for the host between small batches
+        batch *= max(1, _GPU_ROWS[config.is_recurrent] // (BATCH_SIZE * len(seeds)))
     for start in range(0, len(labels), batch):
         index = torch.arange(start, min(start + batch, len(labels)), device=device)
         images = data.render(split, index[None], keys)
