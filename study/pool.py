@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import pickle
 import signal
 import tempfile
 import threading
@@ -23,6 +24,7 @@ from ray import tune
 from ray.exceptions import RayError
 from ray.tune.error import TuneError
 from ray.tune.search import ConcurrencyLimiter
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ramcore import machine
 from ramcore.config import Config
@@ -57,6 +59,7 @@ _LEAVE_SECONDS = {"raylet": 7.0, "GCS": 40.0}
 _USABLE = 0.95  # share of the memory that Ray lets its workers fill before it kills them
 _OVERHEAD = 900e6  # of the driver and of Ray's services
 _WORKER = 350e6  # of a worker before it trains
+_PART = 90_000  # of data that is sent to an actor in its arguments; Ray puts larger arguments into the object store
 _OBJECT_STORE = 128 * 2**20  # on a single machine, which keeps next to nothing there
 
 
@@ -222,10 +225,10 @@ def run_trials(
 ) -> None:
     """Train the scheduler's trials with `work`; returns when it has no more or wants to stop.
 
-    Ray copies the data to each node of a cluster once. On one machine workers read a file: the driver of data in Ray's
-    object store is ended at once, without a word, when the raylet takes the store with it. `look` is called every few
-    seconds and returns the current number of slots, so that workers that join get trials. Raises PoolLost if Ray or
-    Tune broke down (ShortOfMemory: because there was too little memory), or the error that stopped the scheduler.
+    On one machine workers read the data from a file, on a cluster from Ray's object store, of which each node gets one
+    copy. `look` is called every few seconds and returns the current number of slots, so that workers that join get
+    trials. Raises PoolLost if Ray or Tune broke down (ShortOfMemory: because there was too little memory), or the error
+    that stopped the scheduler.
     """
     slots = pool.slots
     limiter = ConcurrencyLimiter(TuneSearcher(scheduler), max_concurrent=slots)
@@ -247,14 +250,14 @@ def run_trials(
             stop=TuneStopper(scheduler, _breakdown_check(tune_scheduler)),
             verbose=0,
         )
-        if pool.on_cluster:
-            with_data = tune.with_parameters(work, data=data)
-        else:
-            joblib.dump(data, file := Path(scratch) / "data")
-            with_data = partial(_with_data_of, file, work)
-        trainable = tune.with_resources(with_data, resources)
-        tuner = tune.Tuner(trainable, tune_config=search, run_config=run)
         try:
+            if pool.on_cluster:
+                with_data = partial(_with_data_held, _held(data), work)
+            else:
+                joblib.dump(data, file := Path(scratch) / "data")
+                with_data = partial(_with_data_of, file, work)
+            trainable = tune.with_resources(with_data, resources)
+            tuner = tune.Tuner(trainable, tune_config=search, run_config=run)
             with cluster.called_regularly(grow) if look else nullcontext():
                 tuner.fit()
         except _Left as left:
@@ -270,6 +273,46 @@ def run_trials(
 def _with_data_of(file: Path, work: Callable[..., None], job: dict[str, Any]) -> None:
     """The work on a job, with data that all workers read from one file without a copy."""
     work(job, data=joblib.load(file, mmap_mode="r"))
+
+
+class _Holder:
+    """An actor that has the data of a cluster's trials in Ray's object store.
+
+    If the driver had it there, Ray would end the driver at once and without a word when the raylet dies, which takes
+    the store with it. So it comes in parts small enough not to pass through the store.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._held: list[Any] = []
+
+    def add(self, part: bytes) -> None:
+        self._parts.append(part)
+
+    def hold(self) -> None:
+        self._held = [ray.put(pickle.loads(b"".join(self._parts)))]
+        self._parts.clear()
+
+    def references(self) -> list[Any]:
+        return self._held
+
+
+def _held(data: SharedData) -> Any:
+    """The data in a holder on this node. Raises RayError."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(_Holder)
+    holder = actor.options(num_cpus=0, scheduling_strategy=here).remote()
+    whole = pickle.dumps(data)
+    for start in range(0, len(whole), _PART):
+        holder.add.remote(whole[start : start + _PART])
+    ray.get(holder.hold.remote())
+    return holder
+
+
+def _with_data_held(holder: Any, work: Callable[..., None], job: dict[str, Any]) -> None:
+    """The work on a job, with data that all workers of a node share."""
+    (reference,) = ray.get(holder.references.remote())
+    work(job, data=ray.get(reference))
 
 
 def _breakdown_check(tune_scheduler: TuneScheduler) -> Callable[[], None]:

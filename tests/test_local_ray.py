@@ -56,9 +56,9 @@ def started(folder: Path, *flags: str, **env: str) -> Iterator[subprocess.Popen[
         study.wait(120)
 
 
-def process(study: subprocess.Popen[str], name: str) -> int:
-    """The id of the study's process whose program has a name."""
-    for pid in descendants(study.pid):
+def process(parent: int, name: str) -> int:
+    """The id of the process below a parent whose program has a name."""
+    for pid in descendants(parent):
         with contextlib.suppress(OSError):
             if name in Path(f"/proc/{pid}/cmdline").read_text().partition("\0")[0]:
                 return pid
@@ -72,7 +72,7 @@ def process(study: subprocess.Popen[str], name: str) -> int:
 )
 def test_death_of_a_service_of_rays_starts_ray_again_and_the_study_finishes(tmp_path, name, service):
     with started(tmp_path, "--trials", "2", "--epochs", "15") as study:
-        os.kill(process(study, name), signal.SIGKILL)
+        os.kill(process(study.pid, name), signal.SIGKILL)
         code = study.wait(1000)
     said = (tmp_path / "out").read_text()
     assert code == 0 and f"Ray broke down and is started again: its {service} died" in said, said
@@ -81,16 +81,21 @@ def test_death_of_a_service_of_rays_starts_ray_again_and_the_study_finishes(tmp_
 
 
 @pytest.mark.slow
-def test_death_of_a_clusters_gcs_stops_the_study_and_the_same_command_continues(tmp_path):
+@pytest.mark.parametrize("service", ["gcs_server", "raylet", "agent"])
+def test_death_of_a_service_of_a_clusters_head_stops_the_study_and_the_same_command_continues(tmp_path, service):
     with cluster_of(2) as cluster:
         flags = ("--trials", "2", "--epochs", "200", "--address", cluster.address)
         settings = {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
         with started(tmp_path, *flags, **settings) as study:
-            cluster.head_node.kill_gcs_server()
+            head = cluster.head_node
+            if service == "agent":
+                os.kill(process(head.all_processes["raylet"][0].process.pid, "ray::DashboardAgent"), signal.SIGKILL)
+            else:
+                getattr(head, f"kill_{service}")()
             code = study.wait(1000)
         said = (tmp_path / "out").read_text()
     assert code == 75 and "the same command continues" in said, said
-    assert "--address must be that of a running Ray cluster" in said
+    assert ("--address must be that of a running Ray cluster" in said) == (service == "gcs_server"), said
 
 
 # The temporary folder.
