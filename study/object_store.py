@@ -1,6 +1,6 @@
 """A study's folder in an object store, such as s3://bucket/folder. Where files lie in it, `study.storage` says.
 
-boto3 and pyarrow take half a second to import, so `study.storage` imports this module only for an object store.
+boto3 and pyarrow take a while to import, so this module is imported only where a study is in an object store.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import optuna
 import sqlalchemy.event
@@ -61,9 +61,11 @@ from study import integrity
 from study.checkpoints import numbers_present
 from study.designs import AIMS, DEFAULT_SOBOL_SHARE, TrialSpec
 from study.faults import fault_point
-from study.object_store import RemoteFolder
 from study.snapshots import Lease, LeaseHeld, Snapshots, fetch, set_aside
 from study.storage import RECORD, LocalFolder, Storage
+
+if TYPE_CHECKING:
+    from study.object_store import RemoteFolder
 
 logger = logging.getLogger(__name__)
 

@@ -95,13 +95,13 @@ def _run(flags: Flags) -> int:
             prepared = prepare(flags)
         except RecordLost as error:
             return stopped(error)
+        if flags.cancel is not None:
+            return _cancel(flags.cancel, prepared)
         for warning in prepared.warnings:
             say(f"warning: {warning}")
         if flags.print_space and prepared.space is not None:
             print(space_toml(prepared.space, prepared.base))
             return DONE
-        if flags.cancel is not None:
-            return _cancel(flags.cancel, prepared)
         if flags.address is None:
             _protect_local_ray()
         tell("loading Ray and MLflow")

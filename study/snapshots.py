@@ -31,12 +31,14 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ramcore.errors import first_line
 from study import integrity
-from study.object_store import RemoteFolder, VersionConflict
 from study.storage import RECORD, LocalFolder, Storage
+
+if TYPE_CHECKING:
+    from study.object_store import RemoteFolder
 
 LEASE = "driver.json"
 BACKUPS = ("backups/study.0.db", "backups/study.1.db")  # beside the record, written in turn
@@ -237,6 +239,8 @@ class Snapshots:
 
     def _replace(self, folder: RemoteFolder, content: bytes) -> None:
         """Replace the record in the store. Raises LeaseHeld if another driver has done so before; OSError."""
+        from study.object_store import VersionConflict  # puts off pyarrow and boto3
+
         self._sent.add(hashlib.sha256(content).hexdigest())
         try:
             self._version = folder.write_version(RECORD, content, self._version)

@@ -130,6 +130,10 @@ def test_ramcore_needs_torch_and_numpy_only_but_for_its_command_and_its_pictures
     assert "matplotlib" in brings("ramcore.pictures")
 
 
+def test_object_stores_are_loaded_only_for_a_study_in_one():
+    assert not loaded_by("study.prepare", "study.cancel") & {"boto3", "pyarrow.fs"}
+
+
 @pytest.mark.parametrize(
     ("package", "may_import"),
     [("ramcore", {"ramcore"}), ("study", {"study", "ramcore"}), ("analysis", {"analysis", "ramcore"})],
