@@ -553,7 +553,9 @@ class Tracker:
             last = stop >= len(epochs)
             for number, epoch in enumerate(epochs[start:stop], start + 1):
                 metrics += _metrics(_epoch_values(epoch.metrics), epoch.time, number)
-            if start == 0 and (stop > 0 or state != "running"):  # with the first epoch, after its accuracy
+            # With the first epoch, after its accuracy. What MLflow has is not logged again: after a record has lost
+            # entries, the trial begins or ends once more, at another time.
+            if start == 0 and not child.ended and (stop > 0 or state != "running"):
                 size = cost(trial.spec.config)
                 metrics += _metrics({schema.PARAMETERS: size.parameters, schema.MACS: size.macs}, trial.started, 0)
             tags = {schema.TRACKED_EPOCHS: str(stop)}
@@ -561,7 +563,7 @@ class Tracker:
                 tags |= {schema.STATE: state}
                 tags |= {schema.STOP_REASON: reason[:500]} if reason else {}
                 tags |= {schema.DIVERGED: "true"} if trial.diverged else {}
-                metrics += _test_metrics(test, trial) if test is not None else []
+                metrics += _test_metrics(test, trial) if test is not None and not child.tested else []
             fault_point("tracking.call.before")
             run_tags = [RunTag(k, v) for k, v in tags.items()]
             client.log_batch(child.run_id, metrics=metrics, params=params, tags=run_tags)

@@ -321,18 +321,25 @@ def session(
 
 
 def check_words(root: Path) -> None:
-    """Compare what the last session said to be missing in MLflow with what is missing, if it said anything."""
+    """Compare what the last session said to be missing in MLflow with what is missing, if it said anything.
+
+    MLflow may have epochs that the record lacks: another machine goes on from the last copy, and trains them again.
+    """
     if not (root / "said").exists():
         return
     said = (root / "said").read_text()
     with contextlib.closing(sqlite3.connect(record_of(root))) as record:
-        (epochs,) = record.execute("select count(*) from trial_intermediate_values").fetchone()
+        query = "select number, step from trial_intermediate_values join trials using (trial_id)"
+        epochs = set(record.execute(query))
     with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as database:
-        (tracked,) = database.execute("select count(*) from metrics where key = 'val_accuracy'").fetchone()
+        query = (
+            "select cast(tags.value as integer), step from metrics join tags using (run_uuid) "
+            "where metrics.key = 'val_accuracy' and tags.key = 'ram.trial'"
+        )
+        tracked = set(database.execute(query))
     missing = re.match(r"([0-9]+) epochs", said)
-    assert epochs - tracked == (int(missing[1]) if missing else 0), (
-        f"{epochs} epochs, {tracked} in MLflow, said: {said}"
-    )
+    lacks = sorted(epochs - tracked)
+    assert len(lacks) == (int(missing[1]) if missing else 0), f"MLflow lacks (trial, epoch) {lacks}, said: {said}"
 
 
 def record_of(root: Path) -> Path:

@@ -399,15 +399,20 @@ def test_study_ends_when_its_model_cannot_be_published_and_next_run_publishes_it
     assert runs(uri)["a study"].data.tags["ram.published"] == "trial 0"
 
 
-def test_older_copy_of_the_record_logs_each_epoch_once(record, uri, tmp_path):
+@pytest.mark.parametrize("tracked", ["two epochs", "its end"])
+def test_older_copy_of_the_record_logs_everything_once(record, uri, tmp_path, tracked):
+    test = {"epoch": [3, 3], "accuracy": [0.3, 0.4]}
     trial(record, (0.2, 0.4), end=None)
     backup = tmp_path / "backup.db"
     with contextlib.closing(sqlite3.connect(tmp_path / "s" / "study.db")) as now:
         now.execute("vacuum into ?", (str(backup),))
     for epoch in (2, 3):
         record.add_epoch(0, epoch, metrics(epoch, 0.1 * epoch, 0.3))
+    if tracked == "its end":
+        record.end(0, "complete", "finished", test=test)
     track(record, uri, "stopped")
     record.close()
+    time.sleep(0.01)  # the next end has another time
     for path in (tmp_path / "s").glob("study.db*"):
         path.unlink()
     backup.rename(tmp_path / "s" / "study.db")
@@ -416,11 +421,12 @@ def test_older_copy_of_the_record_logs_each_epoch_once(record, uri, tmp_path):
         assert track(older, uri, "stopped") is None
         for epoch in (2, 3):
             older.add_epoch(0, epoch, metrics(epoch, 0.1 * epoch, 0.3))
-        older.end(0, "complete", "finished")
+        older.end(0, "complete", "finished", test=test)
         assert track(older, uri) is None
     child = runs(uri)["trial 0000"]
     assert [step for step, _ in history(uri, child, "val_accuracy")] == [1, 2, 3]
     assert child.data.tags["ram.state"] == "complete" and child.info.status == "FINISHED"
+    assert history(uri, child, "test_accuracy") == [(3, pytest.approx(0.35))]
     assert len(history(uri, runs(uri)["a study"], "trials_finished")) == 1
 
 
