@@ -219,6 +219,7 @@ class _ChildRun:
 
     run_id: str
     epochs: int = -1  # logged; -1: not even the configuration
+    written: int = 0  # epochs whose metrics are there; more than `epochs` if a call was cut off before its tags
     ended: bool = False
     tested: bool = False
 
@@ -508,6 +509,9 @@ class Tracker:
             self._children[number] = _ChildRun.of(run)
         for trial in list(self.record.trials.values()):  # list: the driver thread adds trials meanwhile
             child = self._children.get(trial.number)
+            if child is not None and not child.holds(trial):
+                history = client.get_metric_history(child.run_id, schema.OBJECTIVE)
+                child.written = max((metric.step for metric in history), default=0)
             if child is None or not child.holds(trial):
                 self._pending.add(trial.number)
         self._experiment_id = experiment_id
@@ -545,7 +549,7 @@ class Tracker:
         metrics: list[Metric] = []
         if child.epochs < 0:
             params = [Param(name, str(value)) for name, value in asdict(trial.spec.config).items()]
-        start, last = max(child.epochs, 0), False
+        start, last = max(child.epochs, child.written), False
         epochs_a_call = max(1, _METRICS_A_CALL // (len(_MEANS) + 2 + len(trial.spec.seeds)))
         while not last:
             # An older copy of the record may have fewer epochs than MLflow for a while.
