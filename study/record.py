@@ -391,6 +391,11 @@ class Record:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def check_alone(self) -> None:
+        """Raises LeaseHeld if another driver has taken the study over while this one was suspended."""
+        if self.snapshots is not None:
+            self.snapshots.check_alone()
+
     def take_over(self, folder: RemoteFolder, lease: Lease, version: str | None) -> None:
         """Become the one driver that can write the record to an object store; see `Snapshots.take_over`."""
         assert self.snapshots is not None

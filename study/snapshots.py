@@ -223,6 +223,12 @@ class Snapshots:
             lease.renew()
             self._folder, self._lease = folder, lease
 
+    def check_alone(self) -> None:
+        """Raises LeaseHeld if another driver has taken over while this one was suspended."""
+        if self._lease is not None and time.monotonic() - self._written > _EXPIRES / 2:
+            with contextlib.suppress(OSError):  # an outage is no other driver
+                self._lease.check()
+
     def save(self) -> None:
         """Copy the record now. Raises OSError (it is gone or damaged, or the store cannot be reached), LeaseHeld."""
         with self._lock:

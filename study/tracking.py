@@ -279,6 +279,7 @@ class Tracker:
         self._upload_seconds = 0.0  # of the uploads that are over
         self._interrupted = False  # after an outage: the server may have carried out a call that seemed to fail
         self._timed_out = -math.inf  # when a call did last
+        self._read = False  # whether the fields above were ever read from MLflow
         self._known = False  # whether the fields above agree with MLflow; false at first and after each failed call
         self._most_held = 0
         self._last_progress = time.monotonic()  # when something was tracked that had not been tracked before
@@ -355,7 +356,8 @@ class Tracker:
                 missing = max(0, len(trial.epochs) - (max(child.epochs, 0) if child else 0))
                 trials += child is None or not child.holds(trial)
                 epochs += missing
-            what = f"{epochs} epochs of {trials} trials" if trials else "the end of the study"
+            most = "" if self._read else "at most "  # what MLflow holds is not known
+            what = f"{most}{epochs} epochs of {trials} trials" if trials else "the end of the study"
             phrases.append(f"{what} ({self.outage or 'no answer'})")
         phrases += [f"{what} ({why})" for what, why in self._failed_uploads.items()]
         return " and ".join(phrases) or None
@@ -433,6 +435,7 @@ class Tracker:
             if count > self._ends_logged:
                 metrics += _metrics({schema.TRIALS_FINISHED: count, schema.BEST_OBJECTIVE: best}, trial.ended, count)
         for i in range(0, len(metrics), 1000):
+            self.record.check_alone()
             client.log_batch(self.run_id, metrics=metrics[i : i + 1000])
         self._ends_logged = max(self._ends_logged, len(ended))
         self._note_progress()
@@ -501,12 +504,13 @@ class Tracker:
         self.run_id = parent.info.run_id
         self._published = parent.data.tags.get(schema.PUBLISHED, "")
         self._ends_logged = int(parent.data.metrics.get(schema.TRIALS_FINISHED, 0))
-        self._children = {}
+        found: dict[int, _ChildRun] = {}
         for number, runs in children.items():
             run = _only(client, runs, lambda run: int(run.data.tags.get(schema.TRACKED_EPOCHS, -1)))
             if run.data.tags.get(schema.PARENT) != self.run_id:  # the parent was deleted, or made twice
                 client.set_tag(run.info.run_id, schema.PARENT, self.run_id)
-            self._children[number] = _ChildRun.of(run)
+            found[number] = _ChildRun.of(run)
+        self._children, self._read = found, True
         for trial in list(self.record.trials.values()):  # list: the driver thread adds trials meanwhile
             child = self._children.get(trial.number)
             if child is not None and not child.holds(trial):
@@ -570,6 +574,7 @@ class Tracker:
                 metrics += _test_metrics(test, trial) if test is not None and not child.tested else []
             fault_point("tracking.call.before")
             run_tags = [RunTag(k, v) for k, v in tags.items()]
+            self.record.check_alone()
             client.log_batch(child.run_id, metrics=metrics, params=params, tags=run_tags)
             fault_point("tracking.call.after")
             child.epochs, metrics, params, start = stop, [], [], stop
@@ -600,6 +605,7 @@ class Tracker:
             **_commit_tags(commit, dirty),
         }
         fault_point("tracking.run.before")
+        self.record.check_alone()
         name = _run_name(trial)
         run = client.create_run(self._experiment_id, start_time=trial.started, run_name=name, tags=tags)
         fault_point("tracking.run.after")

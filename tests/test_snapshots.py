@@ -5,8 +5,10 @@ import shutil
 import threading
 import time
 
+import mlflow
 import pytest
 from test_record import SETTINGS, SPACE, metrics, plan
+from test_tracking import PROVENANCE
 
 from ramcore.errors import UserError
 from study import record as record_module
@@ -16,6 +18,7 @@ from study.record import Record, RecordLost
 from study.repair import repair
 from study.snapshots import LEASE, Lease, LeaseHeld, fetch, set_aside
 from study.storage import Storage
+from study.tracking import Tracker
 
 
 @pytest.fixture
@@ -240,6 +243,24 @@ def test_suspended_driver_cannot_overwrite_the_record_of_its_successor(storage, 
             time.sleep(0.05)
         assert LEASE in storage.folder("s").names("")  # the successor's
         monkeypatch.undo()
+
+
+def test_suspended_driver_tracks_nothing_beside_its_successor(storage, tmp_path, monkeypatch, empty_database):
+    monkeypatch.setattr(snapshots, "_EXPIRES", 0.2)
+    monkeypatch.setattr(snapshots, "_INTERVAL", 1000.0)
+    shutil.copy(empty_database, tmp_path / "m.db")
+    uri = f"sqlite:///{tmp_path}/m.db"
+    suspended = open_record(storage)
+    suspended.start(plan(), SPACE)
+    other_machine(tmp_path, monkeypatch, "another")
+    with open_record(storage):
+        tracker = Tracker(suspended, uri, PROVENANCE, {"schema": 1})
+        tracker.start()
+        assert "has taken s over" in str(tracker.finish("finished", patience=1))
+    client = mlflow.MlflowClient(uri)
+    found = client.search_runs([client.get_experiment_by_name("ram-study").experiment_id])
+    assert [run.data.tags["ram.kind"] for run in found] == ["study"]
+    suspended.close()
 
 
 def test_suspended_driver_does_not_end_a_trial_of_its_successor(storage, tmp_path, monkeypatch):

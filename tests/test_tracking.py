@@ -291,7 +291,7 @@ def test_outage_is_reported_and_ends_after_the_patience(record, caplog):
         started = time.monotonic()
         untracked = track(record, dead, patience=2)
     assert time.monotonic() - started < 6
-    assert untracked is not None and untracked.startswith("3 epochs of 2 trials (")
+    assert untracked is not None and untracked.startswith("at most 3 epochs of 2 trials (")
     assert "training goes on" in caplog.text
 
 
