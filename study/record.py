@@ -392,7 +392,7 @@ class Record:
         self.close()
 
     def check_alone(self) -> None:
-        """Raises LeaseHeld if another driver has taken the study over while this one was suspended."""
+        """Raises LeaseHeld if another driver may have taken the study over while this one was suspended."""
         if self.snapshots is not None:
             self.snapshots.check_alone()
 

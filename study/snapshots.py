@@ -165,6 +165,10 @@ class Lease:
         if (now := self._read()) is not None and _parsed(now).get("holder", self._holder) != self._holder:
             raise LeaseHeld(f"the driver on {_parsed(now).get('host')} has taken {self._study} over: this one stops")
 
+    def is_mine(self) -> bool:
+        """Whether it is there, whole, and this driver's. Raises OSError."""
+        return _parsed(self._read() or b"").get("holder") == self._holder
+
     def _read(self) -> bytes | None:
         """The lease as it is; None if there is none."""
         content = b""
@@ -224,10 +228,11 @@ class Snapshots:
             self._folder, self._lease = folder, lease
 
     def check_alone(self) -> None:
-        """Raises LeaseHeld if another driver has taken over while this one was suspended."""
+        """Raises LeaseHeld if another driver may have taken over, and perhaps ended, while this one was suspended."""
         if self._lease is not None and time.monotonic() - self._written > _EXPIRES / 2:
             with contextlib.suppress(OSError):  # an outage is no other driver
-                self._lease.check()
+                if not self._lease.is_mine():
+                    raise LeaseHeld("another driver may have taken the study over")
 
     def save(self) -> None:
         """Copy the record now. Raises OSError (it is gone or damaged, or the store cannot be reached), LeaseHeld."""

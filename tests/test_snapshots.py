@@ -245,7 +245,10 @@ def test_suspended_driver_cannot_overwrite_the_record_of_its_successor(storage, 
         monkeypatch.undo()
 
 
-def test_suspended_driver_tracks_nothing_beside_its_successor(storage, tmp_path, monkeypatch, empty_database):
+@pytest.mark.parametrize("successor", ["runs", "has ended"])
+def test_suspended_driver_tracks_nothing_beside_its_successor(
+    storage, tmp_path, monkeypatch, empty_database, successor
+):
     monkeypatch.setattr(snapshots, "_EXPIRES", 0.2)
     monkeypatch.setattr(snapshots, "_INTERVAL", 1000.0)
     shutil.copy(empty_database, tmp_path / "m.db")
@@ -253,10 +256,14 @@ def test_suspended_driver_tracks_nothing_beside_its_successor(storage, tmp_path,
     suspended = open_record(storage)
     suspended.start(plan(), SPACE)
     other_machine(tmp_path, monkeypatch, "another")
-    with open_record(storage):
-        tracker = Tracker(suspended, uri, PROVENANCE, {"schema": 1})
-        tracker.start()
-        assert "has taken s over" in str(tracker.finish("finished", patience=1))
+    theirs = open_record(storage)
+    if successor == "has ended":
+        theirs.close()
+    time.sleep(0.2)
+    tracker = Tracker(suspended, uri, PROVENANCE, {"schema": 1})
+    tracker.start()
+    assert "another driver may have taken the study over" in str(tracker.finish("finished", patience=1))
+    theirs.close()
     client = mlflow.MlflowClient(uri)
     found = client.search_runs([client.get_experiment_by_name("ram-study").experiment_id])
     assert [run.data.tags["ram.kind"] for run in found] == ["study"]
