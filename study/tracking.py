@@ -353,7 +353,7 @@ class Tracker:
             trials = epochs = 0
             for trial in self.record.trials.values():
                 child = self._children.get(trial.number)
-                missing = max(0, len(trial.epochs) - (max(child.epochs, 0) if child else 0))
+                missing = max(0, len(trial.epochs) - (max(child.epochs, child.written) if child else 0))
                 trials += child is None or not child.holds(trial)
                 epochs += missing
             most = "" if self._read else "at most "  # what MLflow holds is not known
@@ -513,11 +513,12 @@ class Tracker:
         self._children, self._read = found, True
         for trial in list(self.record.trials.values()):  # list: the driver thread adds trials meanwhile
             child = self._children.get(trial.number)
-            if child is not None and not child.holds(trial):
+            if child is not None and child.holds(trial):
+                continue
+            self._pending.add(trial.number)
+            if child is not None:
                 history = client.get_metric_history(child.run_id, schema.OBJECTIVE)
                 child.written = max((metric.step for metric in history), default=0)
-            if child is None or not child.holds(trial):
-                self._pending.add(trial.number)
         self._experiment_id = experiment_id
         self._log_study(client, parent)
 
