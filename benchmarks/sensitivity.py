@@ -198,17 +198,24 @@ def print_holds(*, replicates: int = 8, truth: str = "", processes: int = 2, out
         replicates: Made-up studies of each truth, 54 trials of 12 epochs and two seeds.
         truth: Only truths whose name contains this.
         processes: How many studies are analysed at a time.
-        out: Write every study's row to this CSV file, as they come.
+        out: Write every study's row to this CSV file, as they come; studies that it has already are not made again.
     """
     jobs = [(name, seed) for name in TRUTHS if truth in name for seed in range(replicates)]
-    print(holds_table(_tried(_held, jobs, processes, out)))
+    print(holds_table(tried(_held, jobs, processes, out)))
 
 
-def _tried(
+def tried(
     work: Callable[..., Row | list[Row]], jobs: Sequence[tuple[Any, ...]], processes: int, out: Path | None
 ) -> pd.DataFrame:
-    """The rows of all jobs, tuples of arguments, in processes of their own; written to `out` as they come."""
+    """The rows of all jobs, tuples of arguments, in processes of their own; written to `out` as they come.
+
+    Jobs whose rows are in `out` already are not done again.
+    """
     rows: list[Row] = []
+    if out is not None and out.exists():
+        rows = [{str(k): v for k, v in row.items()} for row in pd.read_csv(out).to_dict("records")]
+    done = {(row["truth"], row["study"], row.get("trials")) for row in rows}
+    jobs = [job for job in jobs if (*job, None)[:3] not in done]  # truth, study, and the choice of trials if it has one
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         for job, found in zip(jobs, pool.map(work, *zip(*jobs, strict=True)), strict=True):
             rows += found if isinstance(found, list) else [found]
@@ -246,13 +253,13 @@ def print_choices(
         replicates: Made-up studies of each truth and way.
         truths: Their names.
         processes: How many studies are analysed at a time.
-        out: Write every study's row to this CSV file, as they come.
+        out: Write every study's row to this CSV file, as they come; studies that it has already are not made again.
     """
     jobs = [
         (name, seed, way, origins)
         for seed in range(replicates) for name in truths for way, origins in _choices(name).items()
     ]  # fmt: skip
-    print(choices_table(_tried(_chosen, jobs, processes, out)))
+    print(choices_table(tried(_chosen, jobs, processes, out)))
 
 
 def _chosen(name: str, seed: int, way: str, origins: Sequence[str]) -> Row:
@@ -286,7 +293,7 @@ def _settled(name: str, seed: int) -> list[Row]:
         then = judge(analyse(study_of(truth, seed, origins=[*begun, *["sobol"] * (more or BEGUN)]), seed=seed))[place]
         assert then.margin is not None
         rows.append({
-            "truth": name, "claim": verdict.claim, "more trials": float(more or BEGUN),
+            "truth": name, "study": float(seed), "claim": verdict.claim, "more trials": float(more or BEGUN),
             "settles": np.nan if more is None else float(then.verdict != "undecided"),
             "SD now": float(verdict.margin.draws.std()), "SD then": float(then.margin.draws.std()),
             "SD expected": math.sqrt(outlook.after(kind, more or BEGUN)),
@@ -303,10 +310,10 @@ def print_settles(
         replicates: Made-up studies of each truth.
         truths: Their names.
         processes: How many studies are analysed at a time.
-        out: Write every claim's row to this CSV file, as they come.
+        out: Write every claim's row to this CSV file, as they come; studies that it has already are not made again.
     """
     jobs = [(name, seed) for seed in range(replicates) for name in truths]
-    table = _tried(_settled, jobs, processes, out)
+    table = tried(_settled, jobs, processes, out).drop(columns="study")
     table["SD then / expected"] = table["SD then"] / table["SD expected"]
     means = pd.DataFrame(table.groupby("truth", sort=False, as_index=False).mean(numeric_only=True))
     cells = ([v if isinstance(v, str) else number(v, 2) for v in row] for row in means.itertuples(index=False))

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from benchmarks import training
+from benchmarks import sensitivity, training
 from benchmarks.plain_ram import PlainTrainer, Retina
 from benchmarks.truths import TRUTHS, Facts, origins_of, study_of
 from ramcore import retina
@@ -60,3 +61,21 @@ def test_null_parameters_of_a_truth_do_nothing_and_its_study_is_a_search(name: s
     assert set(study.trials["origin"]) == {"published", "sobol", "tpe"}
     assert (study.trials.loc[study.trials["origin"] != "tpe", "state"] == "complete").all()
     assert study.epochs["val_accuracy"].between(0, 1).all()
+
+
+@pytest.mark.parametrize("ways", [(), ("many", "few")])
+def test_made_up_studies_that_a_table_has_already_are_not_made_again(ways, tmp_path, monkeypatch):
+    made = []
+
+    def job(truth, study, trials=None):
+        made.append((truth, study, trials))
+        return {"truth": truth, "study": float(study)} | ({} if trials is None else {"trials": trials})
+
+    def jobs(studies):
+        return [("steps", study, *way) for study in range(studies) for way in ([(w,) for w in ways] or [()])]
+
+    monkeypatch.setattr(sensitivity, "ProcessPoolExecutor", lambda processes, mp_context: ThreadPoolExecutor(processes))
+    out = tmp_path / "rows.csv"
+    for studies in (1, 2, 2):
+        assert list(sensitivity.tried(job, jobs(studies), 1, out)["study"]) == [float(j[1]) for j in jobs(studies)]
+    assert len(made) == len(set(made)) == len(jobs(2))
