@@ -52,6 +52,7 @@ import sqlalchemy.exc
 from filelock import FileLock, Timeout
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import RDBStorage
+from optuna.storages._rdb.models import BaseModel
 from optuna.trial import FrozenTrial, TrialState
 
 from ramcore.config import Config
@@ -725,6 +726,11 @@ def _open_database(path: Path, name: str | None) -> tuple[optuna.Study | None, R
         rdb = RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 60}})
 
         if name is not None:
+            # A process that was killed while Optuna made the tables may have left one without its index. Optuna does
+            # not complete it, and without it two studies can have one name.
+            for table in BaseModel.metadata.tables.values():
+                for index in table.indexes:
+                    index.create(rdb.engine, checkfirst=True)
             integrity.adopt(path)
 
         @sqlalchemy.event.listens_for(rdb.engine, "connect")

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sqlite3
 import subprocess
 import sys
 
 import optuna
 import pytest
+import sqlalchemy
 from optuna.trial import TrialState
 
 from ramcore.config import Config
@@ -15,6 +17,7 @@ from study.designs import TrialSpec
 from study.record import Record, StudySettings, best_trial, read_study
 from study.search_space import configuration, search_space
 from study.sobol import SobolSequence
+from study.storage import RECORD
 
 SPACE = search_space(Config(data="digits", task="original", epochs=3))
 SETTINGS = StudySettings(
@@ -110,6 +113,32 @@ def test_opening_completes_writes_that_a_crash_cut_off(folder, monkeypatch):
         (stored,) = record.study.get_trials()
     assert stored.intermediate_values == {1: pytest.approx(0.3), 2: 0.4}
     assert (stored.state, stored.value) == (TrialState.COMPLETE, 0.4)
+
+
+def test_record_is_completed_wherever_its_making_was_cut_off(folder, tmp_path):
+    copies = []
+
+    def copy(*_):
+        """What is on the disk after a statement; a transaction that is open is not."""
+        if (folder / RECORD).exists() and (content := (folder / RECORD).read_bytes()) not in copies:
+            copies.append(content)
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "after_cursor_execute", copy)
+    try:
+        open_record(folder).close()
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "after_cursor_execute", copy)
+    assert len(copies) > 15
+    for number, content in enumerate(copies):
+        cut = tmp_path / str(number) / "s"
+        cut.mkdir(parents=True)
+        (cut / RECORD).write_bytes(content)
+        for _ in range(2):
+            with open_record(cut) as record:
+                record.start(plan(len(record.trials)), SPACE)
+        with sqlite3.connect(cut / RECORD) as database:
+            assert database.execute("select count(*) from studies").fetchall() == [(1,)]
+        assert optuna.load_study(study_name="s", storage=f"sqlite:///{cut / RECORD}").trials[1].number == 1
 
 
 def test_test_accuracy_of_ended_trial_is_kept(folder):
