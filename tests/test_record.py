@@ -8,7 +8,7 @@ import sys
 
 import optuna
 import pytest
-import sqlalchemy
+import sqlalchemy.event
 from optuna.trial import TrialState
 
 from ramcore.config import Config
