@@ -11,19 +11,31 @@ from typing import TypeVar
 HIDDEN = "***"
 _ARGUMENTS = "RAM_STUDY_ARGUMENTS"  # environment variable: the real arguments, as JSON
 
-# The user information of a URI, up to the last @: a password may hold one, and a slash.
-_USER = re.compile(r"(?<=://)\S*@")
+# The user information of a URI, up to the last @: a password may hold one, a slash or a space. Some people leave
+# the scheme out or write other slashes.
+_USER = re.compile(
+    r"(?<=://)(?!/)(?:\S*(?:@|%40)|[^\s/@:]+:[^@\n]*@)|(?<![^\s'\"(,;=/])[^\s'\"(,;=/@:]+(?::(?!//)|%3A)\S*(?:@|%40)",
+    re.IGNORECASE,
+)
 # Parameters of a URI that name a secret; ODBC's holds a whole connection string.
 _PARAMETER = re.compile(
-    r"([?&;][\w.-]*(?:pass|pwd|secret|token|key|sig|credential|odbc_connect)[\w.-]*=)[^&\s'\"]+", re.IGNORECASE
+    r"([?&;#][\w.-]*(?:pass|pwd|secret|token|key|sig|credential|auth|code|jwt|odbc_connect)[\w.-]*(?:=|%3D))[^&\s'\"]+",
+    re.IGNORECASE,
 )
+_VARIABLE = re.compile(r"(PASSWORD|TOKEN|SECRET|SECRET_ACCESS_KEY|ACCOUNT_KEY)$")  # of the environment: holds a secret
+_SHORTEST = 6  # characters of a secret in the environment: a shorter one would be found in any text
 
 T = TypeVar("T")
 
 
 def without_secrets(value: T) -> T:
-    """A text, or plain data that holds texts, with `***` for the user, password and other secrets of every URI."""
+    """A text, or plain data that holds texts, with `***` for the user, password and other secrets of every URI, and for
+    the passwords and tokens of the environment.
+    """
     if isinstance(value, str):
+        for name, secret in os.environ.items():
+            if _VARIABLE.search(name) and len(secret := secret.strip()) >= _SHORTEST:
+                value = value.replace(secret, HIDDEN)
         return _PARAMETER.sub(rf"\1{HIDDEN}", _USER.sub(f"{HIDDEN}@", value))  # pyright: ignore[reportReturnType]
     if isinstance(value, dict):
         return {key: without_secrets(item) for key, item in value.items()}  # pyright: ignore[reportReturnType]

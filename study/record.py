@@ -723,7 +723,8 @@ def _check(path: Path, trials: Sequence[int]) -> None:
 def _open_database(path: Path, name: str | None) -> tuple[optuna.Study | None, RDBStorage]:
     """The Optuna study in a SQLite file: the named one, made if absent; without a name, the one there, or None."""
     try:
-        rdb = RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 60}})
+        uri = sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string()  # ? and % in the path are escaped
+        rdb = RDBStorage(uri, engine_kwargs={"connect_args": {"timeout": 60}})
 
         if name is not None:
             # A process that was killed while Optuna made the tables may have left one without its index. Optuna does

@@ -42,6 +42,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.store.db.utils import create_sqlalchemy_engine
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from urllib3.exceptions import HTTPError
 
 from ramcore.cost import cost
 from ramcore.errors import UserError, first_line, say
@@ -110,9 +111,11 @@ def _check_form(uri: str) -> None:
             "pass --tracking-uri sqlite:///mlflow.db or http://host:5000"
         )
     if uri.startswith(_SQLITE):
-        path = database_file(uri)
-        if path is None:
-            raise UserError(f"the tracking database must be a file; got {uri}: pass --tracking-uri sqlite:///mlflow.db")
+        path, url = database_file(uri), sqlalchemy.make_url(uri)
+        is_other = path is None or (os.path.lexists(path) and not path.is_file())
+        if is_other or set(url.query) - {"timeout"} or str(url.database).startswith("file:"):
+            rule = "the tracking database must be a file, and its URI a path alone"
+            raise UserError(f"{rule}; got {without_secrets(uri)}: pass --tracking-uri sqlite:///mlflow.db")
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             rule = "the tracking database must lie in a writable folder"
             raise UserError(f"{rule}; {path.parent} is not one: pass another --tracking-uri")
@@ -138,7 +141,9 @@ def _experiment(client: mlflow.MlflowClient, uri: str) -> Experiment:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another study was quicker
                 raise
         found = client.get_experiment_by_name(schema.EXPERIMENT)
-        assert found is not None
+    if found is None or not found.experiment_id:
+        fact = f"{without_secrets(uri)} answers, and knows of no experiments"
+        raise UserError(f"the tracking server must be MLflow's; {fact}: pass another --tracking-uri")
     if found.lifecycle_stage != "active":
         raise UserError(
             f"a study needs MLflow's experiment {schema.EXPERIMENT}; it was deleted from {without_secrets(uri)}: "
@@ -190,6 +195,8 @@ def _remedy(error: BaseException) -> str:
     if isinstance(error, ImportError):
         return f"install {error.name} (pip install), or pass another --tracking-uri"
     if isinstance(cause, requests.exceptions.SSLError):
+        if "WRONG_VERSION_NUMBER" in str(cause) or "RECORD_LAYER_FAILURE" in str(cause):
+            return "it may speak no TLS: pass http:// in place of https://, or another --tracking-uri"
         return (
             "set MLFLOW_TRACKING_SERVER_CERT_PATH to the certificate of its authority, or pass another --tracking-uri"
         )
@@ -204,12 +211,21 @@ def _remedy(error: BaseException) -> str:
     return "pass another --tracking-uri"
 
 
+def _innermost(error: BaseException) -> BaseException:
+    """What a failed request came from; MLflow, requests and urllib3 each wrap it in words of their own."""
+    inner = error.__cause__ or error.__context__
+    if not (isinstance(error, MlflowException) and isinstance(inner, requests.RequestException)):
+        inner = getattr(error, "reason", None) or next(iter(error.args), None)
+    return _innermost(inner) if isinstance(inner, Exception) else error
+
+
 def _reason(error: BaseException) -> str:
     """An error in one line: a database's own words; with its type, where its text alone may not be understood."""
     cause = error.__cause__ or error
     if isinstance(cause, sqlalchemy.exc.DBAPIError) and cause.orig is not None:
         return first_line(cause.orig)
-    known = MlflowException | UserError | OSError | ImportError | sqlalchemy.exc.SQLAlchemyError
+    error = _innermost(error)
+    known = MlflowException | UserError | OSError | ImportError | sqlalchemy.exc.SQLAlchemyError | HTTPError
     return first_line(error) if isinstance(error, known) else f"{type(error).__name__}: {first_line(error)}"
 
 
@@ -620,12 +636,12 @@ def _run_name(trial: TrialRecord) -> str:
 def _connect(uri: str) -> mlflow.MlflowClient:
     """A client of a server, or of a database that is there. Raises UserError for a database of something else."""
     path = database_file(uri)
-    if path is not None:
-        _make_database(path)
     if uri.partition(":")[0].partition("+")[0] in DATABASE_ENGINES:
         # MLflow itself repeats a failed connection for minutes, and makes its tables in any database.
         engine = create_sqlalchemy_engine(uri)
         try:
+            if path is not None:
+                _make_database(path)
             tables = {name for name in sqlalchemy.inspect(engine).get_table_names() if not name.startswith("alembic_")}
         finally:
             engine.dispose()
@@ -644,19 +660,24 @@ def _make_database(path: Path) -> None:
     MLflow makes its tables in about fifty migrations, and cannot open a database whose process was killed in the middle
     of them.
     """
-    if path.exists() and path.stat().st_size > 0:
+    if path.exists() and (path.stat().st_size > 0 or not path.is_file()):
         return
     for leftover in path.parent.glob(f".{path.name}.*.new*"):
         if time.time() - leftover.stat().st_mtime > 600:
             leftover.unlink(missing_ok=True)
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    SqlAlchemyStore(f"sqlite:///{new}", "./mlruns").engine.dispose()
-    fault_point("tracking.database")
-    if path.exists() and path.stat().st_size == 0:  # SQLite makes this in the place of a file that was deleted
-        path.unlink()
-    with contextlib.suppress(FileExistsError):  # another study was quicker
-        os.link(new, path)
-    new.unlink()
+    new.touch()  # at once, where MLflow would try for minutes
+    try:
+        # A relative path, since MLflow makes the folder of what it reads as the path, with ? and % escaped.
+        uri = sqlalchemy.URL.create("sqlite", database=os.path.relpath(new)).render_as_string()
+        SqlAlchemyStore(uri, "./mlruns").engine.dispose()
+        fault_point("tracking.database")
+        if path.exists() and path.stat().st_size == 0:  # SQLite makes this in the place of a file that was deleted
+            path.unlink()
+        with contextlib.suppress(FileExistsError):  # another study was quicker
+            os.link(new, path)
+    finally:
+        new.unlink()
 
 
 def search_all(client: mlflow.MlflowClient, experiment_id: str, query: str) -> list[Run]:

@@ -148,11 +148,25 @@ def test_tracking_server_refuses_forged_host_and_origin(server):
         ("mysql://host/db?user=a&password=s3cret&x=1", "mysql://host/db?user=a&password=***&x=1"),
         ("mssql+pyodbc:///?odbc_connect=DRIVER%3Dx%3BPWD%3Ds3cret", "mssql+pyodbc:///?odbc_connect=***"),
         ("https://host/f?X-Amz-Signature=s3cret&sig=s3cret", "https://host/f?X-Amz-Signature=***&sig=***"),
+        ("got alice:s3cret@host:5000: no", "got ***@host:5000: no"),
+        ("--address alice:s3cret@host:6379", "--address ***@host:6379"),
+        ("http:/alice:s3cret@host", "***@host"),
+        ("http:alice:s3cret@host", "***@host"),
+        ("(//alice:s3cret@host)", "(//***@host)"),
+        ("alice%3As3cret%40host", "***@host"),
+        ("postgresql://alice:s3 cr\tet@host/x", "postgresql://***@host/x"),
+        ("https://host/?auth=s3cret&code=s3cret&jwt=s3cret", "https://host/?auth=***&code=***&jwt=***"),
+        ("https://host/#access_token=s3cret", "https://host/#access_token=***"),
+        ("https://host/?password%3Ds3cret", "https://host/?password%3D***"),
+        ("Bearer hunter-22", "Bearer ***"),
         ("sqlite:///mlflow.db", "sqlite:///mlflow.db"),
+        ("sqlite:////tmp/a@b/mlflow.db", "sqlite:////tmp/a@b/mlflow.db"),
+        ("http://host:5000: [Errno 111] refused (3:40)", "http://host:5000: [Errno 111] refused (3:40)"),
         ("write to me@example.org", "write to me@example.org"),
     ],
 )
-def test_secrets_of_a_uri_are_hidden(text, shown):
+def test_secrets_of_uris_and_of_the_environment_are_hidden(monkeypatch, text, shown):
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "hunter-22\n")
     assert without_secrets(text) == shown
     assert without_secrets({"a": [text, 1], "b": (text, None)}) == {"a": [shown, 1], "b": (shown, None)}
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
 import json
+import os
 import shutil
 import socket
 import sqlite3
@@ -532,6 +534,8 @@ def test_tracking_that_will_never_work_is_refused_with_the_remedy(uri, tmp_path,
         "insert into experiments (name, artifact_location, lifecycle_stage, experiment_id) "
         "values ('ram-study', '/proc/nope/a', 'active', 7)",
     )
+    os.mkfifo(tmp_path / "pipe")  # and not a device, which must not be deleted either
+    before = {*tmp_path.iterdir()}
     monkeypatch.setitem(sys.modules, "psycopg", None)
     monkeypatch.setitem(sys.modules, "psycopg2", None)
     for bad, said in (
@@ -542,12 +546,80 @@ def test_tracking_that_will_never_work_is_refused_with_the_remedy(uri, tmp_path,
         (f"sqlite:///{tmp_path}/later.db", "mlflow db upgrade"),
         (f"sqlite:///{tmp_path}/unwritable.db", "/proc/nope/a could not be written"),
         ("postgresql://somebody:s3cret@127.0.0.1:1/x", "install psycopg"),
+        ("sqlite+nope:////" + str(tmp_path / "nope.db"), "sqlite.nope"),
+        (f"sqlite:///{tmp_path}", "must be a file"),
+        (f"sqlite:///{tmp_path}/pipe", "must be a file"),
+        (f"sqlite:///file:{tmp_path}/uri.db?uri=true", "a path alone"),
+        (f"sqlite:///{tmp_path}/ro.db?mode=ro", "a path alone"),
+        ("sqlite:////proc/x.db", "No such file"),
     ):
         line = refused(bad, known=known)
         assert said in line and "s3cret" not in line
+    assert (tmp_path / "pipe").is_fifo()
+    assert before == {*tmp_path.iterdir()}
     client = mlflow.MlflowClient(uri)
     client.delete_experiment(client.create_experiment("ram-study"))
     assert "mlflow experiments restore -x" in refused(uri, known=known)
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    """Answers every request as `content` says."""
+
+    content = b"{}"
+    status = 200
+
+    def do_GET(self) -> None:
+        self.send_response(self.status)
+        self.send_header("Content-Length", str(len(self.content)))
+        self.end_headers()
+        self.wfile.write(self.content)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("scheme", "status", "content", "said"),
+    [
+        ("http", 200, b"{}", "answers, and knows of no experiments"),
+        ("https", 200, b"{}", "pass http:// in place of https://"),
+        ("http", 404, b"<html>Not here</html>", "404"),
+        ("http", 503, b"", "503"),
+        ("http", None, b"", "Connection refused"),
+    ],
+)
+def test_fact_of_a_server_that_is_not_mlflows_is_in_the_line(scheme, status, content, said):
+    handler = type("Handler", (Answer,), {"content": content, "status": status})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        if status is None:
+            server.server_close()
+        else:
+            thread.start()
+        try:
+            line = refused(f"{scheme}://127.0.0.1:{server.server_port}")
+        finally:
+            if status is not None:
+                server.shutdown()
+                thread.join()
+    assert said in line
+
+
+@pytest.mark.parametrize("folder", ["a?b", "a%41b", "{a} #b"])
+def test_study_in_a_folder_with_signs_of_a_uri_is_recorded_and_tracked_there(tmp_path, monkeypatch, folder):
+    here = tmp_path / folder
+    here.mkdir()
+    monkeypatch.chdir(here)
+    check_server("sqlite:///mlflow.db")
+    with Record.open(here / "runs" / "s", SETTINGS, total=1) as record:
+        trial(record, (0.5, 0.5))
+        assert track(record, "sqlite:///mlflow.db") is None
+    with Record.open(here / "runs" / "s", SETTINGS, total=1) as record:
+        assert record.trials[0].state == "complete"
+    assert [path.name for path in tmp_path.iterdir()] == [folder]
+    assert {path.name for path in here.iterdir()} >= {"mlflow.db", "runs"}
 
 
 def test_database_locked_by_another_process_is_an_outage(uri, impatient, tmp_path):
