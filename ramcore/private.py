@@ -33,15 +33,19 @@ def without_secrets(value: T) -> T:
     the passwords and tokens of the environment.
     """
     if isinstance(value, str):
-        for name, secret in os.environ.items():
-            if _VARIABLE.search(name) and len(secret := secret.strip()) >= _SHORTEST:
-                value = value.replace(secret, HIDDEN)
-        return _PARAMETER.sub(rf"\1{HIDDEN}", _USER.sub(f"{HIDDEN}@", value))  # pyright: ignore[reportReturnType]
+        return _hidden(value)  # pyright: ignore[reportReturnType]
     if isinstance(value, dict):
         return {key: without_secrets(item) for key, item in value.items()}  # pyright: ignore[reportReturnType]
     if isinstance(value, list | tuple):
         return type(value)(map(without_secrets, value))  # pyright: ignore[reportCallIssue, reportReturnType]
     return value
+
+
+def _hidden(text: str) -> str:
+    for name, secret in os.environ.items():
+        if _VARIABLE.search(name) and len(secret.strip()) >= _SHORTEST:
+            text = text.replace(secret.strip(), HIDDEN)
+    return _PARAMETER.sub(rf"\1{HIDDEN}", _USER.sub(f"{HIDDEN}@", text))
 
 
 def private_arguments() -> list[str]:

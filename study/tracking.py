@@ -112,8 +112,8 @@ def _check_form(uri: str) -> None:
         )
     if uri.startswith(_SQLITE):
         path, url = database_file(uri), sqlalchemy.make_url(uri)
-        is_other = path is None or (os.path.lexists(path) and not path.is_file())
-        if is_other or set(url.query) - {"timeout"} or str(url.database).startswith("file:"):
+        is_plain = not set(url.query) - {"timeout"} and not str(url.database).startswith("file:")
+        if path is None or not is_plain or (os.path.lexists(path) and not os.path.isfile(path)):
             rule = "the tracking database must be a file, and its URI a path alone"
             raise UserError(f"{rule}; got {without_secrets(uri)}: pass --tracking-uri sqlite:///mlflow.db")
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
