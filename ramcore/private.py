@@ -23,7 +23,7 @@ _PARAMETER = re.compile(
     re.IGNORECASE,
 )
 _VARIABLE = re.compile(r"(PASSWORD|TOKEN|SECRET|SECRET_ACCESS_KEY|ACCOUNT_KEY)$")  # of the environment: holds a secret
-_SHORTEST = 6  # characters of a secret in the environment: a shorter one would be found in any text
+_SHORTEST = 8  # characters of a secret in the environment: a shorter one would be found in any text
 
 T = TypeVar("T")
 
