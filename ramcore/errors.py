@@ -6,7 +6,7 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from ramcore.private import without_secrets
@@ -30,6 +30,18 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 def say(text: str) -> None:
     """Print one message, without secrets, to stderr at once; stdout is for results."""
     print(without_secrets(text), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def usable(flag: str) -> Iterator[None]:
+    """Refuse the path of a flag where the system does, as in a folder that this user may not enter, or for too long a
+    name: there Path.exists and the like raise, too. Raises UserError.
+    """
+    try:
+        yield
+    except OSError as error:
+        path, reason = error.filename or "it", error.strerror or first_line(error)
+        raise UserError(f"{flag} must be a path that this user can use; {path}: {reason}: pass another") from error
 
 
 def parsed(parse: Callable[[], Parsed]) -> Parsed:

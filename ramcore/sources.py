@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import math
 import os
 import re
 import zipfile
@@ -21,7 +22,7 @@ from torch.nn import functional
 
 from ramcore.config import DIGIT_SIZE, SOURCES, Config, nearest
 from ramcore.data import Split, SplitName, TaskData, make_task
-from ramcore.errors import UserError, first_line
+from ramcore.errors import UserError, first_line, usable
 from ramcore.rng import bits
 
 
@@ -131,7 +132,9 @@ def _find(name: str, source: _IdxSource, data_dir: Path | None) -> list[Path]:
     given = {"--data-dir": data_dir, "$RAM_DATA_DIR": os.environ.get("RAM_DATA_DIR")}
     named = {flag: Path(folder) for flag, folder in given.items() if folder}
     for flag, folder in named.items():
-        if not folder.is_dir():
+        with usable(flag):
+            is_folder = folder.is_dir()
+        if not is_folder:
             raise UserError(f"{flag} must be a folder; {folder} is not one: create it or name another")
     # A folder for several sources has a subfolder for each. The cache's own files could only be MNIST's.
     cache = Path(pooch.os_cache("ram-study"))
@@ -140,7 +143,8 @@ def _find(name: str, source: _IdxSource, data_dir: Path | None) -> list[Path]:
     places = places or [cache / name, *([cache] if name == "mnist" else [])]
     lacking: dict[Path, list[str]] = {}
     for place in places:
-        paths = [_existing(place, file.name) for file in source.files]
+        with usable(" or ".join(named) or "without --data-dir, the user's cache"):
+            paths = [_existing(place, file.name) for file in source.files]
         if all(paths):
             return [path for path in paths if path]
         lacking[place] = [file.name for file, path in zip(source.files, paths, strict=True) if not path]
@@ -193,8 +197,9 @@ def _parse_idx(path: Path, ndim: int, wanted: tuple[int, ...] | None = None) -> 
 
     Raises UserError if it is damaged, or not of the shape that is wanted.
     """
-    try:
+    with usable("--data-dir or --data"):
         raw = path.read_bytes()
+    try:
         content = gzip.decompress(raw) if path.suffix == ".gz" else raw
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} must be a whole .gz file; reading it failed ({error}): fetch it again") from error
@@ -203,7 +208,7 @@ def _parse_idx(path: Path, ndim: int, wanted: tuple[int, ...] | None = None) -> 
         raise UserError(f"{path} must start with IDX magic {magic.hex()}; found {content[:4].hex()}: fetch it again")
     shape = tuple(int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(ndim))
     wanted, header = wanted or shape, 4 + 4 * ndim
-    expected_size = header + int(np.prod(wanted))
+    expected_size = header + math.prod(wanted)
     if shape != wanted or len(content) != expected_size:
         raise UserError(
             f"{path} must hold shape {wanted} in {expected_size} bytes; "
@@ -239,16 +244,8 @@ def load_images(path: Path | str, task: str = "original", canvas: int = 0) -> Ta
     Raises UserError if these are no such images, or do not fit on the canvas.
     """
     path = Path(path)
-    if path.is_dir():
-        arrays = _idx_folder(path)
-    elif path.is_file():
-        arrays = _npz_file(path)
-    else:
-        near = [*SOURCES, *(file.name for file in path.parent.glob("*"))]
-        raise UserError(
-            f"images must be one of {', '.join(SOURCES)}, an .npz file, or a folder of IDX files; there is no {path}"
-            f"{nearest(path.name, near)}"
-        )
+    with usable("--data"):
+        arrays = _own_arrays(path)
     labels = np.unique(_labels(path, arrays, "train"))
     if len(labels) < 2:
         raise UserError(f"images must be of at least 2 classes; all of {path} have the label {labels[0]}: add others")
@@ -267,9 +264,23 @@ def load_images(path: Path | str, task: str = "original", canvas: int = 0) -> Ta
     return replace(found, data=f"{name}-{found.digest[:8]}")
 
 
+def _own_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file or a folder. Raises UserError, OSError."""
+    if path.is_dir():
+        return _idx_folder(path)
+    if path.is_file():
+        return _npz_file(path)
+    rule = f"images must be one of {', '.join(SOURCES)}, an .npz file, or a folder of IDX files"
+    if path.exists():
+        raise UserError(f"{rule}; {path} is none of these: pass another --data")
+    near = [*SOURCES, *(file.name for file in path.parent.glob("*"))]
+    raise UserError(f"{rule}; there is no {path}{nearest(path.name, near)}")
+
+
 def _npz_file(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file. Raises UserError."""
+    """The arrays of an .npz file. Raises UserError, OSError."""
     wanted = "train_images, train_labels, test_images and test_labels"
+    path.open("rb").close()  # is_zipfile says no of a file that cannot be read
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} must be an .npz file with {wanted}; it is none: write it with numpy.savez")
     try:
@@ -287,7 +298,7 @@ def _npz_file(path: Path) -> dict[str, np.ndarray]:
 
 
 def _idx_folder(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a folder of IDX files. Raises UserError."""
+    """The arrays of a folder of IDX files. Raises UserError, OSError."""
     arrays: dict[str, np.ndarray] = {}
     for name, pattern in _OWN_ARRAYS.items():
         files = [file for file in sorted(path.iterdir()) if file.is_file() and re.search(pattern, file.name)]

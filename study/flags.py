@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import tyro
 
 from ramcore.config import SOURCES, TASKS, Config, nearest
-from ramcore.errors import UserError, parsed, say
+from ramcore.errors import UserError, parsed, say, usable
 from study.designs import AIMS, DEFAULT_SOBOL_SHARE, DEFAULT_TRIALS, DESIGNS
 from study.schema import DEFAULT_TRACKING_URI
 from study.search_space import search_space
@@ -273,7 +273,8 @@ def check(flags: Flags) -> None:
         if value is not None and value not in choices:
             fix = nearest(value, choices) or ": pass one of these"
             raise UserError(f"{flag_of(name)} must be one of {', '.join(choices)}; got {value!r}{fix}")
-    is_path = re.search(r"[./]", flags.data) or (flags.data and Path(flags.data).exists())
+    with usable("--data"):
+        is_path = re.search(r"[./]", flags.data) or (flags.data and Path(flags.data).exists())
     if flags.data not in DATA and not is_path:
         fix = nearest(flags.data, DATA) or ": pass one of these, or the path of own images"
         raise UserError(f"--data must be one of {', '.join(DATA)}; got {flags.data!r}{fix}")
@@ -312,7 +313,9 @@ def check(flags: Flags) -> None:
 def _require(flags: Flags, name: str, rule: str, fulfils: Callable[[Any], bool], fix: str) -> None:
     """Refuse a flag that is given and breaks the rule. Raises UserError."""
     value = asked_trials(flags) if name == "trials" else getattr(flags, name)
-    if value is not None and not fulfils(value):
+    with usable(flag_of(name)):
+        fits = value is None or fulfils(value)
+    if not fits:
         got = f"{value:g}" if isinstance(value, int | float) else repr(value) if isinstance(value, str) else str(value)
         raise UserError(f"{flag_of(name)} must be {rule}; got {got}: {fix}")
 

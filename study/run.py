@@ -73,7 +73,7 @@ def _submit(flags: Flags, address: str) -> int:
         say(f"warning: the token and the code go to {host} unencrypted; forward its port through SSH instead")
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray prefers these to the address that it is given
         os.environ[name] = address
-    if os.environ.get("RAY_AUTH_TOKEN") or (Path.home() / ".ray" / "auth_token").is_file():
+    if os.environ.get("RAY_AUTH_TOKEN") or os.path.isfile(Path.home() / ".ray" / "auth_token"):
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     from study.submit import submit  # puts off Ray, which reads the variables above when it is imported
 

@@ -44,7 +44,7 @@ from mlflow.store.db.utils import create_sqlalchemy_engine
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from ramcore.cost import cost
-from ramcore.errors import UserError, first_line, say
+from ramcore.errors import UserError, first_line, say, usable
 from ramcore.private import without_secrets
 from study import schema
 from study.faults import fault_point
@@ -113,7 +113,9 @@ def _check_form(uri: str) -> None:
         path = database_file(uri)
         if path is None:
             raise UserError(f"the tracking database must be a file; got {uri}: pass --tracking-uri sqlite:///mlflow.db")
-        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        with usable("--tracking-uri"):
+            is_folder = path.parent.is_dir()
+        if not is_folder or not os.access(path.parent, os.W_OK):
             rule = "the tracking database must lie in a writable folder"
             raise UserError(f"{rule}; {path.parent} is not one: pass another --tracking-uri")
 

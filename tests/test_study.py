@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -62,6 +63,9 @@ def refused(capsys, **flags) -> str:
     return line
 
 
+LONG = "a" * 300  # characters; a file's name has at most 255
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -94,6 +98,12 @@ def refused(capsys, **flags) -> str:
         ({"design": "ofat"}, "this design starts from a search's best configuration; runs holds no search"),
         ({"design": "replicate"}, "this design starts from a search's best configuration; runs holds no search"),
         ({"data": "mnist", "data_dir": Path("/no/such/folder")}, "--data-dir must be a folder"),
+        ({"data": LONG}, f"--data must be a path that this user can use; {LONG}: File name too long: pass another"),
+        ({"data": f"./{LONG}"}, "--data must be a path that this user can use"),
+        ({"data": "mnist", "data_dir": Path(LONG)}, "--data-dir must be a path that this user can use"),
+        ({"space": Path(LONG)}, "--space must be a path that this user can use"),
+        ({"storage": LONG}, "--storage must be a path that this user can use"),
+        ({"tracking_uri": f"sqlite:////{LONG}/m.db"}, "--tracking-uri must be a path that this user can use"),
         ({"tracking_uri": "./mlruns"}, "tracking must be a server or a database"),
         ({"tracking_uri": "http://127.0.0.1:9"}, "the tracking server must answer when a study starts"),
         (
@@ -104,6 +114,30 @@ def refused(capsys, **flags) -> str:
 )
 def test_bad_flags_are_refused_in_one_line_and_nothing_is_written(here, capsys, flags, said):
     assert said in refused(capsys, **flags)
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["data", "data_dir", "space", "storage", "tracking_uri", "$RAM_DATA_DIR"])
+def test_path_in_a_folder_that_the_user_may_not_enter_is_refused(here, capsys, monkeypatch, flag):
+    stat = os.stat
+
+    def locked(path, *args, **kwargs):  # a test that runs as root may enter every folder
+        if "locked" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", locked)
+    monkeypatch.setenv("RAM_DATA_DIR", "locked/x" if flag == "$RAM_DATA_DIR" else "")
+    values = {
+        "data": {"data": "locked/x.npz"},
+        "$RAM_DATA_DIR": {"data": "mnist"},
+        "tracking_uri": {"tracking_uri": "sqlite:///locked/x/m.db"},
+    }
+    if flag in ("data_dir", "space"):
+        values[flag] = {"data": "mnist", flag: Path("locked/x")}
+    said = refused(capsys, **values.get(flag, {flag: "locked/x"}))
+    name = flag if flag.startswith("$") else f"--{flag.replace('_', '-')}"
+    assert f"{name} must be a path that this user can use; " in said and "Permission denied" in said
     assert not list(here.iterdir())
 
 
