@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +31,17 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 def say(text: str) -> None:
     """Print one message, without secrets, to stderr at once; stdout is for results."""
     print(without_secrets(text), file=sys.stderr, flush=True)
+
+
+def brief(value: object) -> str:
+    """A value as a refusal shows it: a number exactly unless it is huge; text in quotes, cut if it is long."""
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
+    if isinstance(value, int) and abs(value) >= 10**20:  # str() refuses one of more than 4300 digits
+        return f"about {'-' if value < 0 else ''}1e{round(math.log10(abs(value)))}"
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:60]}... ({len(text)} characters)"
 
 
 @contextlib.contextmanager
@@ -64,6 +76,9 @@ def _refusal(lines: list[str]) -> str:
     said = " ".join(lines[: lines.index("")] if "" in lines else lines).removesuffix(".")
     if wrong := re.match(r"Error parsing (\S+): .*?(INT|int|FLOAT|float)\b.*(?:\[|: )'(.*?)'\]?", said):
         flag, kind, got = wrong.groups()
-        return f"{flag} must be {'a whole number' if kind.lower() == 'int' else 'a number'}; got {got!r}"
+        rule = "a number" if kind.lower() == "float" else "a whole number"
+        if len(digits := got.replace(" ", "")) > (most := sys.get_int_max_str_digits()) and digits.isdecimal():
+            got, rule = digits, f"{rule} of at most {most} digits"  # the box broke it into lines
+        return f"{flag} must be {rule}; got {brief(got)}"
     meant = next((lines[i + 1] for i, line in enumerate(lines) if line.startswith("Perhaps you meant")), "")
     return said + (f"; did you mean {meant.split()[0]}?" if meant else "")

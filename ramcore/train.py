@@ -14,10 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ramcore import machine
-from ramcore.config import SOURCES, TASKS, Config
+from ramcore.config import SOURCES, TASKS, Config, read_value
 from ramcore.cost import check_memory, cost
 from ramcore.data import TaskData
-from ramcore.errors import UserError, parsed, say
+from ramcore.errors import UserError, brief, parsed, say
 from ramcore.pictures import draw_glimpses, glimpse_paths
 from ramcore.recipes import RECIPES
 from ramcore.sources import load_images, load_task
@@ -47,18 +47,16 @@ class Arguments:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 2 bad usage or data, 1 every seed diverged."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default="tuned")
-    first.add_argument("--data", default="mnist")
-    first.add_argument("--task", default="translated")
-    first.add_argument("--canvas", type=int, default=0)
+    for flag, value in (("recipe", "tuned"), ("data", "mnist"), ("task", "translated"), ("canvas", "0")):
+        first.add_argument(f"--{flag}", default=value, nargs="?", const=value)  # tyro refuses one without a value
     known, others = first.parse_known_args(arguments)
     try:
         if known.recipe not in RECIPES:
-            raise UserError(f"--recipe must be one of {', '.join(RECIPES)}; got {known.recipe!r}")
+            raise UserError(f"--recipe must be one of {', '.join(RECIPES)}; got {brief(known.recipe)}")
         default, data = Arguments(config=RECIPES[known.recipe]), None
         if known.data not in SOURCES and known.task in TASKS:
             # A configuration holds the images' name and number of classes, which only the images tell.
-            data = load_images(known.data, known.task, known.canvas)
+            data = load_images(known.data, known.task, read_value("canvas", known.canvas))
             default, arguments = replace(default, config=data.configure(default.config)), others
         args = parsed(lambda: tyro.cli(Arguments, args=arguments, default=default, prog="ramcore.train"))
         return train(args, data)
@@ -93,6 +91,8 @@ def _check(args: Arguments) -> None:
         raise UserError(f"--device must be cpu or cuda; got {args.device!r}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda needs a GPU that torch can use; it finds none: use --device cpu")
+    if unusable := next((seed for seed in args.seeds if not -(2**63) <= seed < 2**63), None):
+        raise UserError(f"--seeds must be whole numbers of 64 bits; got {brief(unusable)}: pass smaller ones")
     check_memory(args.config, len(args.seeds), _memory(args.device))
     if args.threads < 0:
         raise UserError(f"--threads must be at least 0; got {args.threads}")

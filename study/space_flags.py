@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import textwrap
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ramcore.config import Config, kind, nearest, read_value
-from ramcore.errors import UserError, first_line
+from ramcore.errors import UserError, brief, first_line
 from ramcore.space import MAX_CHOICES, Dimension, Space, Values
 from study.search_space import OF_THE_STUDY
 
@@ -128,7 +129,7 @@ def _named(flag: str, texts: Iterable[str]) -> list[tuple[str, str]]:
     for text in texts:
         name, _, value = (part.strip() for part in text.partition("="))
         if not name or not value:
-            raise UserError(f"{flag} must be NAME=..., with a field of Config; got {text!r}: see --help")
+            raise UserError(f"{flag} must be NAME=..., with a field of Config; got {brief(text)}: see --help")
         found.append((name.replace("-", "_"), value))
     return found
 
@@ -136,8 +137,9 @@ def _named(flag: str, texts: Iterable[str]) -> list[tuple[str, str]]:
 def _range(text: str) -> Values:
     """The table of LOW:HIGH, LOW:HIGH:log or LOW:HIGH:STEP. Raises UserError."""
     low, high, more = [*text.split(":", 2), "", ""][:3]
-    if not low or not high or not (more in ("", "log") or more.isdigit()):
-        raise UserError(f"a range must be LOW:HIGH, LOW:HIGH:log or LOW:HIGH:STEP; got {text!r}: write 1:3, say")
+    if not low or not high or not re.fullmatch("(log|[0-9]{1,9})?", more):
+        rule = "a range must be LOW:HIGH, LOW:HIGH:log or LOW:HIGH:STEP, with a STEP of at most 9 digits"
+        raise UserError(f"{rule}; got {brief(text)}: write 1:3, say")
     table: Values = {"low": low, "high": high}
     return table | ({"log": True} if more == "log" else {"step": int(more)} if more else {})
 

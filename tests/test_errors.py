@@ -17,6 +17,10 @@ from study.flags import parse
         (["--canvas", "forty"], "error: --canvas must be a whole number; got 'forty': see --help"),
         (["--cancel", "3.5"], "error: --cancel must be a whole number; got '3.5': see --help"),
         (["--time-budget", "soon"], "error: --time-budget must be a number; got 'soon': see --help"),
+        (
+            ["--epochs", "9" * 5000],
+            f"error: --epochs must be a whole number of at most 4300 digits; got '{'9' * 59}... (5002 characters): see --help",
+        ),
         (["--range"], "error: Missing value for argument '--range'. Expected 1 values: see --help"),
     ],
 )
