@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import lzma
 import math
 import os
 import re
+import struct
+import tokenize
 import zipfile
 import zlib
 from dataclasses import replace
@@ -225,6 +228,12 @@ def load_task(config: Config, data_dir: Path | None = None, device: torch.device
 # ---- own images ----------------------------------------------------------------------------------------------
 
 _OWN_VALIDATION = 6  # one training image in this many is for validation, if the file does not say which; as in MNIST
+# What numpy and zipfile raise for a damaged .npz file: also encrypted, of another zip version, or with a header of
+# another size, type or syntax.
+_DAMAGED = (
+    OSError, ValueError, EOFError, RuntimeError, MemoryError, OverflowError, LookupError, TypeError, SyntaxError,
+    struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+)  # fmt: skip
 _OWN_ARRAYS = {  # with what their IDX files' names hold; EMNIST's begin with the name of a part
     "train_images": r"train-images",
     "train_labels": r"train-labels",
@@ -280,17 +289,21 @@ def _own_arrays(path: Path) -> dict[str, np.ndarray]:
 def _npz_file(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz file. Raises UserError, OSError."""
     wanted = "train_images, train_labels, test_images and test_labels"
-    path.open("rb").close()  # is_zipfile says no of a file that cannot be read
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} must be an .npz file with {wanted}; it is none: write it with numpy.savez")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        rule = f"{path} must be an .npz file with {wanted}"
-        raise UserError(f"{rule}; reading it failed ({first_line(error)}): write it with numpy.savez") from error
+    known = [f"{split}_{kind}" for split in get_args(SplitName) for kind in ("images", "labels")]
+    with path.open("rb") as opened:
+        if not zipfile.is_zipfile(opened):
+            raise UserError(f"{path} must be an .npz file with {wanted}; it is none: write it with numpy.savez")
+        opened.seek(0)
+        try:
+            with np.load(opened, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files if name in known}
+                found = ", ".join(file.files) or "nothing"
+        except _DAMAGED as error:
+            rule = f"{path} must be an .npz file with {wanted}"
+            raise UserError(f"{rule}; reading it failed ({first_line(error)}): write it with numpy.savez") from error
+    if none := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+        raise UserError(f"{path} must hold arrays; {none[0]} is none: write it with numpy.savez")
     if missing := [name for name in _OWN_ARRAYS if name not in arrays]:
-        found = ", ".join(arrays) or "nothing"
         raise UserError(f"{path} must hold {wanted}; it holds {found}: add {', '.join(missing)}")
     if len({"validation_images", "validation_labels"} & set(arrays)) == 1:
         raise UserError(f"{path} must hold validation_images with validation_labels; one is missing: add it, or none")
@@ -315,7 +328,7 @@ def _idx_folder(path: Path) -> dict[str, np.ndarray]:
 def _labels(path: Path, arrays: dict[str, np.ndarray], split: str) -> np.ndarray:
     """The labels of a split, (N,) whole numbers. Raises UserError."""
     labels, images = arrays[f"{split}_labels"], arrays[f"{split}_images"]
-    if labels.shape != images.shape[:1] or not len(labels):
+    if labels.ndim != 1 or labels.shape != images.shape[:1] or not len(labels):
         fact = f"{path} has {len(images) if images.ndim else 0} images and labels of shape {labels.shape}"
         raise UserError(f"{split}_labels must have one label for each of at least one image; {fact}")
     if labels.dtype.kind not in "iu":

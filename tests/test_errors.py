@@ -19,7 +19,8 @@ from study.flags import parse
         (["--time-budget", "soon"], "error: --time-budget must be a number; got 'soon': see --help"),
         (
             ["--epochs", "9" * 5000],
-            f"error: --epochs must be a whole number of at most 4300 digits; got '{'9' * 59}... (5002 characters): see --help",
+            f"error: --epochs must be a whole number of at most 4300 digits; got '{'9' * 59}... (5002 characters): "
+            "see --help",
         ),
         (["--range"], "error: Missing value for argument '--range'. Expected 1 values: see --help"),
     ],
