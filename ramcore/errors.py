@@ -13,6 +13,7 @@ from typing import TypeVar
 from ramcore.private import without_secrets
 
 Parsed = TypeVar("Parsed")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # also all that begins a new line
 
 
 class UserError(Exception):
@@ -20,6 +21,10 @@ class UserError(Exception):
 
     It is no ValueError, because tyro catches those of the dataclasses it makes.
     """
+
+    def __str__(self) -> str:
+        """The message, with the control characters of the values in it escaped."""
+        return _CONTROL.sub(lambda found: repr(found[0])[1:-1], super().__str__())
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:

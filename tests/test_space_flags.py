@@ -157,6 +157,7 @@ def test_space_that_cannot_be_searched_is_refused_in_one_line(flags, said):
         ("[num_scales]\nlow = 1\nhigh = 3\nlog = 1", "log must be true or false; num_scales has 1"),
         ("[num_scales]\nlow = 1\nhigh = 3\nstep = 1.5", "num_scales has 1.5: leave it out"),
         (f"input_gain = {'9' * 400}", "input_gain must be a finite number; got about 1e400"),
+        ('"a\\nb" = 1', "a hyperparameter must be a field of Config; got a\\nb"),
         ("[core]\nchoices = 'rnn'", "core has no list of them"),
         ("[num_scales\nlow = 1", "--space must be a TOML file"),
     ],

@@ -104,6 +104,8 @@ LONG = "a" * 300  # characters; a file's name has at most 255
         ({"data": "mnist", "data_dir": Path("/no/such/folder")}, "--data-dir must be a folder"),
         ({"data": LONG}, f"--data must be a path that this user can use; {LONG}: File name too long: pass another"),
         ({"data": f"./{LONG}"}, "--data must be a path that this user can use"),
+        ({"data": "a\nb/"}, "there is no a\\nb"),
+        ({"data": "a\x1b[2J\u2028b/"}, "there is no a\\x1b[2J\\u2028b"),
         ({"data": "mnist", "data_dir": Path(LONG)}, "--data-dir must be a path that this user can use"),
         ({"space": Path(LONG)}, "--space must be a path that this user can use"),
         ({"storage": LONG}, "--storage must be a path that this user can use"),
