@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import math
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from ramcore.private import without_secrets
 
@@ -36,6 +39,50 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 def say(text: str) -> None:
     """Print one message, without secrets, to stderr at once; stdout is for results."""
     print(without_secrets(text), file=sys.stderr, flush=True)
+
+
+def show(text: str, end: str = "\n") -> bool:
+    """Print results to stdout; what its encoding lacks is escaped. Returns whether stdout took it.
+
+    If stdout is closed or full, stderr says so once, and nothing else changes: what is done stays done.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, flush=True)
+    except OSError as error:
+        _give_up_stdout(error)
+        return False
+    return True
+
+
+def _give_up_stdout(error: OSError) -> None:
+    # What is left in its buffer, and all that follows, goes nowhere: Python would fail on it again at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    say(f"warning: stdout must take the results; it did not ({error.strerror}): the rest is not printed")
+
+
+def entry_point(module: str) -> NoReturn:
+    """End the process as the `cli` of a module says. A module that is run calls this before its long imports: Ctrl-C
+    gives one line and exit code 130 while they last, too.
+    """
+
+    def leave(*_: object) -> NoReturn:
+        say("stopped")
+        os._exit(128 + signal.SIGINT)  # an exception would come up anywhere in an import, and be taken for its failure
+
+    interrupt = signal.getsignal(signal.SIGINT)  # may be ignored, as in a background job
+    if interrupt is signal.default_int_handler:
+        signal.signal(signal.SIGINT, leave)
+    cli = importlib.import_module(module).cli
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        try:
+            sys.exit(cli())
+        finally:
+            show("", end="")  # what was printed otherwise, such as --help
+    except KeyboardInterrupt:
+        say("stopped")
+        sys.exit(128 + signal.SIGINT)
 
 
 def brief(value: object) -> str:
@@ -69,6 +116,9 @@ def parsed(parse: Callable[[], Parsed]) -> Parsed:
     try:
         with contextlib.redirect_stderr(box):
             return parse()
+    except OSError as error:  # of --help
+        _give_up_stdout(error)
+        sys.exit(2)
     except SystemExit:
         inside = "\n".join(box.getvalue().splitlines()[1:])  # without its title
         if inside := re.sub(r"^\W*[─-]{3,}\W*$", "", re.sub(r"^[│|] | *[│|]$", "", inside, flags=re.M), flags=re.M):

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from ramcore.errors import UserError, brief, entry_point, parsed, say, show
+
+if __name__ == "__main__":
+    entry_point("ramcore.train")
+
 import argparse
 import sys
 from dataclasses import dataclass, field, replace
@@ -17,7 +22,6 @@ from ramcore import machine
 from ramcore.config import SOURCES, TASKS, Config, read_value
 from ramcore.cost import check_memory, cost
 from ramcore.data import TaskData
-from ramcore.errors import UserError, brief, parsed, say
 from ramcore.pictures import draw_glimpses, glimpse_paths
 from ramcore.recipes import RECIPES
 from ramcore.sources import load_images, load_task
@@ -65,6 +69,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
+def cli() -> int:
+    """Entry point."""
+    return main()
+
+
 def train(args: Arguments, own: TaskData | None = None) -> int:
     """Train, test and draw; returns the exit code. `own`: own images. Raises UserError before any training."""
     _check(args)
@@ -72,11 +81,11 @@ def train(args: Arguments, own: TaskData | None = None) -> int:
     data = own.to(args.device) if own else load_task(config, args.data_dir, args.device)
     trainer = Trainer(config, data, seeds, args.device)
     parameters, macs = cost(config)
-    print(f"{config.model} on {config.task} {config.data}: {parameters:,} parameters, {macs:,} MACs an image")
+    show(f"{config.model} on {config.task} {config.data}: {parameters:,} parameters, {macs:,} MACs an image")
     _train_epochs(trainer)
     validation, test = trainer.evaluate("validation").accuracy, trainer.evaluate("test").accuracy
     for r, seed in enumerate(seeds):
-        print(f"seed {seed}: validation {validation[r]:.2%} at epoch {trainer.best_epoch[r]}, test {test[r]:.2%}")
+        show(f"seed {seed}: validation {validation[r]:.2%} at epoch {trainer.best_epoch[r]}, test {test[r]:.2%}")
     best = max(range(len(seeds)), key=lambda r: validation[r])
     _save(args, trainer.best_weights(best), data)
     if not any(trainer.best_epoch):
@@ -127,12 +136,8 @@ def _train_epochs(trainer: Trainer) -> None:
 def _save(args: Arguments, weights: dict[str, Tensor], data: TaskData) -> None:
     """Write the weights and, for model ram, the picture of its glimpses."""
     torch.save(weights, args.out / "best.pt")
-    print(f"weights: {args.out / 'best.pt'}")
+    show(f"weights: {args.out / 'best.pt'}")
     if args.config.model == "ram":
         figure = draw_glimpses(args.config, glimpse_paths(args.config, weights, data))
         figure.savefig(args.out / "glimpses.png", dpi=150)
-        print(f"picture: {args.out / 'glimpses.png'}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        show(f"picture: {args.out / 'glimpses.png'}")

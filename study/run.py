@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from ramcore.errors import UserError, entry_point, first_line, say, show
+
+if __name__ == "__main__":
+    entry_point("study.run")
+
 import logging
 import os
 import secrets
@@ -13,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from ramcore.errors import UserError, first_line, say
 from ramcore.private import private_arguments, without_secrets
 from study import cluster, ray_folder
 from study.flags import DONE, USAGE, Flags, check, parse, stopped
@@ -100,8 +104,7 @@ def _run(flags: Flags) -> int:
         for warning in prepared.warnings:
             say(f"warning: {warning}")
         if flags.print_space and prepared.space is not None:
-            print(space_toml(prepared.space, prepared.base))
-            return DONE
+            return DONE if show(space_toml(prepared.space, prepared.base)) else USAGE
         if flags.address is None:
             _protect_local_ray()
         tell("loading Ray and MLflow")
@@ -125,7 +128,7 @@ def _cancel(number: int, prepared: Prepared) -> int:
         cancel.ask(prepared.storage, prepared.known, number)
     except OSError as error:
         raise prepared.storage.unreachable(error) from error
-    print(f"trial {number:04d} of {name} ends after its next epoch")
+    show(f"trial {number:04d} of {name} ends after its next epoch")
     return DONE
 
 
@@ -165,7 +168,3 @@ def _quieten() -> None:
 def cli() -> None:
     """The console entry point."""
     sys.exit(main(parse(private_arguments())))
-
-
-if __name__ == "__main__":
-    cli()

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from analysis import sensitivity
 from ramcore import train
 from ramcore.errors import parsed
 from study.flags import parse
+
+ROOT = Path(__file__).parent.parent
+ENV = os.environ | {"PYTHONPATH": str(ROOT)}
+COMMANDS = ("study.run", "ramcore.train", *(f"analysis.{n}" for n in ("sensitivity", "compare", "paper", "export")))
 
 
 @pytest.mark.parametrize(
@@ -40,6 +50,54 @@ def test_train_refuses_in_one_line(words, capsys):
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and words[0] in line
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--data", "digits", "--task", "original", "--print-space"]])
+def test_full_stdout_is_said_in_one_line(words, tmp_path):
+    with Path("/dev/full").open("w") as full:
+        line = [sys.executable, "-m", "study.run", *words]
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=ENV)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "warning: stdout must take the results; it did not (No space left on device): the rest is not printed\n"
+    )
+
+
+def test_closed_stdout_is_said_once_and_another_encoding_is_escaped():
+    program = "import sys; from ramcore.errors import show; print([show(str(i)) for i in range(3)], file=sys.stderr)"
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run([sys.executable, "-c", program], stdout=writes, stderr=subprocess.PIPE, text=True, env=ENV)
+    os.close(writes)
+    said, taken = done.stderr.splitlines()
+    assert (done.returncode, taken) == (0, "[False, True, True]") and "(Broken pipe)" in said
+    program = "from ramcore.errors import show; show('runs/\\xfc')"
+    env = ENV | {"PYTHONIOENCODING": "ascii"}
+    assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, env=env).stdout == b"runs/\\xfc\n"
+
+
+@pytest.mark.parametrize("module", ["study.run", "ramcore.train", "analysis.sensitivity"])
+def test_interrupt_during_the_imports_is_one_line(module, tmp_path):
+    # The program interrupts itself when the first of the long imports begins.
+    program = f"""
+import importlib, os, signal, sys
+from ramcore.errors import entry_point
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == "tyro":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+entry_point("{module}")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=ENV)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_command_catches_interrupts_before_its_long_imports(module):
+    before, _, after = Path(ROOT, *module.split(".")).with_suffix(".py").read_text().partition("entry_point(")
+    assert after.startswith(f'"{module}")')
+    assert re.findall(r"^(?:import|from) (\S+)", before, re.M) == ["__future__", "ramcore.errors"]
 
 
 def test_help_and_answers_pass(monkeypatch, capsys):
