@@ -105,7 +105,7 @@ def connect(uri: str) -> MlflowClient:
     try:
         client = MlflowClient(uri)
         client.search_experiments(max_results=1)
-    except (*SERVER_ERRORS, ImportError) as error:
+    except (*SERVER_ERRORS, ImportError, ValueError) as error:  # ValueError: no such address
         raise UserError(
             f"the tracking server must answer; {uri} does not ({first_line(error)}). Check --tracking-uri"
         ) from error
@@ -138,7 +138,9 @@ def exit_code(what: str, work: Callable[[], None]) -> int:
         work()
     except UserError as error:
         say(f"error: {error}")
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) and "null byte" not in str(error):  # that is of a NUL in a path
+            raise
         say(f"error: the {what} must be writable; {error}. Choose another folder with --out")
     else:
         return 0

@@ -16,7 +16,7 @@ from typing import NoReturn, TypeVar
 from ramcore.private import without_secrets
 
 Parsed = TypeVar("Parsed")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # also all that begins a new line
+_CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"  # also all that begins a new line
 
 
 class UserError(Exception):
@@ -27,7 +27,7 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         """The message, with the control characters of the values in it escaped."""
-        return _CONTROL.sub(lambda found: repr(found[0])[1:-1], super().__str__())
+        return re.sub(_CONTROL, lambda found: repr(found[0])[1:-1], super().__str__())
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:

@@ -66,8 +66,8 @@ def _settled(flags: Flags) -> Flags:
 
 def _submit(flags: Flags, address: str) -> int:
     """Submit the command to the job server at an address, and follow it. Raises UserError."""
-    server = urllib.parse.urlsplit(address)
     try:
+        server = urllib.parse.urlsplit(address)
         port = server.port or (443 if server.scheme == "https" else 80)
         socket.create_connection((server.hostname or "", port), timeout=_CONNECT_SECONDS).close()
     except (OSError, ValueError) as error:

@@ -13,6 +13,7 @@ import pytest
 from analysis import sensitivity
 from ramcore import train
 from ramcore.errors import parsed
+from ramcore.private import private_arguments
 from study.flags import parse
 
 ROOT = Path(__file__).parent.parent
@@ -91,6 +92,15 @@ entry_point("{module}")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=ENV)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
+@pytest.mark.parametrize("text", ["x", "3"])
+def test_arguments_that_no_command_left_are_refused(text, monkeypatch, capsys):
+    monkeypatch.setenv("RAM_STUDY_ARGUMENTS", text)
+    with pytest.raises(SystemExit) as ended:
+        private_arguments()
+    said = f"error: a command sets RAM_STUDY_ARGUMENTS for itself; got {text!r}: unset it\n"
+    assert (ended.value.code, capsys.readouterr().err) == (2, said)
 
 
 @pytest.mark.parametrize("module", COMMANDS)
