@@ -278,10 +278,11 @@ def check(flags: Flags) -> None:
     if flags.data not in DATA and not is_path:
         fix = nearest(flags.data, DATA) or ": pass one of these, or the path of own images"
         raise UserError(f"--data must be one of {', '.join(DATA)}; got {brief(flags.data)}{fix}")
+    _require(flags, "storage", "a folder or a URI", bool, "pass one, or leave it out")
     _require(flags, "space", "a file", lambda v: v.is_file(), "--print-space writes one")
     _require(flags, "from_", "a study's name", bool, "pass one, or leave it out")
     _require(flags, "canvas", "at least 8 and at most 1000", lambda v: 8 <= v <= 1000, "pass another number of pixels")
-    _require(flags, "cancel", "at least 0", lambda v: v >= 0, "pass a trial's number")
+    _require(flags, "cancel", f"at least 0 and at most {MOST}", lambda v: 0 <= v <= MOST, "pass a trial's number")
     if isinstance(flags.trials, str) and not re.fullmatch(r"[+-]?[0-9]{1,20}", flags.trials):
         rule = f"--trials must be a number of at most {MOST}, or +N for more"
         raise UserError(f"{rule}; got {brief(flags.trials)}: pass another --trials")
@@ -299,6 +300,8 @@ def check(flags: Flags) -> None:
             f"--storage must be a folder or a URI such as s3://bucket/folder; got {flags.storage}, which is neither: "
             "write :// after the kind, or ./ before a folder's name"
         )
+    if (word := next((word for word in arguments(flags) if "\0" in word), None)) is not None:
+        raise UserError(f"a flag must be text without NUL; got {brief(word)}: leave it out")
     asked_space(search_space(Config()), flags.space_flags)  # refuses wrong names and values at once
     if flags.repair and flags.dry_run:
         raise UserError("--dry-run writes nothing, and --repair does: pass one of them")

@@ -94,7 +94,8 @@ class Storage:
     def unreachable(self, error: Exception) -> UserError:
         """The error to raise when the storage did not answer."""
         answer = f"{self} did not answer ({first_line(error)})"
-        return UserError(f"--storage must be within reach; {answer}: check its name and its credentials")
+        fix = "check its name and its credentials" if self.is_remote else "mend it, or pass another --storage"
+        return UserError(f"--storage must be within reach; {answer}: {fix}")
 
 
 class LocalFolder:
