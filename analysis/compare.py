@@ -256,4 +256,5 @@ def cli() -> int:
     """Entry point."""
     load.quieten()
     torch.set_num_threads(1)  # as in analysis.sensitivity
-    return main(parsed(lambda: tyro.cli(Args, args=private_arguments(), description=__doc__)))
+    arguments = private_arguments()
+    return main(parsed(lambda: tyro.cli(Args, args=arguments, description=__doc__)))

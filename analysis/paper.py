@@ -442,4 +442,5 @@ def _images(studies: Sequence[StudyRun], records: Sequence[StudyData], model: Sa
 def cli() -> int:
     """Entry point."""
     load.quieten()
-    return main(parsed(lambda: tyro.cli(Args, args=private_arguments(), description=__doc__)))
+    arguments = private_arguments()
+    return main(parsed(lambda: tyro.cli(Args, args=arguments, description=__doc__)))

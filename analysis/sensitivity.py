@@ -138,4 +138,5 @@ def cli() -> int:
     # Matrices of a few hundred rows gain nothing from a second thread (25 s with one, 33 s with two on two idle cores),
     # and beside trials that train the threads wait for each other: 20 s of fitting became over 9 minutes.
     torch.set_num_threads(1)
-    return main(parsed(lambda: tyro.cli(Args, args=private_arguments(), description=__doc__)))
+    arguments = private_arguments()
+    return main(parsed(lambda: tyro.cli(Args, args=arguments, description=__doc__)))

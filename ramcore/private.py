@@ -40,8 +40,9 @@ def private_arguments() -> list[str]:
     arguments go through its environment, which only its own user can read.
     """
     if _ARGUMENTS in os.environ:
+        text = os.environ.pop(_ARGUMENTS)
         with contextlib.suppress(ValueError, TypeError):
-            return list(map(str, json.loads(text := os.environ.pop(_ARGUMENTS))))
+            return list(map(str, json.loads(text)))
         print(f"error: a command sets {_ARGUMENTS} for itself; got {text!r}: unset it", file=sys.stderr)
         sys.exit(2)
     shown = without_secrets(sys.orig_argv[1:])

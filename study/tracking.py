@@ -110,7 +110,10 @@ def _check_form(uri: str) -> None:
             "pass --tracking-uri sqlite:///mlflow.db or http://host:5000"
         )
     if uri.startswith(_SQLITE):
-        path = database_file(uri)
+        try:
+            path = database_file(uri)
+        except (sqlalchemy.exc.ArgumentError, ValueError):  # ValueError: of its port
+            path = None
         if path is None:
             raise UserError(f"the tracking database must be a file; got {uri}: pass --tracking-uri sqlite:///mlflow.db")
         with usable("--tracking-uri"):

@@ -101,6 +101,10 @@ def test_arguments_that_no_command_left_are_refused(text, monkeypatch, capsys):
         private_arguments()
     said = f"error: a command sets RAM_STUDY_ARGUMENTS for itself; got {text!r}: unset it\n"
     assert (ended.value.code, capsys.readouterr().err) == (2, said)
+    monkeypatch.setenv("RAM_STUDY_ARGUMENTS", text)
+    with pytest.raises(SystemExit):
+        sensitivity.cli()
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize("module", COMMANDS)
