@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from ramcore.errors import UserError, entry_point, parsed, say, show
+
+if __name__ == "__main__":
+    entry_point("analysis.compare")
+
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +38,6 @@ from analysis.load import StudyData
 from analysis.report import TEMPLATES, panels, save_figures, tracked_trials, with_cost
 from analysis.results import TIE, why_not_ranked
 from analysis.text import join, number, percent, span
-from ramcore.errors import UserError, parsed, say
 from ramcore.private import private_arguments
 from ramcore.space import shown, words
 from study.designs import SEARCH_ORIGINS
@@ -79,8 +82,8 @@ def _compare(args: Args, hyperdraws: int) -> None:
     effects = compare_effects(fitted) if len(fitted) > 1 else None
     out = args.out or Path("reports") / "-and-".join(load.folder_name(side.name) for side in sides)
     write_comparison(out, sides, effects)
-    print("", *sentences(sides, effects), *cautions(sides, effects), sep="\n  ")
-    print(f"\n  comparison: {out / 'compare.html'}")
+    show("\n  ".join(["", *sentences(sides, effects), *cautions(sides, effects)]))
+    show(f"\n  comparison: {out / 'compare.html'}")
 
 
 def read_side(records: StudyData, hyperdraws: int = HYPERDRAWS) -> Side:
@@ -253,8 +256,5 @@ def cli() -> int:
     """Entry point."""
     load.quieten()
     torch.set_num_threads(1)  # as in analysis.sensitivity
-    return main(parsed(lambda: tyro.cli(Args, args=private_arguments(), description=__doc__)))
-
-
-if __name__ == "__main__":
-    sys.exit(cli())
+    arguments = private_arguments()
+    return main(parsed(lambda: tyro.cli(Args, args=arguments, description=__doc__)))

@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
-import sys
+from ramcore.errors import entry_point, parsed, show
+
+if __name__ == "__main__":
+    entry_point("analysis.export")
+
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
 from analysis import load
-from ramcore.errors import parsed
 from ramcore.private import private_arguments
 from study.moved import tracking_uri
 
@@ -38,14 +41,11 @@ def _export(args: Args) -> None:
     client = load.connect(tracking_uri(args.tracking_uri))
     study = load.find_study(load.list_studies(client), args.study)
     records = load.load_study(client, study, load.progress_line(f"reading {study.name}"))
-    print(load.Exported.write_to(args.out, records))
+    show(str(load.Exported.write_to(args.out, records)))
 
 
 def cli() -> int:
     """Entry point."""
     load.quieten()
-    return main(parsed(lambda: tyro.cli(Args, args=private_arguments(), description=__doc__)))
-
-
-if __name__ == "__main__":
-    sys.exit(cli())
+    arguments = private_arguments()
+    return main(parsed(lambda: tyro.cli(Args, args=arguments, description=__doc__)))

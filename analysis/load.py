@@ -31,7 +31,7 @@ from mlflow.utils.rest_utils import http_request
 from sqlalchemy.exc import SQLAlchemyError
 
 from ramcore.config import nearest
-from ramcore.errors import UserError, first_line, say
+from ramcore.errors import UserError, first_line, say, usable
 from ramcore.private import without_secrets
 from ramcore.space import Space
 from study import moved, schema
@@ -93,7 +93,9 @@ def connect(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     if uri.startswith("sqlite:///"):
         path = Path(uri.removeprefix("sqlite:///").split("?")[0])
-        if not path.is_file():
+        with usable("--tracking-uri"):
+            is_file = path.is_file()
+        if not is_file:
             raise UserError(
                 f"the tracking database must exist; there is no {path}. Run a study first (python -m study.run), or "
                 "name the right one with --tracking-uri"
@@ -103,7 +105,7 @@ def connect(uri: str) -> MlflowClient:
     try:
         client = MlflowClient(uri)
         client.search_experiments(max_results=1)
-    except (*SERVER_ERRORS, ImportError) as error:
+    except (*SERVER_ERRORS, ImportError, ValueError) as error:  # ValueError: no such address
         raise UserError(
             f"the tracking server must answer; {uri} does not ({first_line(error)}). Check --tracking-uri"
         ) from error
@@ -136,7 +138,9 @@ def exit_code(what: str, work: Callable[[], None]) -> int:
         work()
     except UserError as error:
         say(f"error: {error}")
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) and "null byte" not in str(error):  # that is of a NUL in a path
+            raise
         say(f"error: the {what} must be writable; {error}. Choose another folder with --out")
     else:
         return 0
@@ -265,7 +269,9 @@ class Exported:
     def __init__(self, folder: Path) -> None:
         """Raises UserError if the folder holds no study."""
         self.folder = folder
-        if not next(folder.glob("*/study.json"), None):
+        with usable("--records"):
+            holds = folder.is_dir() and any((own / "study.json").is_file() for own in folder.iterdir())
+        if not holds:
             raise UserError(
                 f"--records must be a folder that analysis.export wrote; {folder} holds no study. Run python -m "
                 f"analysis.export --out {folder}, or leave --records out to read MLflow"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from ramcore.errors import UserError, entry_point, parsed, say, show
+
+if __name__ == "__main__":
+    entry_point("analysis.paper")
+
 import itertools
 import json
 import math
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
@@ -30,7 +34,6 @@ from analysis.results import INTERVAL, Interval, mean_interval
 from analysis.text import number, span
 from ramcore.config import SOURCES, TASKS, Config
 from ramcore.data import TaskData
-from ramcore.errors import UserError, parsed, say
 from ramcore.pictures import GlimpsePath, draw_canvas, draw_glimpses, glimpse_paths
 from ramcore.private import private_arguments
 from ramcore.published import CASE_STUDY, MNIH, PUBLISHED, Published
@@ -371,7 +374,7 @@ def _write_all(args: Args) -> None:
     text = write_tables(args.out, records)
     model = None if isinstance(source, Exported) else _find_model(uri, studies, args.model_study)
     say(draw_pictures(args.out, model, _images(studies, records, model), args.data_dir))
-    print(f"{text}\ntables and figures: {args.out}")
+    show(f"{text}\ntables and figures: {args.out}")
 
 
 @figures.styled
@@ -439,8 +442,5 @@ def _images(studies: Sequence[StudyRun], records: Sequence[StudyData], model: Sa
 def cli() -> int:
     """Entry point."""
     load.quieten()
-    return main(parsed(lambda: tyro.cli(Args, args=private_arguments(), description=__doc__)))
-
-
-if __name__ == "__main__":
-    sys.exit(cli())
+    arguments = private_arguments()
+    return main(parsed(lambda: tyro.cli(Args, args=arguments, description=__doc__)))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-import sys
+from ramcore.errors import UserError, entry_point, parsed, say, show
+
+if __name__ == "__main__":
+    entry_point("analysis.sensitivity")
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +27,6 @@ from analysis.results import Analysis
 from analysis.settling import settle
 from analysis.text import span
 from analysis.verdicts import judge
-from ramcore.errors import UserError, parsed, say
 from ramcore.private import private_arguments
 from ramcore.space import words
 from study.designs import DESIGNS
@@ -63,10 +66,10 @@ def _report(args: Args) -> None:
     records = load.load_study(source, study, load.progress_line("reading metrics"))
     if _report_kind(study) == "comparison":
         paths = write_design_report(out, records, summarise([records]))
-        print(f"\n{study.name}: {completion_line(records)}; a fixed design has no global ranking")
+        show(f"\n{study.name}: {completion_line(records)}; a fixed design has no global ranking")
     else:
         paths = _report_search(out, records, load.load_others(source, studies, study), alone=args.alone)
-    print(f"\n  report: {out / 'report.html'}")
+    show(f"\n  report: {out / 'report.html'}")
     if args.attach and not isinstance(source, Exported):
         attach(source, records, out, paths)
 
@@ -83,7 +86,7 @@ def _report_search(out: Path, records: StudyData, others: Sequence[StudyData], *
     print_answer(analysis, answer(analysis, verdicts))
     for verdict in verdicts:
         if verdict.needs:
-            print(f"\n  undecided: {verdict.claim}. {verdict.needs}.")
+            show(f"\n  undecided: {verdict.claim}. {verdict.needs}.")
     return paths
 
 
@@ -118,15 +121,15 @@ def attach(client: MlflowClient, records: StudyData, out: Path, paths: list[Path
 
 def print_answer(analysis: Analysis, sentences: Sequence[str]) -> None:
     """Print the answer and the ranking to stdout."""
-    print(f"\nSensitivity of {analysis.data.name}\n")
-    print(*(f"  {sentence}" for sentence in sentences), sep="\n")
-    print(f"\n  {'rank':<10}{'parameter':<22}{'effect (accuracy points)':<28}total Sobol index")
+    show(f"\nSensitivity of {analysis.data.name}\n")
+    show("\n".join(f"  {sentence}" for sentence in sentences))
+    show(f"\n  {'rank':<10}{'parameter':<22}{'effect (accuracy points)':<28}total Sobol index")
     for e in analysis.ranking.effects:
-        print(f"  {rank_label(e, analysis):<10}{words(e.name):<22}{span(e.effect):<28}{span(e.total, 2)}")
-    print("\n  total Sobol index: share of all differences in accuracy that a parameter makes, alone or with others")
-    print("  dummy: a made-up parameter that does nothing; what it gets is error")
+        show(f"  {rank_label(e, analysis):<10}{words(e.name):<22}{span(e.effect):<28}{span(e.total, 2)}")
+    show("\n  total Sobol index: share of all differences in accuracy that a parameter makes, alone or with others")
+    show("  dummy: a made-up parameter that does nothing; what it gets is error")
     for caution in cautions(analysis):
-        print(f"\n  note: {caution}")
+        show(f"\n  note: {caution}")
 
 
 def cli() -> int:
@@ -135,8 +138,5 @@ def cli() -> int:
     # Matrices of a few hundred rows gain nothing from a second thread (25 s with one, 33 s with two on two idle cores),
     # and beside trials that train the threads wait for each other: 20 s of fitting became over 9 minutes.
     torch.set_num_threads(1)
-    return main(parsed(lambda: tyro.cli(Args, args=private_arguments(), description=__doc__)))
-
-
-if __name__ == "__main__":
-    sys.exit(cli())
+    arguments = private_arguments()
+    return main(parsed(lambda: tyro.cli(Args, args=arguments, description=__doc__)))

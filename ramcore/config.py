@@ -10,11 +10,12 @@ import difflib
 import functools
 import math
 import re
+import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from ramcore.errors import UserError
+from ramcore.errors import UserError, brief
 
 
 class TaskSpec(NamedTuple):
@@ -65,8 +66,8 @@ class Between:
         return (self.low < value if self.above else self.low <= value) and value <= self.high
 
     def __str__(self) -> str:
-        low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
-        return low if self.high == math.inf else f"{low} and at most {self.high:g}"
+        low = f"{'above' if self.above else 'at least'} {brief(self.low)}"
+        return low if self.high == math.inf else f"{low} and at most {brief(self.high)}"
 
 
 class ImagesName:
@@ -202,7 +203,7 @@ def _annotations() -> dict[str, Any]:
 
 def _check(name: str, value: Any, annotation: Any) -> None:
     """Raises UserError unless a field's value is one that its annotation allows."""
-    allowed, got, near = get_args(annotation), repr(value), ""
+    allowed, near = get_args(annotation), ""
     if get_origin(annotation) is Literal:
         fits, rule, near = value in allowed, f"one of {', '.join(allowed)}", nearest(str(value), allowed)
     elif annotation is bool:
@@ -211,10 +212,11 @@ def _check(name: str, value: Any, annotation: Any) -> None:
         fits, rule = value in allowed[1], str(allowed[1])
     elif allowed[0] is int:
         whole = isinstance(value, int) and not isinstance(value, bool)
-        fits, rule = whole and value in allowed[1] and value <= _LARGEST, f"a whole number of {allowed[1]}"
-    elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        between = replace(allowed[1], high=min(allowed[1].high, _LARGEST))
+        fits, rule = whole and value in between, f"a whole number of {between}"
+    elif isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         fits, rule = False, "a finite number"
     else:
-        fits, rule, got = value in allowed[1], str(allowed[1]), f"{value:g}"
+        fits, rule = value in allowed[1], str(allowed[1])
     if not fits:
-        raise UserError(f"{name} must be {rule}; got {got}{near}")
+        raise UserError(f"{name} must be {rule}; got {brief(value)}{near}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -55,7 +56,11 @@ def private_arguments() -> list[str]:
     arguments go through its environment, which only its own user can read.
     """
     if _ARGUMENTS in os.environ:
-        return json.loads(os.environ.pop(_ARGUMENTS))
+        text = os.environ.pop(_ARGUMENTS)
+        with contextlib.suppress(ValueError, TypeError):
+            return list(map(str, json.loads(text)))
+        print(f"error: a command sets {_ARGUMENTS} for itself; got {text!r}: unset it", file=sys.stderr)
+        sys.exit(2)
     shown = without_secrets(sys.orig_argv[1:])
     if shown != sys.orig_argv[1:]:
         os.environ[_ARGUMENTS] = json.dumps(sys.argv[1:])

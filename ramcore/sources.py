@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import lzma
+import math
 import os
 import re
+import struct
+import tokenize
 import zipfile
 import zlib
 from dataclasses import replace
@@ -21,7 +25,7 @@ from torch.nn import functional
 
 from ramcore.config import DIGIT_SIZE, SOURCES, Config, nearest
 from ramcore.data import Split, SplitName, TaskData, make_task
-from ramcore.errors import UserError, first_line
+from ramcore.errors import UserError, first_line, usable
 from ramcore.rng import bits
 
 
@@ -131,7 +135,9 @@ def _find(name: str, source: _IdxSource, data_dir: Path | None) -> list[Path]:
     given = {"--data-dir": data_dir, "$RAM_DATA_DIR": os.environ.get("RAM_DATA_DIR")}
     named = {flag: Path(folder) for flag, folder in given.items() if folder}
     for flag, folder in named.items():
-        if not folder.is_dir():
+        with usable(flag):
+            is_folder = folder.is_dir()
+        if not is_folder:
             raise UserError(f"{flag} must be a folder; {folder} is not one: create it or name another")
     # A folder for several sources has a subfolder for each. The cache's own files could only be MNIST's.
     cache = Path(pooch.os_cache("ram-study"))
@@ -140,7 +146,8 @@ def _find(name: str, source: _IdxSource, data_dir: Path | None) -> list[Path]:
     places = places or [cache / name, *([cache] if name == "mnist" else [])]
     lacking: dict[Path, list[str]] = {}
     for place in places:
-        paths = [_existing(place, file.name) for file in source.files]
+        with usable(" or ".join(named) or "without --data-dir, the user's cache"):
+            paths = [_existing(place, file.name) for file in source.files]
         if all(paths):
             return [path for path in paths if path]
         lacking[place] = [file.name for file, path in zip(source.files, paths, strict=True) if not path]
@@ -193,8 +200,9 @@ def _parse_idx(path: Path, ndim: int, wanted: tuple[int, ...] | None = None) -> 
 
     Raises UserError if it is damaged, or not of the shape that is wanted.
     """
-    try:
+    with usable("--data-dir or --data"):
         raw = path.read_bytes()
+    try:
         content = gzip.decompress(raw) if path.suffix == ".gz" else raw
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} must be a whole .gz file; reading it failed ({error}): fetch it again") from error
@@ -203,7 +211,7 @@ def _parse_idx(path: Path, ndim: int, wanted: tuple[int, ...] | None = None) -> 
         raise UserError(f"{path} must start with IDX magic {magic.hex()}; found {content[:4].hex()}: fetch it again")
     shape = tuple(int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(ndim))
     wanted, header = wanted or shape, 4 + 4 * ndim
-    expected_size = header + int(np.prod(wanted))
+    expected_size = header + math.prod(wanted)
     if shape != wanted or len(content) != expected_size:
         raise UserError(
             f"{path} must hold shape {wanted} in {expected_size} bytes; "
@@ -220,6 +228,12 @@ def load_task(config: Config, data_dir: Path | None = None, device: torch.device
 # ---- own images ----------------------------------------------------------------------------------------------
 
 _OWN_VALIDATION = 6  # one training image in this many is for validation, if the file does not say which; as in MNIST
+# What numpy and zipfile raise for a damaged .npz file: also encrypted, of another zip version, or with a header of
+# another size, type or syntax.
+_DAMAGED = (
+    OSError, ValueError, EOFError, RuntimeError, MemoryError, OverflowError, LookupError, TypeError, SyntaxError,
+    struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+)  # fmt: skip
 _OWN_ARRAYS = {  # with what their IDX files' names hold; EMNIST's begin with the name of a part
     "train_images": r"train-images",
     "train_labels": r"train-labels",
@@ -239,16 +253,8 @@ def load_images(path: Path | str, task: str = "original", canvas: int = 0) -> Ta
     Raises UserError if these are no such images, or do not fit on the canvas.
     """
     path = Path(path)
-    if path.is_dir():
-        arrays = _idx_folder(path)
-    elif path.is_file():
-        arrays = _npz_file(path)
-    else:
-        near = [*SOURCES, *(file.name for file in path.parent.glob("*"))]
-        raise UserError(
-            f"images must be one of {', '.join(SOURCES)}, an .npz file, or a folder of IDX files; there is no {path}"
-            f"{nearest(path.name, near)}"
-        )
+    with usable("--data"):
+        arrays = _own_arrays(path)
     labels = np.unique(_labels(path, arrays, "train"))
     if len(labels) < 2:
         raise UserError(f"images must be of at least 2 classes; all of {path} have the label {labels[0]}: add others")
@@ -267,19 +273,37 @@ def load_images(path: Path | str, task: str = "original", canvas: int = 0) -> Ta
     return replace(found, data=f"{name}-{found.digest[:8]}")
 
 
+def _own_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file or a folder. Raises UserError, OSError."""
+    if path.is_dir():
+        return _idx_folder(path)
+    if path.is_file():
+        return _npz_file(path)
+    rule = f"images must be one of {', '.join(SOURCES)}, an .npz file, or a folder of IDX files"
+    if path.exists():
+        raise UserError(f"{rule}; {path} is none of these: pass another --data")
+    near = [*SOURCES, *(file.name for file in path.parent.glob("*"))]
+    raise UserError(f"{rule}; there is no {path}{nearest(path.name, near)}")
+
+
 def _npz_file(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file. Raises UserError."""
+    """The arrays of an .npz file. Raises UserError, OSError."""
     wanted = "train_images, train_labels, test_images and test_labels"
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} must be an .npz file with {wanted}; it is none: write it with numpy.savez")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        rule = f"{path} must be an .npz file with {wanted}"
-        raise UserError(f"{rule}; reading it failed ({first_line(error)}): write it with numpy.savez") from error
+    known = [f"{split}_{kind}" for split in get_args(SplitName) for kind in ("images", "labels")]
+    with path.open("rb") as opened:
+        if not zipfile.is_zipfile(opened):
+            raise UserError(f"{path} must be an .npz file with {wanted}; it is none: write it with numpy.savez")
+        opened.seek(0)
+        try:
+            with np.load(opened, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files if name in known}
+                found = ", ".join(file.files) or "nothing"
+        except _DAMAGED as error:
+            rule = f"{path} must be an .npz file with {wanted}"
+            raise UserError(f"{rule}; reading it failed ({first_line(error)}): write it with numpy.savez") from error
+    if none := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+        raise UserError(f"{path} must hold arrays; {none[0]} is none: write it with numpy.savez")
     if missing := [name for name in _OWN_ARRAYS if name not in arrays]:
-        found = ", ".join(arrays) or "nothing"
         raise UserError(f"{path} must hold {wanted}; it holds {found}: add {', '.join(missing)}")
     if len({"validation_images", "validation_labels"} & set(arrays)) == 1:
         raise UserError(f"{path} must hold validation_images with validation_labels; one is missing: add it, or none")
@@ -287,7 +311,7 @@ def _npz_file(path: Path) -> dict[str, np.ndarray]:
 
 
 def _idx_folder(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a folder of IDX files. Raises UserError."""
+    """The arrays of a folder of IDX files. Raises UserError, OSError."""
     arrays: dict[str, np.ndarray] = {}
     for name, pattern in _OWN_ARRAYS.items():
         files = [file for file in sorted(path.iterdir()) if file.is_file() and re.search(pattern, file.name)]
@@ -304,7 +328,7 @@ def _idx_folder(path: Path) -> dict[str, np.ndarray]:
 def _labels(path: Path, arrays: dict[str, np.ndarray], split: str) -> np.ndarray:
     """The labels of a split, (N,) whole numbers. Raises UserError."""
     labels, images = arrays[f"{split}_labels"], arrays[f"{split}_images"]
-    if labels.shape != images.shape[:1] or not len(labels):
+    if labels.ndim != 1 or labels.shape != images.shape[:1] or not len(labels):
         fact = f"{path} has {len(images) if images.ndim else 0} images and labels of shape {labels.shape}"
         raise UserError(f"{split}_labels must have one label for each of at least one image; {fact}")
     if labels.dtype.kind not in "iu":

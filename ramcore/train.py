@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from ramcore.errors import UserError, brief, entry_point, parsed, say, show
+
+if __name__ == "__main__":
+    entry_point("ramcore.train")
+
 import argparse
 import sys
 from dataclasses import dataclass, field, replace
@@ -14,10 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ramcore import machine
-from ramcore.config import SOURCES, TASKS, Config
+from ramcore.config import SOURCES, TASKS, Config, read_value
 from ramcore.cost import check_memory, cost
 from ramcore.data import TaskData
-from ramcore.errors import UserError, parsed, say
 from ramcore.pictures import draw_glimpses, glimpse_paths
 from ramcore.recipes import RECIPES
 from ramcore.sources import load_images, load_task
@@ -47,24 +51,27 @@ class Arguments:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 2 bad usage or data, 1 every seed diverged."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default="tuned")
-    first.add_argument("--data", default="mnist")
-    first.add_argument("--task", default="translated")
-    first.add_argument("--canvas", type=int, default=0)
+    for flag, value in (("recipe", "tuned"), ("data", "mnist"), ("task", "translated"), ("canvas", "0")):
+        first.add_argument(f"--{flag}", default=value, nargs="?", const=value)  # tyro refuses one without a value
     known, others = first.parse_known_args(arguments)
     try:
         if known.recipe not in RECIPES:
-            raise UserError(f"--recipe must be one of {', '.join(RECIPES)}; got {known.recipe!r}")
+            raise UserError(f"--recipe must be one of {', '.join(RECIPES)}; got {brief(known.recipe)}")
         default, data = Arguments(config=RECIPES[known.recipe]), None
         if known.data not in SOURCES and known.task in TASKS:
             # A configuration holds the images' name and number of classes, which only the images tell.
-            data = load_images(known.data, known.task, known.canvas)
+            data = load_images(known.data, known.task, read_value("canvas", known.canvas))
             default, arguments = replace(default, config=data.configure(default.config)), others
         args = parsed(lambda: tyro.cli(Arguments, args=arguments, default=default, prog="ramcore.train"))
         return train(args, data)
     except UserError as error:
         say(f"error: {error}")
         return 2
+
+
+def cli() -> int:
+    """Entry point."""
+    return main()
 
 
 def train(args: Arguments, own: TaskData | None = None) -> int:
@@ -74,11 +81,11 @@ def train(args: Arguments, own: TaskData | None = None) -> int:
     data = own.to(args.device) if own else load_task(config, args.data_dir, args.device)
     trainer = Trainer(config, data, seeds, args.device)
     parameters, macs = cost(config)
-    print(f"{config.model} on {config.task} {config.data}: {parameters:,} parameters, {macs:,} MACs an image")
+    show(f"{config.model} on {config.task} {config.data}: {parameters:,} parameters, {macs:,} MACs an image")
     _train_epochs(trainer)
     validation, test = trainer.evaluate("validation").accuracy, trainer.evaluate("test").accuracy
     for r, seed in enumerate(seeds):
-        print(f"seed {seed}: validation {validation[r]:.2%} at epoch {trainer.best_epoch[r]}, test {test[r]:.2%}")
+        show(f"seed {seed}: validation {validation[r]:.2%} at epoch {trainer.best_epoch[r]}, test {test[r]:.2%}")
     best = max(range(len(seeds)), key=lambda r: validation[r])
     _save(args, trainer.best_weights(best), data)
     if not any(trainer.best_epoch):
@@ -93,6 +100,8 @@ def _check(args: Arguments) -> None:
         raise UserError(f"--device must be cpu or cuda; got {args.device!r}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda needs a GPU that torch can use; it finds none: use --device cpu")
+    if unusable := next((seed for seed in args.seeds if not -(2**63) <= seed < 2**63), None):
+        raise UserError(f"--seeds must be whole numbers of 64 bits; got {brief(unusable)}: pass smaller ones")
     check_memory(args.config, len(args.seeds), _memory(args.device))
     if args.threads < 0:
         raise UserError(f"--threads must be at least 0; got {args.threads}")
@@ -127,12 +136,8 @@ def _train_epochs(trainer: Trainer) -> None:
 def _save(args: Arguments, weights: dict[str, Tensor], data: TaskData) -> None:
     """Write the weights and, for model ram, the picture of its glimpses."""
     torch.save(weights, args.out / "best.pt")
-    print(f"weights: {args.out / 'best.pt'}")
+    show(f"weights: {args.out / 'best.pt'}")
     if args.config.model == "ram":
         figure = draw_glimpses(args.config, glimpse_paths(args.config, weights, data))
         figure.savefig(args.out / "glimpses.png", dpi=150)
-        print(f"picture: {args.out / 'glimpses.png'}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        show(f"picture: {args.out / 'glimpses.png'}")

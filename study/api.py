@@ -19,6 +19,7 @@ from study.best import conclude
 from study.flags import USAGE, Flags, arguments, check, flag_of
 from study.prepare import Prepared, held_out, prepare, stored_study
 from study.record import TrialRecord
+from study.storage import Storage
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,6 +50,7 @@ def run_study(**flags: Any) -> StudyResult:
     """
     asked = _flags(flags)
     check(asked)
+    Storage.parse(asked.storage).check_writable()
     for name in ("address", "dry_run", "print_space"):
         if getattr(asked, name) not in (None, False, "local"):
             raise UserError(f"run_study trains on this machine; got {name}: use python -m study.run for that")

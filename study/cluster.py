@@ -158,7 +158,7 @@ def find(address: str) -> str:
 def wrong_token(address: str) -> str:
     """The error message for a cluster that refuses our token."""
     file = Path.home() / ".ray" / "auth_token"
-    has = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") or file.is_file()
+    has = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.isfile(file)
     fact = "this machine's is another" if has else "this machine has none"
     return (
         f"a cluster is entered with its own token; {address} wants one and {fact}: copy ~/.ray/auth_token from the "

@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ramcore.errors import UserError, say
+from ramcore.errors import UserError, say, show
 from ramcore.private import without_secrets
 from study import best, cluster, gpus, pool, results, schema, tracking
 from study.designs import DESIGNS
@@ -28,6 +28,7 @@ from study.flags import (
     SOME_FAILED,
     STOPPED,
     UNTRACKED,
+    USAGE,
     Flags,
     command,
     signals_caught,
@@ -78,8 +79,7 @@ def run_prepared(flags: Flags, prepared: Prepared) -> int:
     if flags.dry_run:
         with used as sharing, status("timing an epoch"):
             lines = dry_run_lines(flags, prepared, uri, pool_of(sharing), sharing)
-        print(without_secrets("\n".join(lines)))
-        return DONE
+        return DONE if show(without_secrets("\n".join(lines))) else USAGE
     check = cluster.Check(prepared.storage)
     if flags.address is not None:
         cluster.check_lasting(flags.storage, uri)
@@ -388,30 +388,30 @@ class _Run:
             stopped(scheduler.stopping or "Ray Tune ended early", broken=broken)
         trials = self.record.trials.values()
         states = [trial.state for trial in trials]
-        print(
+        show(
             f"Study {name}: {states.count('complete')} trials finished, {states.count('pruned')} stopped early, "
             f"{states.count('failed')} failed, {states.count('running')} to be continued, of {scheduler.total}"
         )
         if outcome is not None:
-            print("\n".join(results.summary_lines(outcome, self._searched)))
+            show("\n".join(results.summary_lines(outcome, self._searched)))
         failed = [f"failed: trial {trial.number:04d}: {trial.reason}" for trial in trials if trial.state == "failed"]
         if len(failed) > _FAILURES_SHOWN:
             failed[_FAILURES_SHOWN:] = [f"and {len(failed) - _FAILURES_SHOWN} more"]
         for line in failed:
-            print(f"  {line}")
+            show(f"  {line}")
         if untracked:
-            print(f"Record: {self.prepared.record_path}")
+            show(f"Record: {self.prepared.record_path}")
             lost = f"MLflow lacks {untracked} in {without_secrets(self.uri)}"
             say(f"warning: {lost}; the record and the checkpoints have it all")
             say(f"  once MLflow takes it, this adds it: {command()}")
             return
-        print(f"Record: {self.prepared.record_path}; tracked in {without_secrets(self.uri)}")
-        print("Next:")
+        show(f"Record: {self.prepared.record_path}; tracked in {without_secrets(self.uri)}")
+        show("Next:")
         default = self.uri == schema.DEFAULT_TRACKING_URI
         if not self.uri.startswith("http"):
-            print(f"  mlflow ui{'' if default else f' --backend-store-uri {without_secrets(self.uri)}'}    # then open")
+            show(f"  mlflow ui{'' if default else f' --backend-store-uri {without_secrets(self.uri)}'}    # then open")
         if self.tracker is not None:
-            print(f"  {self.tracker.page}")
+            show(f"  {self.tracker.page}")
         report = "paper" if DESIGNS[self.record.settings.design].report == "tables" else "sensitivity"
         place = "" if default else f" --tracking-uri {without_secrets(self.uri)}"
-        print(f"  python -m analysis.{report} --study {name}{place}")
+        show(f"  python -m analysis.{report} --study {name}{place}")

@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import tyro
 
 from ramcore.config import SOURCES, TASKS, Config, nearest
-from ramcore.errors import UserError, parsed, say
+from ramcore.errors import UserError, brief, parsed, say, usable
 from study.designs import AIMS, DEFAULT_SOBOL_SHARE, DEFAULT_TRIALS, DESIGNS
 from study.schema import DEFAULT_TRACKING_URI
 from study.search_space import search_space
@@ -272,17 +272,20 @@ def check(flags: Flags) -> None:
         value = getattr(flags, name)
         if value is not None and value not in choices:
             fix = nearest(value, choices) or ": pass one of these"
-            raise UserError(f"{flag_of(name)} must be one of {', '.join(choices)}; got {value!r}{fix}")
-    is_path = re.search(r"[./]", flags.data) or (flags.data and Path(flags.data).exists())
+            raise UserError(f"{flag_of(name)} must be one of {', '.join(choices)}; got {brief(value)}{fix}")
+    with usable("--data"):
+        is_path = re.search(r"[./]", flags.data) or (flags.data and Path(flags.data).exists())
     if flags.data not in DATA and not is_path:
         fix = nearest(flags.data, DATA) or ": pass one of these, or the path of own images"
-        raise UserError(f"--data must be one of {', '.join(DATA)}; got {flags.data!r}{fix}")
+        raise UserError(f"--data must be one of {', '.join(DATA)}; got {brief(flags.data)}{fix}")
+    _require(flags, "storage", "a folder or a URI", bool, "pass one, or leave it out")
     _require(flags, "space", "a file", lambda v: v.is_file(), "--print-space writes one")
     _require(flags, "from_", "a study's name", bool, "pass one, or leave it out")
     _require(flags, "canvas", "at least 8 and at most 1000", lambda v: 8 <= v <= 1000, "pass another number of pixels")
-    _require(flags, "cancel", "at least 0", lambda v: v >= 0, "pass a trial's number")
-    if flags.trials is not None and not re.fullmatch(r"[+-]?[0-9]+", str(flags.trials)):
-        raise UserError(f"--trials must be a number, or +N for more; got {flags.trials!r}: pass another --trials")
+    _require(flags, "cancel", f"at least 0 and at most {MOST}", lambda v: 0 <= v <= MOST, "pass a trial's number")
+    if isinstance(flags.trials, str) and not re.fullmatch(r"[+-]?[0-9]{1,20}", flags.trials):
+        rule = f"--trials must be a number of at most {MOST}, or +N for more"
+        raise UserError(f"{rule}; got {brief(flags.trials)}: pass another --trials")
     for name in ("trials", "epochs", "seeds_per_trial", "max_concurrent"):
         _require(flags, name, "at least 1", lambda v: v >= 1, "pass a larger number or leave it out")
         _require(flags, name, f"at most {MOST}", lambda v: v <= MOST, "pass a smaller number")
@@ -297,13 +300,15 @@ def check(flags: Flags) -> None:
             f"--storage must be a folder or a URI such as s3://bucket/folder; got {flags.storage}, which is neither: "
             "write :// after the kind, or ./ before a folder's name"
         )
+    if (word := next((word for word in arguments(flags) if "\0" in word), None)) is not None:
+        raise UserError(f"a flag must be text without NUL; got {brief(word)}: leave it out")
     asked_space(search_space(Config()), flags.space_flags)  # refuses wrong names and values at once
     if flags.repair and flags.dry_run:
         raise UserError("--dry-run writes nothing, and --repair does: pass one of them")
     if flags.study is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", flags.study):
         raise UserError(
             "a study's name is a folder's name: up to 100 letters, digits, and . _ + - after the first; "
-            f"got {flags.study!r}: pass another --study"
+            f"got {brief(flags.study)}: pass another --study"
         )
     if flags.design is not None:
         check_design(flags, flags.design)
@@ -312,8 +317,10 @@ def check(flags: Flags) -> None:
 def _require(flags: Flags, name: str, rule: str, fulfils: Callable[[Any], bool], fix: str) -> None:
     """Refuse a flag that is given and breaks the rule. Raises UserError."""
     value = asked_trials(flags) if name == "trials" else getattr(flags, name)
-    if value is not None and not fulfils(value):
-        got = f"{value:g}" if isinstance(value, int | float) else repr(value) if isinstance(value, str) else str(value)
+    with usable(flag_of(name)):
+        fits = value is None or fulfils(value)
+    if not fits:
+        got = brief(value) if isinstance(value, int | float | str) else str(value)
         raise UserError(f"{flag_of(name)} must be {rule}; got {got}: {fix}")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ramcore.config import SOURCES, Config, nearest
 from ramcore.data import TaskData
-from ramcore.errors import UserError
+from ramcore.errors import UserError, usable
 from ramcore.recipes import TUNED
 from ramcore.sources import DataMissing, load_images, load_task
 from ramcore.space import Space
@@ -285,7 +285,9 @@ def _default_name(tasks: tuple[str, ...], data: str, design: str) -> str:
 def _own_images(study: StoredStudy) -> str:
     """Where the own images of a study were when it last ran. Raises UserError if nothing is there."""
     path = study.flags.get("data", "")
-    if not Path(path).exists():
+    with usable("--data"):
+        is_there = Path(path).exists()
+    if not is_there:
         own = study.settings
         raise UserError(
             f"the images of {own.study}, {own.data}, must be on this machine; {path} is gone: pass --data PATH"

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from ramcore.errors import UserError, entry_point, first_line, say, show
+
+if __name__ == "__main__":
+    entry_point("study.run")
+
 import logging
 import os
 import secrets
@@ -13,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from ramcore.errors import UserError, first_line, say
 from ramcore.private import private_arguments, without_secrets
 from study import cluster, ray_folder
 from study.flags import DONE, USAGE, Flags, check, parse, stopped
@@ -62,8 +66,8 @@ def _settled(flags: Flags) -> Flags:
 
 def _submit(flags: Flags, address: str) -> int:
     """Submit the command to the job server at an address, and follow it. Raises UserError."""
-    server = urllib.parse.urlsplit(address)
     try:
+        server = urllib.parse.urlsplit(address)
         port = server.port or (443 if server.scheme == "https" else 80)
         socket.create_connection((server.hostname or "", port), timeout=_CONNECT_SECONDS).close()
     except (OSError, ValueError) as error:
@@ -73,7 +77,7 @@ def _submit(flags: Flags, address: str) -> int:
         say(f"warning: the token and the code go to {host} unencrypted; forward its port through SSH instead")
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray prefers these to the address that it is given
         os.environ[name] = address
-    if os.environ.get("RAY_AUTH_TOKEN") or (Path.home() / ".ray" / "auth_token").is_file():
+    if os.environ.get("RAY_AUTH_TOKEN") or os.path.isfile(Path.home() / ".ray" / "auth_token"):
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     from study.submit import submit  # puts off Ray, which reads the variables above when it is imported
 
@@ -100,8 +104,7 @@ def _run(flags: Flags) -> int:
         for warning in prepared.warnings:
             say(f"warning: {warning}")
         if flags.print_space and prepared.space is not None:
-            print(space_toml(prepared.space, prepared.base))
-            return DONE
+            return DONE if show(space_toml(prepared.space, prepared.base)) else USAGE
         if flags.address is None:
             _protect_local_ray()
         tell("loading Ray and MLflow")
@@ -125,7 +128,7 @@ def _cancel(number: int, prepared: Prepared) -> int:
         cancel.ask(prepared.storage, prepared.known, number)
     except OSError as error:
         raise prepared.storage.unreachable(error) from error
-    print(f"trial {number:04d} of {name} ends after its next epoch")
+    show(f"trial {number:04d} of {name} ends after its next epoch")
     return DONE
 
 
@@ -165,7 +168,3 @@ def _quieten() -> None:
 def cli() -> None:
     """The console entry point."""
     sys.exit(main(parse(private_arguments())))
-
-
-if __name__ == "__main__":
-    cli()

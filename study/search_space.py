@@ -70,6 +70,7 @@ def checked(space: Space) -> Space:
     fields = [field.name for field in dataclasses.fields(Config) if field.name not in OF_THE_STUDY]
     if not space.dimensions:
         raise UserError("a search needs at least one dimension; there is none: add one, with --range or --choices")
+    configuration(space, {})  # refuses what is fixed, in its own words
     for dimension in space.dimensions:
         if dimension.name not in fields:
             raise UserError(

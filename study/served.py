@@ -21,7 +21,7 @@ from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
 
 from ramcore.config import Config
-from ramcore.errors import UserError, first_line
+from ramcore.errors import UserError, brief, first_line
 from ramcore.evaluation import BATCH_SIZE, build_model, class_log_probs
 
 
@@ -71,7 +71,7 @@ def _eight_bit(model_input: Any, config: Config) -> np.ndarray:
     if not np.isfinite(images).all():
         raise UserError(f"{rule}; some are not finite: mend them")
     if images.size and (images.min() < 0 or images.max() > 1):
-        raise UserError(f"{rule}; got {images.min():g} to {images.max():g}: {fix}")
+        raise UserError(f"{rule}; got {brief(float(images.min()))} to {brief(float(images.max()))}: {fix}")
     return (images * 255).round().astype(np.uint8)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import textwrap
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ramcore.config import Config, kind, nearest, read_value
-from ramcore.errors import UserError, first_line
+from ramcore.errors import UserError, brief, first_line
 from ramcore.space import MAX_CHOICES, Dimension, Space, Values
 from study.search_space import OF_THE_STUDY
 
 _KEYS = ("low", "high", "step", "log", "choices", "unit", "reason")  # of a dimension's table
+_LONGEST = 1000  # characters of a unit or a reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +130,7 @@ def _named(flag: str, texts: Iterable[str]) -> list[tuple[str, str]]:
     for text in texts:
         name, _, value = (part.strip() for part in text.partition("="))
         if not name or not value:
-            raise UserError(f"{flag} must be NAME=..., with a field of Config; got {text!r}: see --help")
+            raise UserError(f"{flag} must be NAME=..., with a field of Config; got {brief(text)}: see --help")
         found.append((name.replace("-", "_"), value))
     return found
 
@@ -136,8 +138,9 @@ def _named(flag: str, texts: Iterable[str]) -> list[tuple[str, str]]:
 def _range(text: str) -> Values:
     """The table of LOW:HIGH, LOW:HIGH:log or LOW:HIGH:STEP. Raises UserError."""
     low, high, more = [*text.split(":", 2), "", ""][:3]
-    if not low or not high or not (more in ("", "log") or more.isdigit()):
-        raise UserError(f"a range must be LOW:HIGH, LOW:HIGH:log or LOW:HIGH:STEP; got {text!r}: write 1:3, say")
+    if not low or not high or not re.fullmatch("(log|[0-9]{1,9})?", more):
+        rule = "a range must be LOW:HIGH, LOW:HIGH:log or LOW:HIGH:STEP, with a STEP of at most 9 digits"
+        raise UserError(f"{rule}; got {brief(text)}: write 1:3, say")
     table: Values = {"low": low, "high": high}
     return table | ({"log": True} if more == "log" else {"step": int(more)} if more else {})
 
@@ -157,15 +160,23 @@ def _dimension(name: str, table: Mapping[str, Any], where: str, known: Dimension
     wanted = kind(_searchable(name))
     if unknown := next((key for key in table if key not in _KEYS), None):
         raise UserError(f"{name} may have {', '.join(_KEYS)}; got {unknown}{nearest(unknown, _KEYS)}")
-    unit = str(table.get("unit") or (known.unit if known else ""))
-    reason = str(table.get("reason") or f"from {where}")
+    for key in ("unit", "reason"):
+        if not isinstance(text := table.get(key, ""), str) or len(text) > _LONGEST:
+            raise UserError(
+                f"{key} must be text of at most {_LONGEST} characters; {name} has {brief(text)}: shorten it"
+            )
+    unit = _one_line(table.get("unit") or (known.unit if known else ""))
+    reason = _one_line(table.get("reason") or f"from {where}")
     if "choices" in table:
         choices = table["choices"] if isinstance(table["choices"], list) else []
         values = tuple(read_value(name, choice.strip() if isinstance(choice, str) else choice) for choice in choices)
         if "low" in table or "high" in table or not 2 <= len(set(values)) == len(values) <= MAX_CHOICES:
             rule = f"choices must be 2 to {MAX_CHOICES} different values, without a range"
-            has = ", ".join(map(str, values)) or "no list of them"
-            raise UserError(f"{rule}; {name} has {has}: one value is --set {name}=VALUE")
+            has = brief(", ".join(map(str, values))).strip("'") or "no list of them"
+            fix = "say each once" if len(set(values)) > 1 else f"one value is --set {name}=VALUE"
+            fix = "keep one of the two" if "low" in table or "high" in table else fix
+            fix = f"leave out {len(values) - MAX_CHOICES}" if len(values) > MAX_CHOICES else fix
+            raise UserError(f"{rule}; {name} has {has}: {fix}")
         return Dimension(name=name, type="categorical", choices=values, unit=unit, reason=reason)
     if wanted not in (int, float):
         raise UserError(f"a range is of numbers; {name} is none: pass --choices {name}=VALUE,VALUE")
@@ -177,20 +188,25 @@ def _dimension(name: str, table: Mapping[str, Any], where: str, known: Dimension
         raise UserError(f"a range needs low < high; {name} has {low} and {high}: {fix}")
     log, step = table.get("log", False), table.get("step")
     if not isinstance(log, bool):
-        raise UserError(f"log must be true or false; {name} has {log!r}: write log = true")
-    if step is not None and (wanted is float or not isinstance(step, int) or step < 1):
+        raise UserError(f"log must be true or false; {name} has {brief(log)}: write log = true")
+    whole = isinstance(step, int) and not isinstance(step, bool)
+    if step is not None and (wanted is float or not whole or step < 1):
         rule = "a step must be a whole number of at least 1, between whole numbers"
-        raise UserError(f"{rule}; {name} has {step!r}: leave it out, or list the values with --choices")
+        raise UserError(f"{rule}; {name} has {brief(step)}: leave it out, or list the values with --choices")
     if step is not None and step > high - low:
-        raise UserError(f"a step must leave two values; {name} has step {step} from {low} to {high}: lower it")
+        raise UserError(f"a step must leave two values; {name} has step {brief(step)} from {low} to {high}: lower it")
     type_ = "int" if wanted is int else "float"
     return Dimension(name=name, type=type_, low=low, high=high, log=log, step=step, unit=unit, reason=reason)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())  # a comment in what --print-space writes
 
 
 def _read_file(path: Path) -> Values:
     """The entries of a file by field. Raises UserError."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise UserError(f"--space must be a TOML file; {path}: {reason}: --print-space writes one") from error

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import pooch
 
-from ramcore.errors import UserError, first_line
+from ramcore.errors import UserError, first_line, usable
 from study.faults import fault_point
 
 if TYPE_CHECKING:
@@ -78,8 +78,9 @@ class Storage:
                 raise self.unreachable(error) from error
             return
         path = Path(self.place)
-        while not path.exists():
-            path = path.parent
+        with usable("--storage"):
+            while not path.exists():
+                path = path.parent
         if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
             raise UserError(f"--storage must be a folder that can be written; {path} cannot: pass another --storage")
 
@@ -93,7 +94,8 @@ class Storage:
     def unreachable(self, error: Exception) -> UserError:
         """The error to raise when the storage did not answer."""
         answer = f"{self} did not answer ({first_line(error)})"
-        return UserError(f"--storage must be within reach; {answer}: check its name and its credentials")
+        fix = "check its name and its credentials" if self.is_remote else "mend it, or pass another --storage"
+        return UserError(f"--storage must be within reach; {answer}: {fix}")
 
 
 class LocalFolder:

@@ -25,7 +25,7 @@ import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from ramcore.errors import UserError, first_line, say
+from ramcore.errors import UserError, first_line, say, show
 from ramcore.private import without_secrets
 from study.cluster import code_folder, no_job_server, wrong_token
 from study.flags import DONE, STOPPED, SUBMITTED, Flags, arguments, command, signals_caught, working_tree
@@ -140,7 +140,7 @@ def _follow(client: JobSubmissionClient, job: str) -> int:
         try:
             details = client.get_job_info(job)
             text = client.get_job_logs(job) or ""
-            print(text[printed:], end="", flush=True)
+            show(text[printed:], end="")
             printed = max(printed, len(text))
             if details.status.is_terminal():
                 return _exit_code(details)
@@ -162,7 +162,7 @@ async def _tail(client: JobSubmissionClient, job: str, printed: int) -> int:
     """Print the log beyond this many characters while it grows; returns the characters printed by then."""
     seen = 0
     async for text in client.tail_job_logs(job):
-        print(text[max(0, printed - seen) :], end="", flush=True)
+        show(text[max(0, printed - seen) :], end="")
         seen += len(text)
         printed = max(printed, seen)
     return printed

@@ -111,12 +111,15 @@ def _check_form(uri: str) -> None:
             "pass --tracking-uri sqlite:///mlflow.db or http://host:5000"
         )
     if uri.startswith(_SQLITE):
-        path, url = database_file(uri), sqlalchemy.make_url(uri)
-        is_plain = not set(url.query) - {"timeout"} and not str(url.database).startswith("file:")
+        try:
+            path, url = database_file(uri), sqlalchemy.make_url(uri)
+            is_plain = not set(url.query) - {"timeout"} and not str(url.database).startswith("file:")
+        except (sqlalchemy.exc.ArgumentError, ValueError):  # ValueError: of its port
+            path, is_plain = None, False
         if path is None or not is_plain or (os.path.lexists(path) and not os.path.isfile(path)):
             rule = "the tracking database must be a file, and its URI a path alone"
             raise UserError(f"{rule}; got {without_secrets(uri)}: pass --tracking-uri sqlite:///mlflow.db")
-        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        if not os.path.isdir(path.parent) or not os.access(path.parent, os.W_OK):
             rule = "the tracking database must lie in a writable folder"
             raise UserError(f"{rule}; {path.parent} is not one: pass another --tracking-uri")
 

@@ -21,7 +21,7 @@ from ramcore.recipes import PAPER
         ({"location_std": 0.0}, "location_std must be above 0; got 0"),
         ({"location_std": math.nan}, "location_std must be a finite number; got nan"),
         ({"loss_mixing": 1.5}, "loss_mixing must be at least 0 and at most 1; got 1.5"),
-        ({"epochs": -1}, "epochs must be a whole number of at least 1; got -1"),
+        ({"epochs": -1}, "epochs must be a whole number of at least 1 and at most 2147483647; got -1"),
         ({"learning_rate": -1e-3}, "learning_rate must be above 0; got -0.001"),
         ({"core": "transformer"}, "core must be one of rnn, gru, lstm; got 'transformer'"),
         ({"task": "rotated"}, f"task must be one of {', '.join(TASKS)}; got 'rotated'"),

@@ -24,6 +24,8 @@ from ramcore.errors import UserError
 from ramcore.space import Dimension, Space
 from tests.synthetic import RAM_DIMENSIONS, Synthetic, ram_truth, simulate, space_json, write_mlflow
 
+RECORDS = Path(__file__).parent.parent / "results" / "records"
+
 STUDY = Synthetic(
     truth=ram_truth,
     dimensions=RAM_DIMENSIONS[:5],
@@ -154,6 +156,30 @@ def test_unreachable_server_is_refused_in_one_line(monkeypatch: pytest.MonkeyPat
     with pytest.raises(reader.UserError, match=r"must answer; http://127\.0\.0\.1:9 does not") as caught:
         reader.connect("http://127.0.0.1:9")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"tracking_uri": "http://[::1"}, "the tracking server must answer; http://[::1 does not (Invalid IPv6 URL)"),
+        ({"tracking_uri": f"sqlite:///{'a' * 300}"}, "--tracking-uri must be a path that this user can use; aaa"),
+        ({"records": Path("a" * 300)}, "--records must be a path that this user can use; aaa"),
+        ({"records": RECORDS, "out": Path("a" * 300)}, "the records must be writable; [Errno 36] File name too long"),
+        ({"records": RECORDS, "out": Path("a\0b")}, "the records must be writable; embedded null byte"),
+    ],
+)
+def test_wrong_place_is_refused_by_its_own_flag(given, said, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = {"records": None, "study": None, "tracking_uri": None, "out": tmp_path, **given}
+
+    def work() -> None:
+        source = reader.open_source(flags["tracking_uri"] or "", flags["records"])
+        study = reader.find_study(reader.list_studies(source), "original-digits-search")
+        reader.Exported.write_to(flags["out"], reader.load_study(source, study))
+
+    assert reader.exit_code("records", work) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said}")
 
 
 def test_dimensions_map_to_the_unit_interval_and_back() -> None:

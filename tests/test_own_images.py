@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import gzip
+import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +89,7 @@ def changed(**arrays) -> dict[str, np.ndarray]:
         (changed(train_images=shapes()["train_images"][:, :9]), r"square .* has \(120, 9, 20\) uint8"),
         (changed(train_images=shapes()["train_images"][..., None]), r"has \(120, 20, 20, 1\) uint8"),
         (changed(train_labels=None), "it holds train_images, test_images, test_labels: add train_labels"),
+        (changed(train_labels=np.array(3), train_images=np.array(3)), r"0 images and labels of shape \(\)"),
         (changed(train_labels=np.arange(7)), r"has 120 images and labels of shape \(7,\)"),
         (changed(train_labels=np.ones(120)), "train_labels must be whole numbers; .* has float64"),
         (
@@ -104,6 +107,79 @@ def test_unusable_images_are_refused_with_what_was_found(tmp_path, arrays, said)
     with pytest.raises(UserError, match=said) as refusal:
         load_images(tmp_path / "bad.npz")
     assert "\n" not in str(refusal.value)
+
+
+def with_member(file: Path, content: bytes, member: str = "train_labels.npy", **how: int) -> Path:
+    """The .npz file with another content of one member, and another header of its entry in the zip's directory."""
+    arrays = {f"{name}.npy": array for name, array in shapes().items()}
+    with zipfile.ZipFile(file, "w") as zipped:
+        for name, array in arrays.items():
+            if name != member.removesuffix(".npy") + ".npy":
+                np.save(buffer := io.BytesIO(), array)
+                zipped.writestr(name, buffer.getvalue())
+        zipped.writestr(member, content)
+        for key, value in how.items():
+            setattr(zipped.infolist()[-1], key, value)
+    return file
+
+
+HUGE = {"descr": "|u1", "fortran_order": False, "shape": (2**53,)}
+
+
+def header(fields: object) -> bytes:
+    text = repr(fields).encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+@pytest.mark.parametrize(
+    ("content", "member", "how", "said"),
+    [
+        (b"", "train_labels.npy", {}, "must hold arrays; train_labels is none|reading it failed"),
+        (b"text", "train_labels", {}, "must hold arrays; train_labels is none|reading it failed"),
+        (header(HUGE), "train_labels.npy", {}, "reading it failed"),
+        (header("{'descr'"), "train_labels.npy", {}, "reading it failed"),
+        (b"secret", "train_labels.npy", {"flag_bits": 1}, "reading it failed .*encrypted"),
+        (b"packed", "train_labels.npy", {"compress_type": 99}, "reading it failed .*compression"),
+        (b"later", "train_labels.npy", {"extract_version": 99}, "reading it failed .*version"),
+    ],
+)
+def test_npz_with_a_member_that_is_no_array_is_refused(tmp_path, content, member, how, said):
+    with pytest.raises(UserError, match=said):
+        load_images(with_member(tmp_path / "bad.npz", content, member, **how))
+
+
+def test_npz_may_hold_other_files(tmp_path):
+    arrays = shapes()
+    np.savez(tmp_path / "more.npz", **arrays)
+    with zipfile.ZipFile(tmp_path / "more.npz", "a") as zipped:
+        zipped.writestr("README.txt", "made by hand")
+    assert load_images(tmp_path / "more.npz").num_classes == 3
+
+
+def test_damaged_npz_gives_images_or_one_line(tmp_path):
+    np.savez_compressed(tmp_path / "small.npz", **shapes(6, (0, 1)))
+    whole, rng, path = (tmp_path / "small.npz").read_bytes(), np.random.default_rng(0), tmp_path / "damaged.npz"
+    refused = 0
+    for _ in range(300):
+        damaged = np.frombuffer(whole, np.uint8).copy()
+        damaged[rng.integers(0, len(whole), 3)] = rng.integers(0, 256, 3)
+        path.write_bytes(damaged.tobytes())
+        try:
+            load_images(path)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 100
+
+
+def test_idx_file_whose_size_overflows_is_refused(tmp_path):
+    idx(tmp_path, "train-labels-idx1-ubyte.gz", np.arange(3))
+    idx(tmp_path, "t10k-labels-idx1-ubyte.gz", np.arange(3))
+    for split in ("train", "t10k"):
+        huge = bytes([0, 0, 8, 3]) + 3 * b"\x80\x00\x00\x00"
+        (tmp_path / f"{split}-images-idx3-ubyte").write_bytes(huge)
+    with pytest.raises(UserError, match=rf"in {2**93 + 16} bytes; found"):
+        load_images(tmp_path)
 
 
 def test_missing_path_folder_without_images_and_small_canvas_are_refused(file, tmp_path):

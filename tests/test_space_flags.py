@@ -72,13 +72,14 @@ def test_every_field_of_config_can_be_searched():
 def test_file_replaces_all_dimensions_and_flags_change_the_file(tmp_path):
     path = tmp_path / "my.toml"
     path.write_text(
-        'input_gain = 2\n[num_glimpses]\nlow = 2\nhigh = 6\nreason = "few"\n[core]\nchoices = ["rnn", "gru"]\n'
+        'input_gain = 2\n[num_glimpses]\nlow = 2\nhigh = 6\nreason = "few\\nof them"\n'
+        '[core]\nchoices = ["rnn", "gru"]\n'
         "[location_std]\nlow = 0.05\nhigh = 0.5\nlog = true\n"
     )
     space = asked(file=path, ranges=("num_glimpses=3:4",))
     assert space.names == ("num_glimpses", "core", "location_std") and space.fixed["input_gain"] == 2
     assert (space.dimensions[0].high, space.dimensions[0].reason) == (4, "from the command line")
-    assert asked(file=path).dimensions[0].reason == "few"
+    assert asked(file=path).dimensions[0].reason == "few of them"
     assert space.dimensions[1].reason == f"from {path}"
 
 
@@ -105,10 +106,17 @@ def test_printed_space_is_read_back_as_it_was(tmp_path):
         ({"ranges": ("num_scales=2:2",)}, "one value is --set num_scales=2"),
         ({"ranges": ("num_scales=1:9",)}, "num_scales must be a whole number of at least 1 and at most 6; got 9"),
         ({"ranges": ("num_scales=1.5:3",)}, "num_scales must be a whole number"),
-        ({"ranges": ("num_scales=:3",)}, "a range must be LOW:HIGH, LOW:HIGH:log or LOW:HIGH:STEP; got ':3'"),
+        (
+            {"ranges": ("num_scales=:3",)},
+            "a range must be LOW:HIGH, LOW:HIGH:log or LOW:HIGH:STEP, with a STEP of at most 9 digits; got ':3'",
+        ),
         ({"ranges": ("num_scales=1",)}, "a range must be LOW:HIGH"),
         ({"ranges": ("num_scales",)}, "--range must be NAME=...,"),
         ({"ranges": ("num_scales=1:3:9",)}, "a step must leave two values"),
+        ({"ranges": ("num_scales=1:9:²",)}, "with a STEP of at most 9 digits; got '1:9:²'"),
+        ({"ranges": (f"num_scales=1:9:{'9' * 5000}",)}, "with a STEP of at most 9 digits; got '1:9:99"),
+        ({"fixed": ("hidden_size=3e9",)}, "a whole number of at least 1 and at most 2147483647; got 3000000000"),
+        ({"fixed": (f"input_gain={'9' * 400}",)}, "input_gain must be a finite number; got inf"),
         ({"ranges": ("num_scales=1:3:0",)}, "a step must be a whole number of at least 1, between whole numbers"),
         ({"ranges": ("input_gain=1:9:2",)}, "input_gain has 2: leave it out"),
         ({"ranges": ("patch_size=10:70",)}, "patch_size must be at most 60, the canvas of task translated; got 70"),
@@ -120,6 +128,8 @@ def test_printed_space_is_read_back_as_it_was(tmp_path):
             {"choices": ("core=rnn,rnn",)},
             "choices must be 2 to 12 different values, without a range; core has rnn, rnn",
         ),
+        ({"choices": (f"num_glimpses={','.join(map(str, range(1, 14)))}",)}, "9, 10, 11, 12, 13: leave out 1"),
+        ({"choices": ("core=rnn,gru,rnn",)}, "core has rnn, gru, rnn: say each once"),
         ({"choices": ("core=rnn,lsmt",)}, "core must be one of rnn, gru, lstm; got 'lsmt'; did you mean lstm?"),
         ({"choices": ("core=rnn,cnn",)}, "core must be one of rnn, gru, lstm; got 'cnn'"),
         ({"choices": ("layer_norm=yes,no",)}, "layer_norm must be true or false; got 'yes'"),
@@ -149,6 +159,16 @@ def test_space_that_cannot_be_searched_is_refused_in_one_line(flags, said):
         ("[num_scales]\nlow = 1\nhigh = 3\nchoices = [1, 2]", "without a range"),
         ("[num_scales]\nlow = 1\nhigh = 3\nlog = 1", "log must be true or false; num_scales has 1"),
         ("[num_scales]\nlow = 1\nhigh = 3\nstep = 1.5", "num_scales has 1.5: leave it out"),
+        (f"input_gain = {'9' * 400}", "input_gain must be a finite number; got about 1e400"),
+        ('"a\\nb" = 1', "a hyperparameter must be a field of Config; got a\\nb"),
+        (f"a = {'[' * 2000}", "--space must be a TOML file"),
+        ("[num_scales]\nlow = 1\nhigh = 3\nstep = true", "a step must be a whole number of at least 1"),
+        ("[num_scales]\nlow = 1\nhigh = 3\nunit = 3", "unit must be text of at most 1000 characters; num_scales has 3"),
+        (
+            f"[num_scales]\nlow = 1\nhigh = 3\nreason = '{'a' * 10**5}'",
+            "reason must be text of at most 1000 characters",
+        ),
+        ("[num_scales]\nlow = 1\nhigh = 3\nchoices = [1, 2]", "num_scales has 1, 2: keep one of the two"),
         ("[core]\nchoices = 'rnn'", "core has no list of them"),
         ("[num_scales\nlow = 1", "--space must be a TOML file"),
     ],

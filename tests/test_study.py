@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -62,12 +63,19 @@ def refused(capsys, **flags) -> str:
     return line
 
 
+LONG = "a" * 300  # characters; a file's name has at most 255
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         ({"trials": 0}, "--trials must be at least 1; got 0"),
-        ({"trials": 10**20}, "--trials must be at most 1000000; got 1e+20"),
-        ({"max_concurrent": 10**7}, "--max-concurrent must be at most 1000000; got 1e+07"),
+        ({"trials": 10**20}, "--trials must be at most 1000000; got about 1e20"),
+        ({"trials": "9" * 5000}, "--trials must be a number of at most 1000000, or +N for more; got '99"),
+        ({"epochs": 10**400}, "--epochs must be at most 1000000; got about 1e400"),
+        ({"epochs": 1_000_001}, "--epochs must be at most 1000000; got 1000001"),
+        ({"canvas": 10**400}, "--canvas must be at least 8 and at most 1000; got about 1e400"),
+        ({"max_concurrent": 10**7}, "--max-concurrent must be at most 1000000; got 10000000"),
         ({"cpus_per_trial": 1e-5}, "--cpus-per-trial must be at least 0.0001; got 1e-05"),
         ({"gpus_per_trial": 1.5}, "--gpus-per-trial must be whole above 1; got 1.5"),
         ({"epochs": -3}, "--epochs must be at least 1; got -3"),
@@ -79,6 +87,15 @@ def refused(capsys, **flags) -> str:
         ({"time_budget": 0.0}, "--time-budget must be above 0; got 0"),
         ({"money_budget": 5.0}, "a money budget needs a price"),
         ({"storage": "gs//nope"}, "--storage must be a folder or a URI such as s3://bucket/folder; got gs//nope"),
+        ({"storage": ""}, "--storage must be a folder or a URI; got '': pass one, or leave it out"),
+        ({"storage": "a\0b"}, "a flag must be text without NUL; got 'a\\x00b': leave it out"),
+        ({"from_": "a\0b"}, "a flag must be text without NUL"),
+        ({"cancel": 10**400}, "--cancel must be at least 0 and at most 1000000; got about 1e400"),
+        ({"address": "http://[::1"}, "--address must be a Ray cluster's job server; http://[::1"),
+        ({"tracking_uri": "sqlite://[::1/x"}, "the tracking database must be a file; got sqlite://[::1/x"),
+        ({"tracking_uri": "http://[::1"}, "the tracking server must answer when a study starts"),
+        ({"data": "/dev/null"}, "/dev/null is none of these: pass another --data"),
+        ({"task": "original", "set_": ("patch_size=29",)}, "error: patch_size must be at most 28, the canvas"),
         ({"storage": "s3:bucket/runs"}, "--storage must be a folder or a URI"),
         ({"seeds_per_trial": 10**6}, "a trial must fit in memory; with Ray and the study itself it takes"),
         ({"study": "../escape"}, "a study's name is a folder's name"),
@@ -94,6 +111,14 @@ def refused(capsys, **flags) -> str:
         ({"design": "ofat"}, "this design starts from a search's best configuration; runs holds no search"),
         ({"design": "replicate"}, "this design starts from a search's best configuration; runs holds no search"),
         ({"data": "mnist", "data_dir": Path("/no/such/folder")}, "--data-dir must be a folder"),
+        ({"data": LONG}, f"--data must be a path that this user can use; {LONG}: File name too long: pass another"),
+        ({"data": f"./{LONG}"}, "--data must be a path that this user can use"),
+        ({"data": "a\nb/"}, "there is no a\\nb"),
+        ({"data": "a\x1b[2J\u2028b/"}, "there is no a\\x1b[2J\\u2028b"),
+        ({"data": "mnist", "data_dir": Path(LONG)}, "--data-dir must be a path that this user can use"),
+        ({"space": Path(LONG)}, "--space must be a path that this user can use"),
+        ({"storage": LONG}, "--storage must be a path that this user can use"),
+        ({"tracking_uri": f"sqlite:////{LONG}/m.db"}, "--tracking-uri must be a path that this user can use"),
         ({"tracking_uri": "./mlruns"}, "tracking must be a server or a database"),
         ({"tracking_uri": "http://127.0.0.1:9"}, "the tracking server must answer when a study starts"),
         (
@@ -104,6 +129,30 @@ def refused(capsys, **flags) -> str:
 )
 def test_bad_flags_are_refused_in_one_line_and_nothing_is_written(here, capsys, flags, said):
     assert said in refused(capsys, **flags)
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["data", "data_dir", "space", "storage", "tracking_uri", "$RAM_DATA_DIR"])
+def test_path_in_a_folder_that_the_user_may_not_enter_is_refused(here, capsys, monkeypatch, flag):
+    stat = os.stat
+
+    def locked(path, *args, **kwargs):  # a test that runs as root may enter every folder
+        if "locked" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", locked)
+    monkeypatch.setenv("RAM_DATA_DIR", "locked/x" if flag == "$RAM_DATA_DIR" else "")
+    values = {
+        "data": {"data": "locked/x.npz"},
+        "$RAM_DATA_DIR": {"data": "mnist"},
+        "tracking_uri": {"tracking_uri": "sqlite:///locked/x/m.db"},
+    }
+    if flag in ("data_dir", "space"):
+        values[flag] = {"data": "mnist", flag: Path("locked/x")}
+    said = refused(capsys, **values.get(flag, {flag: "locked/x"}))
+    name = flag if flag.startswith("$") else f"--{flag.replace('_', '-')}"
+    assert f"{name} must be a path that this user can use; " in said and "Permission denied" in said
     assert not list(here.iterdir())
 
 
@@ -885,6 +934,7 @@ def test_published_model_loads_and_reproduces_test_accuracy(finished, monkeypatc
     for refused_input, said in (
         (canvases.astype(np.float32), r"must be floating-point numbers in \[0, 1\], or uint8; got 0 to 255"),
         (canvases / 255 - 0.1, "got -0.1 to 0.9"),
+        (canvases / 255 * 1.0000001, "got 0 to 1.0000001"),
         (wrong, "some are not finite"),
         (canvases.astype(np.int64), "got int64"),
         (canvases[0], r"must have shape \(images, 28, 28\), canvases of task original; got \(28, 28\)"),
