@@ -24,9 +24,11 @@ from urllib.parse import urlsplit
 
 import pandas as pd
 import requests
+from alembic.util import CommandError
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.utils.rest_utils import http_request
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -91,19 +93,21 @@ class StudyData(NamedTuple):
 def connect(uri: str) -> MlflowClient:
     """A client for a tracking server that exists. Raises UserError otherwise (MLflow would create an empty file)."""
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    if uri.startswith("sqlite:///"):
-        path = Path(uri.removeprefix("sqlite:///").split("?")[0])
-        if not path.is_file():
+    try:
+        path = moved.database_file(uri)
+        if path is not None and not path.is_file():
             raise UserError(
                 f"the tracking database must exist; there is no {path}. Run a study first (python -m study.run), or "
                 "name the right one with --tracking-uri"
             )
-        with contextlib.suppress(sqlite3.Error):  # one that cannot be written has its artifacts where they were
-            moved.follow_move(path)
-    try:
+        if uri.partition(":")[0].partition("+")[0] in DATABASE_ENGINES:
+            moved.check_tables(uri)
+        if path is not None:
+            with contextlib.suppress(sqlite3.Error):  # one that cannot be written has its artifacts where they were
+                moved.follow_move(path)
         client = MlflowClient(uri)
         client.search_experiments(max_results=1)
-    except (*SERVER_ERRORS, ImportError) as error:
+    except (*SERVER_ERRORS, ImportError, CommandError) as error:
         raise UserError(
             f"the tracking server must answer; {uri} does not ({first_line(error)}). Check --tracking-uri"
         ) from error

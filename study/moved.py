@@ -1,4 +1,4 @@
-"""Where tracked data lie: which MLflow is meant, and its artifacts after both were moved or copied together.
+"""Where tracked data lie: which MLflow is meant, whether a database is its own, and its artifacts after a move.
 
 MLflow stores the absolute path of every artifact. This module needs no MLflow: the analysis uses it, too.
 """
@@ -12,6 +12,10 @@ import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
+import sqlalchemy
+
+from ramcore.errors import UserError
+from ramcore.private import without_secrets
 from study import schema
 
 _PLACES = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location"))
@@ -20,6 +24,26 @@ _PLACES = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("log
 def tracking_uri(given: str | None) -> str:
     """The URI that is given, else that of $MLFLOW_TRACKING_URI, else a SQLite file where `mlflow ui` looks for it."""
     return given or os.environ.get("MLFLOW_TRACKING_URI") or schema.DEFAULT_TRACKING_URI
+
+
+def database_file(uri: str) -> Path | None:
+    """The absolute path of a SQLite database; None for a server, another database, or one in memory."""
+    if not uri.startswith(("sqlite:", "sqlite+")):
+        return None
+    name = sqlalchemy.make_url(uri).database
+    return None if name in (None, "", ":memory:") else Path(name).absolute()
+
+
+def check_tables(uri: str, *, may_be_empty: bool = False) -> None:
+    """Check that a database is MLflow's, because MLflow makes its tables in any database that it opens.
+
+    Raises UserError if it holds other tables, or none and `may_be_empty` is false; SQLAlchemyError, ImportError.
+    """
+    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
+    tables = {name for name in sqlalchemy.inspect(engine).get_table_names() if not name.startswith("alembic_")}
+    if not {"experiments", "runs"} <= tables and (tables or not may_be_empty):
+        fact = f"{without_secrets(uri)} holds {'other' if tables else 'no'} tables"
+        raise UserError(f"the tracking database must be MLflow's own; {fact}: pass another --tracking-uri")
 
 
 def follow_move(database: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ import pandas as pd
 import pytest
 import requests
 from mlflow import MlflowClient
+from optuna.storages import RDBStorage
 
 from analysis import export
 from analysis import load as reader
@@ -147,6 +150,24 @@ def test_missing_database_experiment_or_trials_are_refused(tmp_path: Path) -> No
     write_mlflow(nothing, uri, artifacts=tmp_path / "artifacts", status="running")
     with pytest.raises(reader.UserError, match=r"synthetic-0 \(running\) has none yet"):
         read(uri, "synthetic-0")
+
+
+@pytest.mark.parametrize("content", ["nothing", "another table", "a record", "no SQLite"])
+def test_database_that_is_not_mlflows_is_refused_and_left_as_it_is(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "foreign.db"
+    if content == "a record":
+        RDBStorage(f"sqlite:///{path}").engine.dispose()
+    elif content == "another table":
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.execute("create table own (a)")
+    else:
+        path.write_text("text" * 1000 if content == "no SQLite" else "")
+    before = path.read_bytes()
+    for uri in (f"sqlite:///{path}", f"sqlite+pysqlite:///{path}"):
+        with pytest.raises(reader.UserError, match=r"must be MLflow's own|file is not a database") as caught:
+            reader.connect(uri)
+        assert "\n" not in str(caught.value)
+    assert path.read_bytes() == before
 
 
 def test_unreachable_server_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
