@@ -7,6 +7,8 @@ stopped and diverged trials are in, with their state and the reason that the stu
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import itertools
 import json
 import logging
 import math
@@ -16,7 +18,7 @@ import sqlite3
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +40,8 @@ from ramcore.private import without_secrets
 from ramcore.space import Space
 from study import moved, schema
 
+TRIALS_CSV, EPOCHS_CSV = "trials.csv", "epochs.csv"  # of an exported study
+EPOCH_COLUMNS = ["trial", "seed", "epoch", "val_accuracy"]
 EPOCH_METRICS = (*schema.EPOCH_MEANS, schema.EPOCH_SECONDS)
 RUNS_PER_REQUEST = 100  # MLflow's limit for one bulk request
 ROWS_PER_REQUEST = 25_000  # MLflow's limit for one bulk answer
@@ -45,6 +49,10 @@ READERS = 8  # threads; reading waits for the server, not for this machine
 MLFLOW_UI = "http://127.0.0.1:5000"  # where `mlflow ui` shows a database on this machine
 NO_SPACE = "the study's space.json is missing or unreadable, so bounds and scales are unknown"
 OFAT_ROW_1 = re.compile(r"^baseline (?P<baseline>[^:]+?)(?:: (?P<parameter>\w+)=.+)?$")  # schema 1
+
+# study.json of an exported study, and "study" in it.
+_DESCRIPTION = {"study": dict, "settings": dict, "space": dict | None, "files": dict | None}
+_STUDY = {"run_id": str, "name": str, "status": str, "started": int | float, "tags": dict, "params": dict}
 
 SERVER_ERRORS = (MlflowException, SQLAlchemyError, requests.RequestException, OSError)
 OnProgress = Callable[[int, int], None]  # called with the requests done and their number
@@ -87,7 +95,7 @@ class StudyData(NamedTuple):
     def budget(self) -> int:
         """Epochs of a trial that is not stopped early."""
         known = (self.raw_space or {}).get("epochs") or self.settings.get("epochs")
-        return int(known) if known else int(self.epochs["epoch"].to_numpy().max())
+        return known if isinstance(known, int) else int(self.epochs["epoch"].to_numpy().max())
 
 
 def connect(uri: str) -> MlflowClient:
@@ -262,8 +270,8 @@ def _check_schema(study: StudyRun) -> None:
 
 
 class Exported:
-    """A folder of exported studies, a folder each: study.json (the run, its settings and space), trials.csv and
-    epochs.csv. They are text, for version control and for machines without MLflow.
+    """A folder of exported studies, a folder each: study.json (the run, its settings and space, the checksums of the
+    other two), trials.csv and epochs.csv. They are text, for version control and for machines without MLflow.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -284,19 +292,19 @@ class Exported:
         """A study as it was exported. Raises UserError if a file is missing or damaged."""
         own = self.folder / folder_name(study.name)
         described = self._description(own)
-        try:
-            trials = pd.read_csv(own / "trials.csv", dtype=str, keep_default_na=False).map(_value)
-            epochs = pd.read_csv(own / "epochs.csv")
-            for column, kind in (("seeds", int), ("test_accuracies", float)):
-                trials[column] = [tuple(kind(v) for v in str(text).split()) for text in trials[column]]
-            trials = _upgrade(trials.set_index("trial"))
-            for column in ("origin", "row", "baseline", "parameter", "state", "stop_reason"):
-                trials[column] = trials[column].astype(str)
-            for column in ("macs", "parameters", "test_accuracy", "started"):
-                trials[column] = pd.to_numeric(trials[column], errors="coerce")
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"exported records must be whole; {own}: {first_line(error)}. Export again") from error
         space, problem = _space_of(described["space"])
+        file = own / TRIALS_CSV
+        with _whole(file):
+            _check_digest(file, described)
+            trials = _exported_trials(file, () if space is None else space.names)
+            if described["files"] is None:
+                _check_numbers(study, trials)
+        file = own / EPOCHS_CSV
+        with _whole(file):
+            _check_digest(file, described)
+            epochs = _exported_epochs(file)
+            if described["files"] is None:
+                _check_epochs(trials, epochs)
         epochs = _with_context(epochs, trials)
         return StudyData(study, trials, epochs, space, problem, described["settings"], described["space"])
 
@@ -313,19 +321,120 @@ class Exported:
         own.mkdir(parents=True, exist_ok=True)
         study = records.study._replace(tags={k: v for k, v in records.study.tags.items() if k.startswith("ram.")})
         settings = {k: v for k, v in records.settings.items() if k != "record"}  # a path of the machine it ran on
-        described = {"study": study._asdict(), "settings": settings, "space": records.raw_space}
+        plain_trials(records.trials).to_csv(own / TRIALS_CSV)
+        columns = [*EPOCH_COLUMNS, *(c for c in EPOCH_METRICS if c in records.epochs)]
+        records.epochs[columns].to_csv(own / EPOCHS_CSV, index=False)
+        files = {name: _digest(own / name) for name in (TRIALS_CSV, EPOCHS_CSV)}
+        described = {"study": study._asdict(), "settings": settings, "space": records.raw_space, "files": files}
         (own / "study.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-        plain_trials(records.trials).to_csv(own / "trials.csv")
-        columns = ["trial", "seed", "epoch", "val_accuracy", *(c for c in EPOCH_METRICS if c in records.epochs)]
-        records.epochs[columns].to_csv(own / "epochs.csv", index=False)
         return own
 
     @staticmethod
     def _description(own: Path) -> dict[str, Any]:
-        try:
-            return json.loads((own / "study.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"exported records must be whole; {own}: {first_line(error)}. Export again") from error
+        """study.json. Raises UserError."""
+        with _whole(own / "study.json"):
+            described = json.loads((own / "study.json").read_text(encoding="utf-8"))
+            if isinstance(described, dict):
+                described.setdefault("files", None)  # of an older export
+            _check_fields(described, _DESCRIPTION)
+            study = described["study"]
+            _check_fields(study, _STUDY)
+            for name in ("tags", "params"):
+                _check_fields(study[name], dict.fromkeys(study[name], str))
+        return described
+
+
+@contextlib.contextmanager
+def _whole(file: Path) -> Iterator[None]:
+    """Raises UserError with the name of an exported file that cannot be read, or is not as it was exported."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"exported records must be whole; {file}: {first_line(error)}. Delete it and export again"
+        ) from error
+
+
+def _check_fields(value: Any, kinds: Mapping[str, Any]) -> None:
+    """Raises ValueError."""
+    if not isinstance(value, dict) or value.keys() != kinds.keys():
+        raise ValueError(f"it must hold {', '.join(kinds)}, and nothing else beside them")
+    if wrong := [name for name, kind in kinds.items() if not isinstance(value[name], kind)]:
+        raise ValueError(f"{wrong[0]} is {json.dumps(value[wrong[0]])[:50]}, which is of another type")
+
+
+def _exported_trials(file: Path, searched: Iterable[str]) -> pd.DataFrame:
+    """trials.csv. Raises OSError, ValueError."""
+    trials = pd.read_csv(file, dtype=str, keep_default_na=False).map(_value)
+    trials = trials.rename(columns={"arm": "origin"})  # schema 1
+    numbers = ("macs", "parameters", "test_accuracy", "started")
+    words = ("origin", "row", "state", "stop_reason")
+    _check_table(trials, [*words, *numbers, "seeds", "test_accuracies", "epochs_seen", *searched], keys=["trial"])
+    for column, kind in (("seeds", int), ("test_accuracies", float)):
+        trials[column] = [tuple(kind(v) for v in str(text).split()) for text in trials[column]]
+    trials = _upgrade(trials.set_index("trial"))
+    for column in (*words, "baseline", "parameter"):
+        trials[column] = trials[column].astype(str)
+    for column in numbers:
+        trials[column] = pd.to_numeric(trials[column])
+    _check_fractions("test_accuracy", [*trials["test_accuracy"], *itertools.chain(*trials["test_accuracies"])])
+    return trials
+
+
+def _exported_epochs(file: Path) -> pd.DataFrame:
+    """epochs.csv. Raises OSError, ValueError."""
+    epochs = pd.read_csv(file)
+    _check_table(epochs, ["val_accuracy"], keys=["trial", "seed", "epoch"])
+    epochs = epochs[[*EPOCH_COLUMNS, *(name for name in EPOCH_METRICS if name in epochs)]].apply(pd.to_numeric)
+    _check_fractions("val_accuracy", epochs["val_accuracy"])
+    return epochs
+
+
+def _check_table(table: pd.DataFrame, columns: Sequence[str], keys: list[str]) -> None:
+    """Raises ValueError if a table lacks columns, or two of its rows are of the same trial, seed and epoch."""
+    if lost := [name for name in (*keys, *columns) if name not in table]:
+        raise ValueError(f"it has no column {', '.join(lost)}")
+    for name in keys:
+        if len(table) and not (pd.api.types.is_integer_dtype(table[name]) and (table[name] >= 0).all()):
+            raise ValueError(f"{name} must be a whole number in each row")
+    if (again := table.duplicated(keys)).any():
+        first = ", ".join(f"{name} {table.loc[again, name].iloc[0]}" for name in keys)
+        raise ValueError(f"it holds {again.sum()} rows twice, first {first}")
+
+
+def _check_fractions(name: str, values: Iterable[float]) -> None:
+    """Raises ValueError."""
+    if wrong := [value for value in values if value < 0 or value > 1]:
+        raise ValueError(f"{name} must be from 0 to 1; got {wrong[0]:g}")
+
+
+def _check_numbers(study: StudyRun, trials: pd.DataFrame) -> None:
+    """Raises ValueError if an export lacks trials."""
+    asked = study.tags.get(schema.TRIALS, "")
+    ended = study.status == "finished" and study.params.get("design", "search") == "search"  # all of them are there
+    if set(trials.index) != set(range(len(trials))) or (ended and asked not in ("", str(len(trials)))):
+        raise ValueError(f"it holds {len(trials)} trials, not the study's {asked}, from 0")
+
+
+def _check_epochs(trials: pd.DataFrame, epochs: pd.DataFrame) -> None:
+    """Raises ValueError if an export lacks epochs of its trials, or holds others."""
+    rows = zip(trials.index, trials["seeds"], trials["epochs_seen"], strict=True)
+    expected = {(n, seed, epoch) for n, seeds, seen in rows for seed in seeds for epoch in range(1, int(seen) + 1)}
+    held = set(epochs[EPOCH_COLUMNS[:3]].itertuples(index=False, name=None))
+    if wrong := sorted(expected ^ held):
+        first = "trial {}, seed {}, epoch {}".format(*wrong[0])
+        raise ValueError(f"it lacks {len(expected - held)} rows, and has {len(held - expected)} too many: {first}")
+
+
+def _check_digest(file: Path, described: Mapping[str, Any]) -> None:
+    """Raises ValueError if a file is not the one that study.json describes. Older exports have no checksums."""
+    if described["files"] is not None and described["files"].get(file.name) != _digest(file):
+        raise ValueError("it differs from its checksum in study.json")
+
+
+def _digest(file: Path) -> str:
+    """The SHA-256 of a file's text, whose line ends git may change."""
+    return hashlib.sha256(file.read_text(encoding="utf-8").encode()).hexdigest()
 
 
 Source = MlflowClient | Exported

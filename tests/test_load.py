@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -226,6 +227,98 @@ def test_folder_without_whole_records_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a" / "study.json").write_text("{")
     with pytest.raises(reader.UserError, match="exported records must be whole"):
         reader.list_studies(reader.open_source("unused", tmp_path))
+
+
+RECORDS = Path(__file__).parent.parent / "results" / "records"
+TRIALS, EPOCHS, DESCRIBED = "trials.csv", "epochs.csv", "study.json"
+
+
+@pytest.fixture(scope="module")
+def today(store: tuple[str, reader.StudyData], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study that this version exported, with checksums."""
+    return reader.Exported.write_to(tmp_path_factory.mktemp("today"), read(store[0], "synthetic-0"))
+
+
+@pytest.fixture(params=["today", "earlier"])
+def exported(request: pytest.FixtureRequest, today: Path, tmp_path: Path) -> Path:
+    own = today if request.param == "today" else RECORDS / "original-digits-search"
+    return Path(shutil.copytree(own, tmp_path / own.name))
+
+
+def refusal(own: Path) -> str:
+    """What reading an exported study is refused with."""
+    source = reader.Exported(own.parent)
+    with pytest.raises(reader.UserError, match="exported records must be whole") as caught:
+        reader.load_study(source, reader.list_studies(source)[0])
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("file", [TRIALS, EPOCHS])
+@pytest.mark.parametrize("damage", ["half", "header", "emptied", "twice", "no column", "percent", "text", "gone"])
+def test_damaged_table_of_an_export_is_refused_by_its_name(exported: Path, file: str, damage: str) -> None:
+    path = exported / file
+    header, *rows = path.read_text().splitlines()
+    accuracy = header.split(",").index("test_accuracy" if file == TRIALS else "val_accuracy")
+    cells = rows[-1].split(",")
+    if damage == "half":
+        rows = rows[: len(rows) // 2]
+    elif damage == "header":
+        rows = []
+    elif damage == "twice":
+        rows += rows
+    elif damage == "no column":
+        header, rows = header.partition(",")[2], [row.partition(",")[2] for row in rows]
+    elif damage in ("percent", "text"):
+        cells[accuracy] = "57.3" if damage == "percent" else "text"
+        rows[-1] = ",".join(cells)
+    path.write_text("" if damage == "emptied" else "\n".join([header, *rows]) + "\n")
+    if damage == "gone":
+        path.unlink()
+    said = refusal(exported)
+    # Without a checksum, trials.csv of half the trials is judged by study.json, and epochs.csv by trials.csv.
+    assert str(path) in said, said
+
+
+def test_epochs_of_another_study_are_refused(exported: Path) -> None:
+    shutil.copy(RECORDS / "mnist-24" / EPOCHS, exported / EPOCHS)
+    assert str(exported / EPOCHS) in refusal(exported)
+
+
+def test_line_ends_that_git_changed_are_no_damage(exported: Path) -> None:
+    for file in (TRIALS, EPOCHS):
+        (exported / file).write_bytes((exported / file).read_bytes().replace(b"\n", b"\r\n"))
+    source = reader.Exported(exported.parent)
+    reader.load_study(source, reader.list_studies(source)[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: {},
+        lambda d: [],
+        lambda d: None,
+        lambda d: "text",
+        lambda d: {k: v for k, v in d.items() if k != "space"},
+        lambda d: {k: v for k, v in d.items() if k != "settings"},
+        lambda d: d | {"settings": None},
+        lambda d: d | {"study": d["study"] | {"more": 1}},
+        lambda d: d | {"study": {k: v for k, v in d["study"].items() if k != "run_id"}},
+        lambda d: d | {"study": d["study"] | {"started": None}},
+        lambda d: d | {"study": d["study"] | {"tags": {"ram.schema": 2}}},
+    ],
+)
+def test_damaged_description_of_an_export_is_refused_by_its_name(today: Path, tmp_path: Path, change) -> None:
+    own = Path(shutil.copytree(today, tmp_path / today.name))
+    described = json.loads((own / DESCRIBED).read_text())
+    (own / DESCRIBED).write_text(json.dumps(change(described)))
+    assert str(own / DESCRIBED) in refusal(own)
+
+
+def test_committed_exports_are_read_as_they_are() -> None:
+    source = reader.Exported(RECORDS)
+    for study in reader.list_studies(source):
+        assert len(reader.load_study(source, study).trials) == int(study.tags["ram.trials"])
 
 
 def test_folder_name_has_no_special_characters() -> None:
