@@ -18,6 +18,7 @@ import sqlite3
 import sys
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -48,6 +49,7 @@ ROWS_PER_REQUEST = 25_000  # MLflow's limit for one bulk answer
 READERS = 8  # threads; reading waits for the server, not for this machine
 MLFLOW_UI = "http://127.0.0.1:5000"  # where `mlflow ui` shows a database on this machine
 NO_SPACE = "the study's space.json is missing or unreadable, so bounds and scales are unknown"
+WHOLE_NUMBER = re.compile("[0-9]{1,9}")
 OFAT_ROW_1 = re.compile(r"^baseline (?P<baseline>[^:]+?)(?:: (?P<parameter>\w+)=.+)?$")  # schema 1
 
 # study.json of an exported study, and "study" in it.
@@ -169,8 +171,9 @@ def list_studies(source: Source) -> list[StudyRun]:
     """All studies, newest first. Raises UserError if there is none."""
     if isinstance(source, Exported):
         return source.studies()
-    experiment = source.get_experiment_by_name(schema.EXPERIMENT)
-    runs = _search(source, experiment.experiment_id, f"tags.`{schema.KIND}` = 'study'") if experiment else []
+    with _readable("studies"):
+        experiment = source.get_experiment_by_name(schema.EXPERIMENT)
+        runs = _search(source, experiment.experiment_id, f"tags.`{schema.KIND}` = 'study'") if experiment else []
     if not runs:
         raise UserError(
             f"a study must have been run; experiment {schema.EXPERIMENT!r} holds none. Run python -m study.run"
@@ -223,19 +226,22 @@ def load_study(source: Source, study: StudyRun, on_progress: OnProgress = lambda
     _check_schema(study)
     if isinstance(source, Exported):
         return source.read(study)
-    experiment = source.get_experiment_by_name(schema.EXPERIMENT)
-    if experiment is None:
-        raise UserError(f"experiment {schema.EXPERIMENT!r} must exist; it does not. Run python -m study.run")
-    try:
+    with _readable(f"records of {study.name}"):
+        experiment = source.get_experiment_by_name(schema.EXPERIMENT)
+        if experiment is None:
+            raise UserError(f"experiment {schema.EXPERIMENT!r} must exist; it does not. Run python -m study.run")
         # By the uid, because a parent run may have been deleted or made twice. The first studies had none.
         tag, value = (schema.UID, study.tags[schema.UID]) if schema.UID in study.tags else (schema.PARENT, study.run_id)
-        runs = _search(source, experiment.experiment_id, f"tags.`{tag}` = '{value}'")
-        runs = [run for run in runs if run.data.tags.get(schema.KIND, "trial") == "trial"]
+        found = _search(source, experiment.experiment_id, f"tags.`{tag}` = '{value}'")
+        runs: list[Run] = []
+        for run in (run for run in found if run.data.tags.get(schema.KIND, "trial") == "trial"):
+            if WHOLE_NUMBER.fullmatch(number := run.data.tags.get(schema.TRIAL, "")):
+                runs.append(run)
+            else:
+                say(f"warning: MLflow's run {run.info.run_id} is left out: its tag {schema.TRIAL} is {number!r}")
         history = _read_history(source, runs, on_progress)
         raw_space = _read_json(source, study, schema.SPACE_FILE)
         settings = without_secrets(_read_json(source, study, schema.SETTINGS_FILE) or {})  # older versions kept them
-    except SERVER_ERRORS as error:
-        raise UserError(f"the records of {study.name} must be readable; {first_line(error)}") from error
     if not runs:
         raise NoTrials(
             f"a study needs trials to be analysed; {study.name} ({study.status}) has none yet. Wait for it, or choose "
@@ -250,6 +256,16 @@ def load_study(source: Source, study: StudyRun, on_progress: OnProgress = lambda
     return StudyData(study, trials.drop(columns="run_id"), epochs, space, problem, settings, raw_space, pages)
 
 
+@contextlib.contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Raises UserError where MLflow fails, or holds what it cannot read itself."""
+    try:
+        yield
+    except SERVER_ERRORS as error:
+        fix = "put a copy of the database back, or pass another --tracking-uri"
+        raise UserError(f"the {what} in MLflow must be readable; {first_line(error)}: {fix}") from error
+
+
 def _pages(uri: str, experiment: str, runs: Mapping[int, str]) -> dict[int, str]:
     """The web page of each trial's run: of the tracking server, or of an `mlflow ui` that shows the database."""
     parts = urlsplit(uri)
@@ -262,7 +278,7 @@ def _pages(uri: str, experiment: str, runs: Mapping[int, str]) -> dict[int, str]
 
 def _check_schema(study: StudyRun) -> None:
     found = study.tags.get(schema.SCHEMA, "1")
-    if not found.isdigit() or int(found) > schema.VERSION:
+    if not WHOLE_NUMBER.fullmatch(found) or int(found) > schema.VERSION:
         raise UserError(
             f"this version reads tracked studies of schema 1 to {schema.VERSION}; {study.name} has schema {found}: "
             "use the version of the project that wrote it, or a newer one"
@@ -385,9 +401,10 @@ def _exported_epochs(file: Path) -> pd.DataFrame:
     """epochs.csv. Raises OSError, ValueError."""
     epochs = pd.read_csv(file)
     _check_table(epochs, ["val_accuracy"], keys=["trial", "seed", "epoch"])
-    epochs = epochs[[*EPOCH_COLUMNS, *(name for name in EPOCH_METRICS if name in epochs)]].apply(pd.to_numeric)
+    for name in (known := [*EPOCH_COLUMNS, *(name for name in EPOCH_METRICS if name in epochs)]):
+        epochs[name] = pd.to_numeric(epochs[name])
     _check_fractions("val_accuracy", epochs["val_accuracy"])
-    return epochs
+    return epochs.loc[:, known]
 
 
 def _check_table(table: pd.DataFrame, columns: Sequence[str], keys: list[str]) -> None:
@@ -395,11 +412,11 @@ def _check_table(table: pd.DataFrame, columns: Sequence[str], keys: list[str]) -
     if lost := [name for name in (*keys, *columns) if name not in table]:
         raise ValueError(f"it has no column {', '.join(lost)}")
     for name in keys:
-        if len(table) and not (pd.api.types.is_integer_dtype(table[name]) and (table[name] >= 0).all()):
+        if not all(WHOLE_NUMBER.fullmatch(str(value)) for value in table[name]):
             raise ValueError(f"{name} must be a whole number in each row")
-    if (again := table.duplicated(keys)).any():
-        first = ", ".join(f"{name} {table.loc[again, name].iloc[0]}" for name in keys)
-        raise ValueError(f"it holds {again.sum()} rows twice, first {first}")
+    if again := [key for key, count in Counter(table[keys].itertuples(index=False, name=None)).items() if count > 1]:
+        first = ", ".join(f"{name} {value}" for name, value in zip(keys, again[0], strict=True))
+        raise ValueError(f"it holds {len(again)} rows twice, first {first}")
 
 
 def _check_fractions(name: str, values: Iterable[float]) -> None:
@@ -507,10 +524,10 @@ def _trial_table(runs: Iterable[Run]) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for run in runs:
         tags, metrics = run.data.tags, run.data.metrics
-        seeds = tuple(int(s) for s in tags.get(schema.SEEDS, "").split(",") if s.strip().lstrip("-").isdigit())
+        seeds = tuple(int(s) for s in tags.get(schema.SEEDS, "").split(",") if WHOLE_NUMBER.fullmatch(s.strip()))
         tests = [metrics.get(f"{schema.SEED_TEST_ACCURACY}{seed}") for seed in seeds]
         row: dict[str, Any] = {
-            "trial": int(tags.get(schema.TRIAL, -1)),
+            "trial": int(tags[schema.TRIAL]),
             "run_id": run.info.run_id,
             "origin": tags.get(schema.ORIGIN, tags.get("ram.arm", "unknown")),  # ram.arm: schema 1
             "row": tags.get(schema.ROW, ""),
@@ -553,7 +570,8 @@ def _epoch_table(trials: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
     wide = history.pivot_table(index=["trial", "step"], columns="key", values="value", aggfunc="last", dropna=False)
     wide = wide.dropna(how="all").reset_index().rename(columns={"step": "epoch"})
     means = [c for c in EPOCH_METRICS if c in wide.columns]
-    seeds = {c: int(c.removeprefix(schema.SEED_ACCURACY)) for c in wide.columns if c.startswith(schema.SEED_ACCURACY)}
+    names = {c: c.removeprefix(schema.SEED_ACCURACY) for c in wide.columns if c.startswith(schema.SEED_ACCURACY)}
+    seeds = {c: int(name) for c, name in names.items() if WHOLE_NUMBER.fullmatch(name)}
     if not seeds and schema.OBJECTIVE in wide.columns:
         seeds = {schema.OBJECTIVE: 0}
     parts = [wide[["trial", "epoch", *means]].assign(seed=s, val_accuracy=wide[c]) for c, s in seeds.items()]

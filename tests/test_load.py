@@ -171,6 +171,34 @@ def test_database_that_is_not_mlflows_is_refused_and_left_as_it_is(tmp_path: Pat
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("update tags set value = 'abc' where key = 'ram.trial' and value = '2'", "left out: its tag ram.trial is 'a"),
+        ("delete from tags where key = 'ram.trial' and value = '2'", "left out: its tag ram.trial is ''"),
+        ("update tags set value = '²' where key = 'ram.schema'", "has schema ²"),
+        ("update runs set start_time = null", "must be readable; start_time cannot be None: put a copy"),
+        ("drop table runs", "must be MLflow's own"),
+        ("update tags set value = '0,²' where key = 'ram.seeds'", ""),
+        ("update metrics set key = 'val_accuracy.seed_x' where key = 'val_accuracy.seed_0'", ""),
+    ],
+)  # fmt: skip
+def test_runs_that_are_not_as_a_study_writes_them_are_left_out_or_refused_in_one_line(
+    store: tuple[str, reader.StudyData], tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str, said: str
+) -> None:
+    path = tmp_path / "mlflow.db"
+    for file, command in ((store[0].removeprefix("sqlite:///"), f"vacuum into '{path}'"), (path, damage)):
+        with contextlib.closing(sqlite3.connect(file)) as database:
+            database.execute(command)
+            database.commit()
+    try:
+        records = read(f"sqlite:///{path}", "synthetic-0")
+    except reader.UserError as error:
+        assert said and said in str(error) and "\n" not in str(error)
+    else:
+        assert said in capsys.readouterr().err and list(records.trials.index) == [0, 1, *([] if said else [2]), 3, 4]
+
+
 def test_unreachable_server_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(reader.UserError, match=r"must answer; http://127\.0\.0\.1:9 does not") as caught:
