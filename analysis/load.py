@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import re
-import sqlite3
 import sys
 import tempfile
 import warnings
@@ -31,7 +30,6 @@ from alembic.util import CommandError
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
-from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.utils.rest_utils import http_request
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -110,11 +108,7 @@ def connect(uri: str) -> MlflowClient:
                 f"the tracking database must exist; there is no {path}. Run a study first (python -m study.run), or "
                 "name the right one with --tracking-uri"
             )
-        if uri.partition(":")[0].partition("+")[0] in DATABASE_ENGINES:
-            moved.check_tables(uri)
-        if path is not None:
-            with contextlib.suppress(sqlite3.Error):  # one that cannot be written has its artifacts where they were
-                moved.follow_move(path)
+        moved.check_database(uri)
         client = MlflowClient(uri)
         client.search_experiments(max_results=1)
     except (*SERVER_ERRORS, ImportError, CommandError) as error:

@@ -18,6 +18,7 @@ from ramcore.errors import UserError
 from ramcore.private import without_secrets
 from study import schema
 
+_DATABASES = ("mssql", "mysql", "postgresql", "sqlite")  # that MLflow can use
 _PLACES = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location"))
 
 
@@ -34,16 +35,22 @@ def database_file(uri: str) -> Path | None:
     return None if name in (None, "", ":memory:") else Path(name).absolute()
 
 
-def check_tables(uri: str, *, may_be_empty: bool = False) -> None:
+def check_database(uri: str, *, may_be_empty: bool = False) -> None:
     """Check that a database is MLflow's, because MLflow makes its tables in any database that it opens.
 
-    Raises UserError if it holds other tables, or none and `may_be_empty` is false; SQLAlchemyError, ImportError.
+    A SQLite file that was moved follows its artifacts. Nothing is done for a server. Raises UserError if the database
+    holds other tables, or none and `may_be_empty` is false; SQLAlchemyError, ImportError.
     """
-    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
+    if uri.partition(":")[0].partition("+")[0] not in _DATABASES:
+        return
+    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)  # MLflow's own repeats for minutes
     tables = {name for name in sqlalchemy.inspect(engine).get_table_names() if not name.startswith("alembic_")}
     if not {"experiments", "runs"} <= tables and (tables or not may_be_empty):
         fact = f"{without_secrets(uri)} holds {'other' if tables else 'no'} tables"
         raise UserError(f"the tracking database must be MLflow's own; {fact}: pass another --tracking-uri")
+    if (path := database_file(uri)) is not None and tables:
+        with contextlib.suppress(sqlite3.Error):  # one that cannot be written has its artifacts where they were
+            follow_move(path)
 
 
 def follow_move(database: Path) -> None:

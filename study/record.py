@@ -78,6 +78,8 @@ OPTUNA_STATE: dict[State, TrialState] = {
     "pruned": TrialState.PRUNED,
     "failed": TrialState.FAIL,
 }
+OF_STUDY = {"settings": dict, "uid": str, "created": int, "totals": list}  # attributes that no study can be without
+OF_TRIAL = {"plan": dict, "started": int}  # nor any trial
 _MARK = 1 << 40  # the byte of the record that its driver locks: beyond those that SQLite locks
 _TOLERANCE = 1e-6  # between two reports of one epoch; a larger difference means that a resumed trial drifted
 
@@ -723,21 +725,18 @@ def _check(path: Path, trials: Sequence[int]) -> None:
         raise RecordLost(f"the record cannot be opened: {first_line(error)}") from error
 
 
+def lost(attrs: Mapping[str, Any], kinds: Mapping[str, type]) -> list[str]:
+    """The names of what is missing among attributes of these kinds, or empty."""
+    return [name for name, kind in kinds.items() if not isinstance(attrs.get(name), kind) or attrs[name] in ([], {})]
+
+
 def _check_whole(path: Path, study: optuna.Study) -> None:
     """Raises RecordDamaged if a study lacks what every version of this project writes."""
-
-    def lost(attrs: Mapping[str, Any], kinds: Mapping[str, type]) -> list[str]:
-        return [
-            name for name, kind in kinds.items() if not isinstance(attrs.get(name), kind) or attrs[name] in ([], {})
-        ]
-
-    missing = lost(
-        study.user_attrs, {"settings": dict, "totals": list} | ({"created": int} if "uid" in study.user_attrs else {})
-    )
+    missing = lost(study.user_attrs, OF_STUDY)
+    if "uid" not in study.user_attrs:  # a study that is older than these
+        missing = [name for name in missing if name not in ("created", "uid")]
     for trial in study.get_trials(deepcopy=False):
-        missing += [
-            f"{name} of trial {trial.number:04d}" for name in lost(trial.user_attrs, {"plan": dict, "started": int})
-        ]
+        missing += [f"{name} of trial {trial.number:04d}" for name in lost(trial.user_attrs, OF_TRIAL)]
     if missing:
         raise integrity.RecordDamaged(path, f"lacks its {', '.join(missing[:3])}")
 

@@ -262,12 +262,13 @@ def changed(folder, change, trial: int | None = None) -> None:
     key, value = change
     with integrity.connected(folder / "study.db") as database:
         integrity.protect(database)
+        where = "key = ?" if trial is None else f"key = ? and trial_id = {trial + 1}"
         if value is None:
-            (rowid,) = database.execute(f"select rowid from {table} where key = ?", [key]).fetchone()
+            (rowid,) = database.execute(f"select rowid from {table} where {where}", [key]).fetchone()
             database.execute(f"delete from {table} where rowid = ?", [rowid])
             database.execute("delete from checksums where entry = ?", [f"{table} {rowid}"])
         else:
-            database.execute(f"update {table} set value_json = ? where key = ?", [json.dumps(value), key])
+            database.execute(f"update {table} set value_json = ? where {where}", [json.dumps(value), key])
 
 
 NEWER = {"newer": 1}
