@@ -7,16 +7,18 @@ stopped and diverged trials are in, with their state and the reason that the stu
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import itertools
 import json
 import logging
 import math
 import os
 import re
-import sqlite3
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ from urllib.parse import urlsplit
 
 import pandas as pd
 import requests
+from alembic.util import CommandError
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
@@ -36,13 +39,20 @@ from ramcore.private import without_secrets
 from ramcore.space import Space
 from study import moved, schema
 
+TRIALS_CSV, EPOCHS_CSV = "trials.csv", "epochs.csv"  # of an exported study
+EPOCH_COLUMNS = ["trial", "seed", "epoch", "val_accuracy"]
 EPOCH_METRICS = (*schema.EPOCH_MEANS, schema.EPOCH_SECONDS)
 RUNS_PER_REQUEST = 100  # MLflow's limit for one bulk request
 ROWS_PER_REQUEST = 25_000  # MLflow's limit for one bulk answer
 READERS = 8  # threads; reading waits for the server, not for this machine
 MLFLOW_UI = "http://127.0.0.1:5000"  # where `mlflow ui` shows a database on this machine
 NO_SPACE = "the study's space.json is missing or unreadable, so bounds and scales are unknown"
+WHOLE_NUMBER = re.compile("[0-9]{1,9}")
 OFAT_ROW_1 = re.compile(r"^baseline (?P<baseline>[^:]+?)(?:: (?P<parameter>\w+)=.+)?$")  # schema 1
+
+# study.json of an exported study, and "study" in it.
+_DESCRIPTION = {"study": dict, "settings": dict, "space": dict | None, "files": dict | None}
+_STUDY = {"run_id": str, "name": str, "status": str, "started": int | float, "tags": dict, "params": dict}
 
 SERVER_ERRORS = (MlflowException, SQLAlchemyError, requests.RequestException, OSError)
 OnProgress = Callable[[int, int], None]  # called with the requests done and their number
@@ -85,27 +95,23 @@ class StudyData(NamedTuple):
     def budget(self) -> int:
         """Epochs of a trial that is not stopped early."""
         known = (self.raw_space or {}).get("epochs") or self.settings.get("epochs")
-        return int(known) if known else int(self.epochs["epoch"].to_numpy().max())
+        return known if isinstance(known, int) else int(self.epochs["epoch"].to_numpy().max())
 
 
 def connect(uri: str) -> MlflowClient:
     """A client for a tracking server that exists. Raises UserError otherwise (MLflow would create an empty file)."""
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    if uri.startswith("sqlite:///"):
-        path = Path(uri.removeprefix("sqlite:///").split("?")[0])
-        with usable("--tracking-uri"):
-            is_file = path.is_file()
-        if not is_file:
+    try:
+        path = moved.database_file(uri)
+        if path is not None and not os.path.isfile(path):
             raise UserError(
                 f"the tracking database must exist; there is no {path}. Run a study first (python -m study.run), or "
                 "name the right one with --tracking-uri"
             )
-        with contextlib.suppress(sqlite3.Error):  # one that cannot be written has its artifacts where they were
-            moved.follow_move(path)
-    try:
+        moved.check_database(uri)
         client = MlflowClient(uri)
         client.search_experiments(max_results=1)
-    except (*SERVER_ERRORS, ImportError, ValueError) as error:  # ValueError: no such address
+    except (*SERVER_ERRORS, ImportError, CommandError, ValueError) as error:  # ValueError: no such address
         raise UserError(
             f"the tracking server must answer; {uri} does not ({first_line(error)}). Check --tracking-uri"
         ) from error
@@ -161,8 +167,9 @@ def list_studies(source: Source) -> list[StudyRun]:
     """All studies, newest first. Raises UserError if there is none."""
     if isinstance(source, Exported):
         return source.studies()
-    experiment = source.get_experiment_by_name(schema.EXPERIMENT)
-    runs = _search(source, experiment.experiment_id, f"tags.`{schema.KIND}` = 'study'") if experiment else []
+    with _readable("studies"):
+        experiment = source.get_experiment_by_name(schema.EXPERIMENT)
+        runs = _search(source, experiment.experiment_id, f"tags.`{schema.KIND}` = 'study'") if experiment else []
     if not runs:
         raise UserError(
             f"a study must have been run; experiment {schema.EXPERIMENT!r} holds none. Run python -m study.run"
@@ -215,19 +222,22 @@ def load_study(source: Source, study: StudyRun, on_progress: OnProgress = lambda
     _check_schema(study)
     if isinstance(source, Exported):
         return source.read(study)
-    experiment = source.get_experiment_by_name(schema.EXPERIMENT)
-    if experiment is None:
-        raise UserError(f"experiment {schema.EXPERIMENT!r} must exist; it does not. Run python -m study.run")
-    try:
+    with _readable(f"records of {study.name}"):
+        experiment = source.get_experiment_by_name(schema.EXPERIMENT)
+        if experiment is None:
+            raise UserError(f"experiment {schema.EXPERIMENT!r} must exist; it does not. Run python -m study.run")
         # By the uid, because a parent run may have been deleted or made twice. The first studies had none.
         tag, value = (schema.UID, study.tags[schema.UID]) if schema.UID in study.tags else (schema.PARENT, study.run_id)
-        runs = _search(source, experiment.experiment_id, f"tags.`{tag}` = '{value}'")
-        runs = [run for run in runs if run.data.tags.get(schema.KIND, "trial") == "trial"]
+        found = _search(source, experiment.experiment_id, f"tags.`{tag}` = '{value}'")
+        runs: list[Run] = []
+        for run in (run for run in found if run.data.tags.get(schema.KIND, "trial") == "trial"):
+            if WHOLE_NUMBER.fullmatch(number := run.data.tags.get(schema.TRIAL, "")):
+                runs.append(run)
+            else:
+                say(f"warning: MLflow's run {run.info.run_id} is left out: its tag {schema.TRIAL} is {number!r}")
         history = _read_history(source, runs, on_progress)
         raw_space = _read_json(source, study, schema.SPACE_FILE)
         settings = without_secrets(_read_json(source, study, schema.SETTINGS_FILE) or {})  # older versions kept them
-    except SERVER_ERRORS as error:
-        raise UserError(f"the records of {study.name} must be readable; {first_line(error)}") from error
     if not runs:
         raise NoTrials(
             f"a study needs trials to be analysed; {study.name} ({study.status}) has none yet. Wait for it, or choose "
@@ -242,6 +252,16 @@ def load_study(source: Source, study: StudyRun, on_progress: OnProgress = lambda
     return StudyData(study, trials.drop(columns="run_id"), epochs, space, problem, settings, raw_space, pages)
 
 
+@contextlib.contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Raises UserError where MLflow fails, or holds what it cannot read itself."""
+    try:
+        yield
+    except SERVER_ERRORS as error:
+        fix = "put a copy of the database back, or pass another --tracking-uri"
+        raise UserError(f"the {what} in MLflow must be readable; {first_line(error)}: {fix}") from error
+
+
 def _pages(uri: str, experiment: str, runs: Mapping[int, str]) -> dict[int, str]:
     """The web page of each trial's run: of the tracking server, or of an `mlflow ui` that shows the database."""
     parts = urlsplit(uri)
@@ -254,7 +274,7 @@ def _pages(uri: str, experiment: str, runs: Mapping[int, str]) -> dict[int, str]
 
 def _check_schema(study: StudyRun) -> None:
     found = study.tags.get(schema.SCHEMA, "1")
-    if not found.isdigit() or int(found) > schema.VERSION:
+    if not WHOLE_NUMBER.fullmatch(found) or int(found) > schema.VERSION:
         raise UserError(
             f"this version reads tracked studies of schema 1 to {schema.VERSION}; {study.name} has schema {found}: "
             "use the version of the project that wrote it, or a newer one"
@@ -262,8 +282,8 @@ def _check_schema(study: StudyRun) -> None:
 
 
 class Exported:
-    """A folder of exported studies, a folder each: study.json (the run, its settings and space), trials.csv and
-    epochs.csv. They are text, for version control and for machines without MLflow.
+    """A folder of exported studies, a folder each: study.json (the run, its settings and space, the checksums of the
+    other two), trials.csv and epochs.csv. They are text, for version control and for machines without MLflow.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -286,19 +306,19 @@ class Exported:
         """A study as it was exported. Raises UserError if a file is missing or damaged."""
         own = self.folder / folder_name(study.name)
         described = self._description(own)
-        try:
-            trials = pd.read_csv(own / "trials.csv", dtype=str, keep_default_na=False).map(_value)
-            epochs = pd.read_csv(own / "epochs.csv")
-            for column, kind in (("seeds", int), ("test_accuracies", float)):
-                trials[column] = [tuple(kind(v) for v in str(text).split()) for text in trials[column]]
-            trials = _upgrade(trials.set_index("trial"))
-            for column in ("origin", "row", "baseline", "parameter", "state", "stop_reason"):
-                trials[column] = trials[column].astype(str)
-            for column in ("macs", "parameters", "test_accuracy", "started"):
-                trials[column] = pd.to_numeric(trials[column], errors="coerce")
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"exported records must be whole; {own}: {first_line(error)}. Export again") from error
         space, problem = _space_of(described["space"])
+        file = own / TRIALS_CSV
+        with _whole(file):
+            _check_digest(file, described)
+            trials = _exported_trials(file, () if space is None else space.names)
+            if described["files"] is None:
+                _check_numbers(study, trials)
+        file = own / EPOCHS_CSV
+        with _whole(file):
+            _check_digest(file, described)
+            epochs = _exported_epochs(file)
+            if described["files"] is None:
+                _check_epochs(trials, epochs)
         epochs = _with_context(epochs, trials)
         return StudyData(study, trials, epochs, space, problem, described["settings"], described["space"])
 
@@ -315,19 +335,121 @@ class Exported:
         own.mkdir(parents=True, exist_ok=True)
         study = records.study._replace(tags={k: v for k, v in records.study.tags.items() if k.startswith("ram.")})
         settings = {k: v for k, v in records.settings.items() if k != "record"}  # a path of the machine it ran on
-        described = {"study": study._asdict(), "settings": settings, "space": records.raw_space}
+        plain_trials(records.trials).to_csv(own / TRIALS_CSV)
+        columns = [*EPOCH_COLUMNS, *(c for c in EPOCH_METRICS if c in records.epochs)]
+        records.epochs[columns].to_csv(own / EPOCHS_CSV, index=False)
+        files = {name: _digest(own / name) for name in (TRIALS_CSV, EPOCHS_CSV)}
+        described = {"study": study._asdict(), "settings": settings, "space": records.raw_space, "files": files}
         (own / "study.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-        plain_trials(records.trials).to_csv(own / "trials.csv")
-        columns = ["trial", "seed", "epoch", "val_accuracy", *(c for c in EPOCH_METRICS if c in records.epochs)]
-        records.epochs[columns].to_csv(own / "epochs.csv", index=False)
         return own
 
     @staticmethod
     def _description(own: Path) -> dict[str, Any]:
-        try:
-            return json.loads((own / "study.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"exported records must be whole; {own}: {first_line(error)}. Export again") from error
+        """study.json. Raises UserError."""
+        with _whole(own / "study.json"):
+            described = json.loads((own / "study.json").read_text(encoding="utf-8"))
+            if isinstance(described, dict):
+                described.setdefault("files", None)  # of an older export
+            _check_fields(described, _DESCRIPTION)
+            study = described["study"]
+            _check_fields(study, _STUDY)
+            for name in ("tags", "params"):
+                _check_fields(study[name], dict.fromkeys(study[name], str))
+        return described
+
+
+@contextlib.contextmanager
+def _whole(file: Path) -> Iterator[None]:
+    """Raises UserError with the name of an exported file that cannot be read, or is not as it was exported."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"exported records must be whole; {file}: {first_line(error)}. Delete it and export again"
+        ) from error
+
+
+def _check_fields(value: Any, kinds: Mapping[str, Any]) -> None:
+    """Raises ValueError."""
+    if not isinstance(value, dict) or value.keys() != kinds.keys():
+        raise ValueError(f"it must hold {', '.join(kinds)}, and nothing else beside them")
+    if wrong := [name for name, kind in kinds.items() if not isinstance(value[name], kind)]:
+        raise ValueError(f"{wrong[0]} is {json.dumps(value[wrong[0]])[:50]}, which is of another type")
+
+
+def _exported_trials(file: Path, searched: Iterable[str]) -> pd.DataFrame:
+    """trials.csv. Raises OSError, ValueError."""
+    trials = pd.read_csv(file, dtype=str, keep_default_na=False).map(_value)
+    trials = trials.rename(columns={"arm": "origin"})  # schema 1
+    numbers = ("macs", "parameters", "test_accuracy", "started")
+    words = ("origin", "row", "state", "stop_reason")
+    _check_table(trials, [*words, *numbers, "seeds", "test_accuracies", "epochs_seen", *searched], keys=["trial"])
+    for column, kind in (("seeds", int), ("test_accuracies", float)):
+        trials[column] = [tuple(kind(v) for v in str(text).split()) for text in trials[column]]
+    trials = _upgrade(trials.set_index("trial"))
+    for column in (*words, "baseline", "parameter"):
+        trials[column] = trials[column].astype(str)
+    for column in numbers:
+        trials[column] = pd.to_numeric(trials[column])
+    _check_fractions("test_accuracy", [*trials["test_accuracy"], *itertools.chain(*trials["test_accuracies"])])
+    return trials
+
+
+def _exported_epochs(file: Path) -> pd.DataFrame:
+    """epochs.csv. Raises OSError, ValueError."""
+    epochs = pd.read_csv(file)
+    _check_table(epochs, ["val_accuracy"], keys=["trial", "seed", "epoch"])
+    for name in (known := [*EPOCH_COLUMNS, *(name for name in EPOCH_METRICS if name in epochs)]):
+        epochs[name] = pd.to_numeric(epochs[name])
+    _check_fractions("val_accuracy", epochs["val_accuracy"])
+    return epochs.loc[:, known]
+
+
+def _check_table(table: pd.DataFrame, columns: Sequence[str], keys: list[str]) -> None:
+    """Raises ValueError if a table lacks columns, or two of its rows are of the same trial, seed and epoch."""
+    if lost := [name for name in (*keys, *columns) if name not in table]:
+        raise ValueError(f"it has no column {', '.join(lost)}")
+    for name in keys:
+        if not all(WHOLE_NUMBER.fullmatch(str(value)) for value in table[name]):
+            raise ValueError(f"{name} must be a whole number in each row")
+    if again := [key for key, count in Counter(table[keys].itertuples(index=False, name=None)).items() if count > 1]:
+        first = ", ".join(f"{name} {value}" for name, value in zip(keys, again[0], strict=True))
+        raise ValueError(f"it holds {len(again)} rows twice, first {first}")
+
+
+def _check_fractions(name: str, values: Iterable[float]) -> None:
+    """Raises ValueError."""
+    if wrong := [value for value in values if value < 0 or value > 1]:
+        raise ValueError(f"{name} must be from 0 to 1; got {wrong[0]:g}")
+
+
+def _check_numbers(study: StudyRun, trials: pd.DataFrame) -> None:
+    """Raises ValueError if an export lacks trials."""
+    asked = study.tags.get(schema.TRIALS, "")
+    ended = study.status == "finished" and study.params.get("design", "search") == "search"  # all of them are there
+    if set(trials.index) != set(range(len(trials))) or (ended and asked not in ("", str(len(trials)))):
+        raise ValueError(f"it holds {len(trials)} trials, not the study's {asked}, from 0")
+
+
+def _check_epochs(trials: pd.DataFrame, epochs: pd.DataFrame) -> None:
+    """Raises ValueError if an export lacks epochs of its trials, or holds others."""
+    rows = zip(trials.index, trials["seeds"], trials["epochs_seen"], strict=True)
+    expected = {(n, seed, epoch) for n, seeds, seen in rows for seed in seeds for epoch in range(1, int(seen) + 1)}
+    held = set(epochs[EPOCH_COLUMNS[:3]].itertuples(index=False, name=None))
+    if wrong := sorted(expected ^ held):
+        first = "trial {}, seed {}, epoch {}".format(*wrong[0])
+        raise ValueError(f"it lacks {len(expected - held)} rows, and has {len(held - expected)} too many: {first}")
+
+
+def _check_digest(file: Path, described: Mapping[str, Any]) -> None:
+    """Raises ValueError if a file is not the one that study.json describes. Older exports have no checksums."""
+    if described["files"] is not None and described["files"].get(file.name) != _digest(file):
+        raise ValueError("it differs from its checksum in study.json")
+
+
+def _digest(file: Path) -> str:
+    """The SHA-256 of a file's text, whose line ends git may change."""
+    return hashlib.sha256(file.read_text(encoding="utf-8").encode()).hexdigest()
 
 
 Source = MlflowClient | Exported
@@ -400,10 +522,10 @@ def _trial_table(runs: Iterable[Run]) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for run in runs:
         tags, metrics = run.data.tags, run.data.metrics
-        seeds = tuple(int(s) for s in tags.get(schema.SEEDS, "").split(",") if s.strip().lstrip("-").isdigit())
+        seeds = tuple(int(s) for s in tags.get(schema.SEEDS, "").split(",") if WHOLE_NUMBER.fullmatch(s.strip()))
         tests = [metrics.get(f"{schema.SEED_TEST_ACCURACY}{seed}") for seed in seeds]
         row: dict[str, Any] = {
-            "trial": int(tags.get(schema.TRIAL, -1)),
+            "trial": int(tags[schema.TRIAL]),
             "run_id": run.info.run_id,
             "origin": tags.get(schema.ORIGIN, tags.get("ram.arm", "unknown")),  # ram.arm: schema 1
             "row": tags.get(schema.ROW, ""),
@@ -446,7 +568,8 @@ def _epoch_table(trials: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
     wide = history.pivot_table(index=["trial", "step"], columns="key", values="value", aggfunc="last", dropna=False)
     wide = wide.dropna(how="all").reset_index().rename(columns={"step": "epoch"})
     means = [c for c in EPOCH_METRICS if c in wide.columns]
-    seeds = {c: int(c.removeprefix(schema.SEED_ACCURACY)) for c in wide.columns if c.startswith(schema.SEED_ACCURACY)}
+    names = {c: c.removeprefix(schema.SEED_ACCURACY) for c in wide.columns if c.startswith(schema.SEED_ACCURACY)}
+    seeds = {c: int(name) for c, name in names.items() if WHOLE_NUMBER.fullmatch(name)}
     if not seeds and schema.OBJECTIVE in wide.columns:
         seeds = {schema.OBJECTIVE: 0}
     parts = [wide[["trial", "epoch", *means]].assign(seed=s, val_accuracy=wide[c]) for c, s in seeds.items()]

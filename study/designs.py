@@ -11,11 +11,12 @@ on where it was.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from typing import Any, Literal, TypeVar
 
 from ramcore.config import TASKS, Config
+from ramcore.errors import UserError
 from ramcore.published import CASE_STUDY, MNIH, Published, first_points, published_rows
 from ramcore.recipes import PAPER, TUNED
 from ramcore.space import Space, Values, shown
@@ -34,6 +35,21 @@ AIMS = ("accuracy", "sensitivity")  # of the trials that a search is asked for
 DEFAULT_TRIALS = 40  # of a search; the other designs have as many as rows
 DEFAULT_SOBOL_SHARE = 0.4  # of a search's trials
 LEAST_SOBOL = 16  # trials, whatever the share
+
+Kept = TypeVar("Kept")  # a dataclass that a record keeps
+
+
+def of_record(kind: type[Kept], values: Mapping[str, Any]) -> Kept:
+    """A dataclass from its fields in a record. Raises UserError if a newer version wrote them, or some are missing."""
+    known = {f.name: f for f in fields(kind)}  # pyright: ignore[reportArgumentType]
+    if newer := sorted(values.keys() - known.keys()):
+        raise UserError(
+            "a record must be of this version of the project or an older one; it has the field "
+            f"{', '.join(newer)}: update the project"
+        )
+    if lost := [name for name, f in known.items() if name not in values and f.default is MISSING]:
+        raise UserError(f"a record must be whole; it lacks {', '.join(lost)}: put a copy of it back")
+    return kind(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +76,8 @@ class TrialSpec:
     def from_dict(data: dict[str, Any]) -> TrialSpec:
         """The inverse of `to_dict`; also reads records that say "arm" for origin."""
         values = {("origin" if name == "arm" else name): value for name, value in data.items()}
-        return TrialSpec(**values | {"config": Config(**data["config"]), "seeds": tuple(data["seeds"])})
+        spec = of_record(TrialSpec, values)
+        return replace(spec, config=of_record(Config, data["config"]), seeds=tuple(spec.seeds))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Where tracked data lie: which MLflow is meant, and its artifacts after both were moved or copied together.
+"""Where tracked data lie: which MLflow is meant, whether a database is its own, and its artifacts after a move.
 
 MLflow stores the absolute path of every artifact. This module needs no MLflow: the analysis uses it, too.
 """
@@ -12,14 +12,45 @@ import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
+import sqlalchemy
+
+from ramcore.errors import UserError
+from ramcore.private import without_secrets
 from study import schema
 
+_DATABASES = ("mssql", "mysql", "postgresql", "sqlite")  # that MLflow can use
 _PLACES = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location"))
 
 
 def tracking_uri(given: str | None) -> str:
     """The URI that is given, else that of $MLFLOW_TRACKING_URI, else a SQLite file where `mlflow ui` looks for it."""
     return given or os.environ.get("MLFLOW_TRACKING_URI") or schema.DEFAULT_TRACKING_URI
+
+
+def database_file(uri: str) -> Path | None:
+    """The absolute path of a SQLite database; None for a server, another database, or one in memory."""
+    if not uri.startswith(("sqlite:", "sqlite+")):
+        return None
+    name = sqlalchemy.make_url(uri).database
+    return None if name in (None, "", ":memory:") else Path(name).absolute()
+
+
+def check_database(uri: str, *, may_be_empty: bool = False) -> None:
+    """Check that a database is MLflow's, because MLflow makes its tables in any database that it opens.
+
+    A SQLite file that was moved follows its artifacts. Nothing is done for a server. Raises UserError if the database
+    holds other tables, or none and `may_be_empty` is false; SQLAlchemyError, ImportError.
+    """
+    if uri.partition(":")[0].partition("+")[0] not in _DATABASES:
+        return
+    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)  # MLflow's own repeats for minutes
+    tables = {name for name in sqlalchemy.inspect(engine).get_table_names() if not name.startswith("alembic_")}
+    if not {"experiments", "runs"} <= tables and (tables or not may_be_empty):
+        fact = f"{without_secrets(uri)} holds {'other' if tables else 'no'} tables"
+        raise UserError(f"the tracking database must be MLflow's own; {fact}: pass another --tracking-uri")
+    if (path := database_file(uri)) is not None and tables:
+        with contextlib.suppress(sqlite3.Error):  # one that cannot be written has its artifacts where they were
+            follow_move(path)
 
 
 def follow_move(database: Path) -> None:

@@ -60,7 +60,7 @@ from ramcore.errors import UserError, first_line
 from ramcore.space import Space, Values
 from study import integrity
 from study.checkpoints import numbers_present
-from study.designs import AIMS, DEFAULT_SOBOL_SHARE, TrialSpec
+from study.designs import AIMS, DEFAULT_SOBOL_SHARE, TrialSpec, of_record
 from study.faults import fault_point
 from study.snapshots import Lease, LeaseHeld, Snapshots, fetch, set_aside
 from study.storage import RECORD, LocalFolder, Storage
@@ -78,6 +78,8 @@ OPTUNA_STATE: dict[State, TrialState] = {
     "pruned": TrialState.PRUNED,
     "failed": TrialState.FAIL,
 }
+OF_STUDY = {"settings": dict, "uid": str, "created": int, "totals": list}  # attributes that no study can be without
+OF_TRIAL = {"plan": dict, "started": int}  # nor any trial
 _MARK = 1 << 40  # the byte of the record that its driver locks: beyond those that SQLite locks
 _TOLERANCE = 1e-6  # between two reports of one epoch; a larger difference means that a resumed trial drifted
 
@@ -248,7 +250,8 @@ class Record:
         fault_point("record.open")
         attrs = study.user_attrs
         if "settings" in attrs:  # else it is new, or a crash came before all its attributes were written
-            StudySettings(**attrs["settings"]).check_same(settings)
+            _check_whole(path, study)
+            of_record(StudySettings, attrs["settings"]).check_same(settings)
         if "uid" not in attrs:
             study.set_user_attr("created", _now())
             study.set_user_attr("uid", uuid.uuid4().hex)
@@ -584,7 +587,7 @@ def write_anew(path: Path, study: Mapping[str, Any], trials: Sequence[Mapping[st
 
     Values and states of trials are not written: `Record.open` completes them from the attributes.
     """
-    settings = StudySettings(**study["settings"])
+    settings = of_record(StudySettings, study["settings"])
     made, rdb = _open_database(path, settings.study)
     assert made is not None
     space = Space.from_dict(settings.space)
@@ -640,12 +643,14 @@ def read_study(path: Path, trials: Sequence[int] = ()) -> StoredStudy | None:
                     "made by something else: pass another --study, or move the file away"
                 )
             return None
+        _check_whole(path, study)
+        settings = of_record(StudySettings, attrs["settings"])
         found = [_from_storage(frozen) for frozen in study.get_trials(deepcopy=False)]
         runs = _runs(attrs)
         flags = runs[-1].get("flags", {}) if runs else {}
         asked, taken = AskedPoint.read(attrs), TakenOver.read(attrs)
         rows, aims = _rows(attrs), _aims(attrs, attrs["totals"])
-        return StoredStudy(StudySettings(**attrs["settings"]), attrs["totals"], aims, rows, found, asked, taken, flags)
+        return StoredStudy(settings, attrs["totals"], aims, rows, found, asked, taken, flags)
     finally:
         database.engine.dispose()
 
@@ -718,6 +723,22 @@ def _check(path: Path, trials: Sequence[int]) -> None:
         integrity.check(path, trials)
     except (sqlite3.Error, OSError) as error:
         raise RecordLost(f"the record cannot be opened: {first_line(error)}") from error
+
+
+def lost(attrs: Mapping[str, Any], kinds: Mapping[str, type]) -> list[str]:
+    """The names of what is missing among attributes of these kinds, or empty."""
+    return [name for name, kind in kinds.items() if not isinstance(attrs.get(name), kind) or attrs[name] in ([], {})]
+
+
+def _check_whole(path: Path, study: optuna.Study) -> None:
+    """Raises RecordDamaged if a study lacks what every version of this project writes."""
+    missing = lost(study.user_attrs, OF_STUDY)
+    if "uid" not in study.user_attrs:  # a study that is older than these
+        missing = [name for name in missing if name not in ("created", "uid")]
+    for trial in study.get_trials(deepcopy=False):
+        missing += [f"{name} of trial {trial.number:04d}" for name in lost(trial.user_attrs, OF_TRIAL)]
+    if missing:
+        raise integrity.RecordDamaged(path, f"lacks its {', '.join(missing[:3])}")
 
 
 def _open_database(path: Path, name: str | None) -> tuple[optuna.Study | None, RDBStorage]:

@@ -8,13 +8,13 @@ was is named.
 
 from __future__ import annotations
 
-import ast
+import contextlib
 import json
 import re
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -28,20 +28,21 @@ from mlflow.artifacts import load_text
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from ramcore.config import Config
+from ramcore.config import Config, read_value
 from ramcore.errors import UserError, first_line
 from ramcore.space import Space
 from study import integrity, schema
 from study.checkpoints import Checkpoints, numbers_present
-from study.designs import DESIGNS, TrialSpec, published, search_origins
-from study.record import AskedPoint, StudySettings, exclusive, write_anew
+from study.designs import DESIGNS, TrialSpec, of_record, published, search_origins
+from study.moved import check_database, database_file
+from study.record import OF_STUDY, OF_TRIAL, AskedPoint, StudySettings, exclusive, lost, write_anew
 from study.search_space import configuration
 from study.snapshots import BACKUPS, Lease, LeaseHeld, set_aside
 from study.sobol import SobolSequence, fixed_point
 from study.storage import RECORD, Folder, LocalFolder, Storage
-from study.tracking import database_file, search_all
+from study.tracking import search_all
 
-_NEEDED = ("settings", "uid", "created", "totals")
+_MLFLOW_ERRORS = (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError)
 _MEANS = (*schema.EPOCH_MEANS, schema.EPOCH_SECONDS)
 Attributes = dict[str, Any]
 
@@ -65,9 +66,13 @@ def repair(storage: Storage, study: str, uri: str) -> list[str]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(path.parent):
         found = _from_copies(storage, study, path)
-        tracked = _Tracked.read(uri, study, found)
+        tracked = _Tracked.read(uri, study, found, storage.folder(study))
         if tracked is not None:
-            tracked.complete(found, storage.folder(study))
+            try:
+                tracked.complete(found, storage.folder(study))
+            except (MlflowException, sqlalchemy.exc.SQLAlchemyError) as error:
+                fix = "try again, or pass another --tracking-uri"
+                raise UserError(f"MLflow must answer while a record is rebuilt; {first_line(error)}: {fix}") from error
         settings = _settings(found, path)
         _complete_plans(found, settings, storage)
         trials = [_consistent(number, found, settings) for number in range(len(found.trials))]
@@ -99,22 +104,29 @@ def _from_copies(storage: Storage, study: str, path: Path) -> _Found:
         salvaged = sorted((integrity.salvage(copy) for copy in copies), key=lambda s: s.serial, reverse=True)
     found = _Found()
     for copy in salvaged:
-        for key, value in copy.study.items():
-            found.study.setdefault(key, json.loads(value))
+        found.study = _usable(copy.study, OF_STUDY) | found.study
         for number, attrs in copy.trials.items():
-            for key, value in attrs.items():
-                found.trials[number].setdefault(key, json.loads(value))
+            found.trials[number] = _usable(attrs, OF_TRIAL) | found.trials[number]
     return found
+
+
+def _usable(attrs: Mapping[str, str], kinds: Mapping[str, type]) -> Attributes:
+    """Attributes from their JSON, without those that are not of their kind."""
+    read = {key: json.loads(value) for key, value in attrs.items()}
+    wrong = lost(read, kinds)
+    return {key: value for key, value in read.items() if key not in wrong}
 
 
 def _settings(found: _Found, path: Path) -> StudySettings:
     """The study's settings. Raises UserError if the study itself is not known."""
-    lost = [name for name in _NEEDED if name not in found.study]
-    settings = None if lost else StudySettings(**found.study["settings"])
+    unknown = lost(found.study, OF_STUDY)
+    settings = None if unknown else of_record(StudySettings, found.study["settings"])
     if settings is None or (DESIGNS[settings.design].rows is not None and "rows" not in found.study):
+        why = "; ".join(line for line in found.said if line.startswith("MLflow "))
         raise UserError(
-            f"a record can be rebuilt if a backup or MLflow has its settings; {', '.join(lost) or 'the rows'} of "
-            f"{path.parent.name} are in neither: put {path} back, or move {path.parent} away and start anew"
+            f"a record can be rebuilt if a backup or MLflow has its settings; {', '.join(unknown) or 'the rows'} of "
+            f"{path.parent.name} are in neither{f' ({why})' if why else ''}: put {path} back, or move {path.parent} "
+            "away and start anew"
         )
     runs = max((int(name.split()[1]) for name in found.study if name.startswith("run ")), default=-1) + 1
     runs = max(runs, *((attrs.get("run") or 0) + 1 for attrs in found.trials.values()), 0)
@@ -148,35 +160,92 @@ class _Tracked:
     client: mlflow.MlflowClient
     parent: Run
     children: dict[int, Run]
+    left_out: list[str]  # lines about the runs that are not as a study writes them
 
     @staticmethod
-    def read(uri: str, study: str, found: _Found) -> _Tracked | None:
-        """None if MLflow cannot be reached or does not hold the study; `found` gets a line that says why."""
+    def read(uri: str, study: str, found: _Found, folder: Folder) -> _Tracked | None:
+        """None if MLflow cannot be read or does not hold the study; `found` gets a line that says why.
+
+        A study whose uid is not known is the one of its name whose trials have the configurations and seeds of the
+        checkpoints in `folder`. Raises UserError if that may be several.
+        """
         try:
-            if (path := database_file(uri)) is not None and not path.exists():
-                raise FileNotFoundError(f"{uri} does not exist")  # MLflow would make it
-            client = mlflow.MlflowClient(uri)
-            experiment = client.get_experiment_by_name(schema.EXPERIMENT)
-            ids = [experiment.experiment_id] if experiment is not None else []
-            uid = found.study.get("uid")
-            which = f"tags.`{schema.UID}` = '{uid}'" if uid else f"tags.`{schema.STUDY}` = '{study}'"
-            order = ["attributes.start_time DESC"]
-            parents = (
-                client.search_runs(ids, f"{which} and tags.`{schema.KIND}` = 'study'", order_by=order) if ids else []
-            )
-            if not parents:
-                found.said.append("MLflow does not hold the study")
-                return None
-            which = f"tags.`{schema.UID}` = '{parents[0].data.tags[schema.UID]}' and tags.`{schema.KIND}` = 'trial'"
-            children = {int(run.data.tags[schema.TRIAL]): run for run in search_all(client, ids[0], which)}
-            return _Tracked(client=client, parent=parents[0], children=children)
-        except (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
+            named = _Tracked._named(uri, study, found.study.get("uid"))
+        except (*_MLFLOW_ERRORS, UserError) as error:
             found.said.append(f"MLflow was not read ({first_line(error)})")
             return None
+        if "uid" not in found.study:
+            identities = {number: Checkpoints(folder, number).identity() for number in numbers_present(folder)}
+            alike = [tracked._alike({n: i for n, i in identities.items() if i}) for tracked in named]
+            several = len(named) > 1  # then one trial at least must be alike
+            fitting = [t for t, count in zip(named, alike, strict=True) if count is not None and count >= several]
+            if several and len(fitting) != 1:
+                raise UserError(
+                    f"a record is rebuilt from its own study in MLflow; {len(named)} there have the name {study}, and "
+                    f"the checkpoints do not tell which it is: {'; '.join(t._described() for t in named)}: hide the "
+                    "others with `mlflow runs delete --run-id RUN` (`mlflow runs restore` brings them back)"
+                )
+            if named and not fitting:
+                found.said.append("MLflow holds another study of that name, whose trials are not the checkpoints'")
+                return None
+            named = fitting
+        if not named:
+            found.said.append("MLflow does not hold the study")
+            return None
+        found.said += named[0].left_out
+        return named[0]
+
+    @staticmethod
+    def _named(uri: str, study: str, uid: str | None) -> list[_Tracked]:
+        """The study of a uid, or all of a name."""
+        if (path := database_file(uri)) is not None and not path.exists():
+            raise FileNotFoundError(f"{uri} does not exist")  # MLflow would make it
+        check_database(uri)
+        client = mlflow.MlflowClient(uri)
+        experiment = client.get_experiment_by_name(schema.EXPERIMENT)
+        if experiment is None:
+            return []
+        which = f"tags.`{schema.UID}` = '{uid}'" if uid else f"tags.`{schema.STUDY}` = '{study}'"
+        parents = search_all(client, experiment.experiment_id, f"{which} and tags.`{schema.KIND}` = 'study'")
+        parents.sort(key=lambda run: run.info.start_time)  # of a parent that was made twice, the newer one
+        found: list[_Tracked] = []
+        for parent in {run.data.tags[schema.UID]: run for run in parents if schema.UID in run.data.tags}.values():
+            tracked = _Tracked(client=client, parent=parent, children={}, left_out=[])
+            which = f"tags.`{schema.UID}` = '{parent.data.tags[schema.UID]}' and tags.`{schema.KIND}` = 'trial'"
+            for run in search_all(client, experiment.experiment_id, which):
+                try:
+                    _plan(run)
+                    tracked.children[_number(run)] = run
+                except (KeyError, ValueError, UserError) as error:
+                    tracked.left_out.append(f"MLflow's run {run.info.run_id} is left out: {first_line(error)}")
+            found.append(tracked)
+        return found
+
+    def _alike(self, identities: Mapping[int, Attributes]) -> int | None:
+        """How many trials have the configuration and seeds of their checkpoints; None if one has others."""
+        plans = {number: _plan(self.children[number]) for number in identities.keys() & self.children.keys()}
+        same = [identities[n] == {"config": p["config"], "seeds": list(p["seeds"])} for n, p in plans.items()]
+        return len(same) if all(same) else None
+
+    def _described(self) -> str:
+        """What tells this study from others of its name."""
+        info, place = self.parent.info, ""
+        with contextlib.suppress(*_MLFLOW_ERRORS, ValueError, KeyError):
+            place = f", record {self._artifact(schema.SETTINGS_FILE)['record']}"
+        begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.start_time / 1000))
+        return f"run {info.run_id}, {len(self.children)} trials, begun {begun}{place}"
+
+    def _artifact(self, name: str) -> Attributes:
+        """A JSON artifact of the parent run. Raises MlflowException, OSError, ValueError."""
+        mlflow.set_tracking_uri(self.client.tracking_uri)
+        content = json.loads(load_text(f"runs:/{self.parent.info.run_id}/{name}"))
+        if not isinstance(content, dict):
+            raise ValueError(f"{name} is not as a study writes it")
+        return content
 
     def complete(self, found: _Found, folder: Folder) -> None:
         """Add what the copies lack, and the checkpoints in `folder` do not have either."""
-        if any(name not in found.study for name in _NEEDED):
+        if lost(found.study, OF_STUDY):
             self._complete_study(found)
         for number, run in sorted(self.children.items()):
             attrs = found.trials[number]
@@ -194,8 +263,9 @@ class _Tracked:
                 for name, entry in self._epochs(run, attrs["plan"]["seeds"]).items():
                     attrs.setdefault(name, entry)
             state = run.data.tags.get(schema.STATE)
+            has_ended = state in ("complete", "pruned", "failed")
             # Of a tested trial MLflow lacks what the record has, so it is trained again.
-            if "end" not in attrs and state not in (None, "running") and not TrialSpec.from_dict(attrs["plan"]).tested:
+            if "end" not in attrs and has_ended and not TrialSpec.from_dict(attrs["plan"]).tested:
                 attrs["end"] = {
                     "state": state,
                     "reason": run.data.tags.get(schema.STOP_REASON, ""),
@@ -213,24 +283,20 @@ class _Tracked:
 
     def _complete_study(self, found: _Found) -> None:
         """Settings, identity and totals. The rows of a fixed design are not tracked."""
-        artifacts = f"runs:/{self.parent.info.run_id}"
-        mlflow.set_tracking_uri(self.client.tracking_uri)
+        added = ("study", "epochs", "seeds_per_trial", "design", "objective")  # see study.driver
+        tags = self.parent.data.tags
         try:
-            described = json.loads(load_text(f"{artifacts}/{schema.SETTINGS_FILE}"))
-            space = json.loads(load_text(f"{artifacts}/{schema.SPACE_FILE}"))
-        except (MlflowException, OSError, ValueError) as error:
+            described, space = self._artifact(schema.SETTINGS_FILE), self._artifact(schema.SPACE_FILE)
+            settings = {f.name: described[f.name] for f in fields(StudySettings) if f.name in described}
+            settings["space"] = {name: value for name, value in space.items() if name not in added}
+            Space.from_dict(of_record(StudySettings, settings).space)
+            runs = {f"run {number:04d}": dict(run) for number, run in enumerate(described.get("runs", []))}
+            totals = [int(tags.get(schema.TRIALS) or described["trials"])]
+        except (*_MLFLOW_ERRORS, ValueError, KeyError, TypeError, UserError) as error:
             found.said.append(f"MLflow has no settings of the study ({first_line(error)})")
             return
-        names = [f.name for f in fields(StudySettings) if f.name != "space"]
-        added = ("study", "epochs", "seeds_per_trial", "design", "objective")  # see study.driver
-        found.study = {
-            "created": self.parent.info.start_time,
-            "uid": self.parent.data.tags[schema.UID],
-            "totals": [int(self.parent.data.tags[schema.TRIALS])],
-            **{f"run {number:04d}": run for number, run in enumerate(described.get("runs", []))},
-            "settings": {name: described[name] for name in names}
-            | {"space": {name: value for name, value in space.items() if name not in added}},
-        } | found.study
+        made = {"created": self.parent.info.start_time, "uid": tags[schema.UID], "totals": totals}
+        found.study = {**made, **runs, "settings": settings} | found.study
         found.said.append("the study's settings are from MLflow; how its total grew is not known")
 
     def _epochs(self, run: Run, seeds: Sequence[int]) -> dict[str, Attributes]:
@@ -252,17 +318,20 @@ class _Tracked:
 
 
 def _plan(run: Run) -> Attributes:
-    """The plan of a trial, from its tags and params."""
-    tags = run.data.tags
-    config = {}
-    for f in fields(Config):
-        text = run.data.params.get(f.name)
-        if text is not None:
-            config[f.name] = text if isinstance(f.default, str) else ast.literal_eval(text)
+    """The plan of a trial, from its tags and params. Raises KeyError, ValueError, UserError if they make none."""
+    tags, params = run.data.tags, run.data.params
+    config = {f.name: read_value(f.name, params[f.name]) for f in fields(Config) if f.name in params}
     seeds = tuple(int(seed) for seed in tags[schema.SEEDS].split(","))
     words = {name: tags.get(tag, "") for name, tag in
              (("row", schema.ROW), ("baseline", schema.BASELINE), ("parameter", schema.PARAMETER))}  # fmt: skip
     return TrialSpec(config=Config(**config), origin=tags[schema.ORIGIN], seeds=seeds, **words).to_dict()
+
+
+def _number(run: Run) -> int:
+    """Raises KeyError, ValueError."""
+    if not re.fullmatch("[0-9]+", text := run.data.tags[schema.TRIAL]):
+        raise ValueError(f"{schema.TRIAL} is {text!r}")
+    return int(text)
 
 
 # Checkpoints, and what follows from a trial's number.
@@ -275,6 +344,7 @@ def _complete_plans(found: _Found, settings: StudySettings, storage: Storage) ->
     for number in range(max([*known, *numbers_present(folder)], default=-1) + 1):
         attrs = found.trials[number]
         if "plan" in attrs:
+            TrialSpec.from_dict(attrs["plan"])  # a newer version's is refused before anything is written
             attrs.setdefault("started", found.study["created"])
             continue
         identity = Checkpoints(folder, number).identity()
@@ -311,7 +381,7 @@ def _spec(number: int, identity: Attributes | None, study: Attributes, settings:
         origins, number, first, [(p.text, p.values) for p in asked], SobolSequence(space, settings.seed)
     )
     if identity:
-        config, seeds = Config(**identity["config"]), tuple(identity["seeds"])
+        config, seeds = of_record(Config, identity["config"]), tuple(identity["seeds"])
     elif values is not None:
         config, seeds = configuration(space, values), tuple(range(settings.seeds_per_trial))
     else:

@@ -17,7 +17,6 @@ import json
 import logging
 import math
 import os
-import sqlite3
 import statistics
 import tempfile
 import threading
@@ -39,8 +38,6 @@ import sqlalchemy.exc
 from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-from mlflow.store.db.db_types import DATABASE_ENGINES
-from mlflow.store.db.utils import create_sqlalchemy_engine
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from urllib3.exceptions import HTTPError
 
@@ -49,7 +46,7 @@ from ramcore.errors import UserError, first_line, say
 from ramcore.private import without_secrets
 from study import schema
 from study.faults import fault_point
-from study.moved import follow_move
+from study.moved import check_database, database_file
 from study.record import Record, State, TrialRecord
 
 _SQLITE = ("sqlite:", "sqlite+")
@@ -122,14 +119,6 @@ def _check_form(uri: str) -> None:
         if not os.path.isdir(path.parent) or not os.access(path.parent, os.W_OK):
             rule = "the tracking database must lie in a writable folder"
             raise UserError(f"{rule}; {path.parent} is not one: pass another --tracking-uri")
-
-
-def database_file(uri: str) -> Path | None:
-    """The absolute path of a SQLite database; None for a server, another database, or one in memory."""
-    if not uri.startswith(_SQLITE):
-        return None
-    name = sqlalchemy.make_url(uri).database
-    return None if name in (None, "", ":memory:") else Path(name).absolute()
 
 
 def _experiment(client: mlflow.MlflowClient, uri: str) -> Experiment:
@@ -638,22 +627,9 @@ def _run_name(trial: TrialRecord) -> str:
 
 def _connect(uri: str) -> mlflow.MlflowClient:
     """A client of a server, or of a database that is there. Raises UserError for a database of something else."""
-    path = database_file(uri)
-    if uri.partition(":")[0].partition("+")[0] in DATABASE_ENGINES:
-        # MLflow itself repeats a failed connection for minutes, and makes its tables in any database.
-        engine = create_sqlalchemy_engine(uri)
-        try:
-            if path is not None:
-                _make_database(path)
-            tables = {name for name in sqlalchemy.inspect(engine).get_table_names() if not name.startswith("alembic_")}
-        finally:
-            engine.dispose()
-        if tables and "experiments" not in tables:
-            rule = "the tracking database must be MLflow's own"
-            raise UserError(f"{rule}; {without_secrets(uri)} holds other tables: pass another --tracking-uri")
-    if path is not None:
-        with contextlib.suppress(sqlite3.Error):
-            follow_move(path)
+    if (path := database_file(uri)) is not None:
+        _make_database(path)
+    check_database(uri, may_be_empty=True)
     return mlflow.MlflowClient(tracking_uri=uri)
 
 

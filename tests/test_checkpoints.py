@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from study.checkpoints import Checkpoints, _pack
+from study.checkpoints import Checkpoints, _pack, numbers_present
 from study.object_store import RemoteFolder
 from study.storage import LocalFolder, Storage
 
@@ -130,3 +130,13 @@ def test_checkpoint_is_torch_file_followed_by_checksum(checkpoints, tmp_path):
     checkpoints.save(1, state(1))
     content = (tmp_path / "trials" / "0007" / "epoch_0001.pt").read_bytes()
     assert torch.load(io.BytesIO(content[:-32]), weights_only=True)["identity"] == ME
+
+
+def test_only_folders_with_checkpoints_count_as_trials(checkpoints):
+    arabic = chr(0x661)
+    for name in ("0007/notes.txt", "8/best.pt", f"000{arabic}/best.pt", f"0009/epoch_000{arabic}.pt", "10/.best.tmp"):
+        checkpoints.folder.write(f"trials/{name}", b"x")
+    assert numbers_present(checkpoints.folder) == []
+    for name in ("0011/best.pt", "10012/epoch_0003.pt"):
+        checkpoints.folder.write(f"trials/{name}", b"x")
+    assert numbers_present(checkpoints.folder) == [11, 10012]

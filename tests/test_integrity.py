@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import random
 import re
@@ -14,10 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_record import SETTINGS, SPACE, metrics, open_record, plan
+from test_record import SETTINGS, SPACE, changed, metrics, open_record, plan
+from test_tracking import metrics as full_metrics
 
 from ramcore.errors import UserError
-from study import integrity
+from study import integrity, tracking
 from study.checkpoints import Checkpoints, numbers_present
 from study.integrity import RecordDamaged
 from study.record import RecordGone, RecordLost, StoredStudy, read_study
@@ -312,3 +315,167 @@ def test_settings_survive_repair(folder):
     (folder / "study.db").unlink()
     mended(folder)
     assert stored(folder).settings == SETTINGS
+
+
+# What MLflow holds.
+
+
+def tracked(folder: Path, uri: str, *points: int) -> str:
+    """A study whose trials have these Sobol points, in a record and in MLflow; gives its uid."""
+    plain = dataclasses.asdict(SETTINGS)
+    space = plain.pop("space")
+    with open_record(folder) as record:
+        for number, point in enumerate(points):
+            record.start(plan(point), SPACE)
+            record.add_epoch(number, 1, full_metrics(1, 0.1 * number, 0.2))
+        described = {**plain, "trials": 5, "runs": [], "record": f"{folder}/study.db"}
+        made = tracking.Provenance(settings=described, commit="c", dirty=False, params={})
+        tracker = tracking.Tracker(record, uri, made, space)
+        tracker.start()
+        assert tracker.finish("stopped", patience=30) is None
+        return record.uid
+
+
+def without_record(project: Path, path: Path) -> tuple[Path, str]:
+    """A copy of a project whose record and backups are lost, and its tracking URI."""
+    shutil.copytree(project, path)
+    folder = path / "runs" / "s"
+    (folder / "study.db").unlink()
+    shutil.rmtree(folder / "backups")
+    return folder, f"sqlite:///{path}/mlflow.db"
+
+
+def damage(uri: str, *commands: str) -> None:
+    with contextlib.closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as database:
+        for command in commands:
+            assert database.execute(command).rowcount != 0, command
+        database.commit()
+
+
+@pytest.fixture(scope="module")
+def project(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of seven trials in a folder that was moved after it was tracked."""
+    folder = tmp_path_factory.mktemp("project") / "old"
+    folder.mkdir()
+    shutil.copy(empty_database, folder / "mlflow.db")
+    tracked(folder / "runs" / "s", f"sqlite:///{folder}/mlflow.db", *range(7))
+    return folder.rename(folder.with_name("new"))
+
+
+@pytest.fixture(scope="module")
+def two_projects(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, and in another storage a second study of its name."""
+    folder = tmp_path_factory.mktemp("two") / "old"
+    shutil.copytree(project, folder)
+    tracked(folder / "other" / "s", f"sqlite:///{folder}/mlflow.db", 0, 5)
+    return folder
+
+
+def checkpoint(folder: Path, number: int, point: int) -> None:
+    identity = {"config": dataclasses.asdict(plan(point).config), "seeds": [0, 1]}
+    Checkpoints(LocalFolder(folder), number).save(1, {"identity": identity, "history": []})
+
+
+def test_runs_that_are_not_as_a_study_writes_them_are_left_out_of_a_repair_and_named(project, tmp_path):
+    folder, uri = without_record(project, tmp_path / "here")
+    last = [f"run_uuid = (select run_uuid from tags where key = 'ram.trial' and value = '{n}')" for n in range(7)]
+    damage(
+        uri,
+        "delete from tags where key = 'ram.trials'",  # study.json has it, too
+        f"update params set value = 'junk(' where key = 'dropout' and {last[2]}",
+        f"delete from tags where key = 'ram.seeds' and {last[3]}",
+        f"update tags set value = 'a' where key = 'ram.seeds' and {last[4]}",
+        f"delete from tags where key = 'ram.origin' and {last[5]}",
+        f"update tags set value = '²' where key = 'ram.trial' and {last[6]}",
+    )
+    said = "\n".join(mended(folder, uri))
+    assert "the study's settings are from MLflow; how its total grew is not known" in said
+    for why in ("dropout must be", "'ram.seeds'", "invalid literal", "'ram.origin'", "ram.trial is '²'"):
+        assert f"is left out: {why}" in said
+    after = stored(folder)
+    assert (after.settings, after.totals, [trial.spec for trial in after.trials]) == (SETTINGS, [5], [plan(0), plan(1)])
+
+
+def test_study_that_mlflow_does_not_hold_whole_cannot_be_rebuilt_and_says_so(project, tmp_path):
+    folder, uri = without_record(project, tmp_path / "here")
+
+    def refused(said: str) -> None:
+        with pytest.raises(UserError, match=f"of s are in neither .*{said}") as error:
+            mended(folder, uri)
+        assert "\n" not in str(error.value) and not (folder / "study.db").exists()
+
+    for content, said in (
+        ("{}", "it lacks study"),
+        ("[]", "not as a study"),
+        ('{"runs": 5}', "it lacks"),
+        ("{", "line 1"),
+    ):
+        next((tmp_path / "here" / "mlruns").rglob("study.json")).write_text(content)
+        refused(f"MLflow has no settings of the study .*{said}")
+    damage(uri, "delete from tags where key = 'ram.uid'")
+    refused("MLflow does not hold the study")
+    damage(uri, "update runs set start_time = null")
+    refused("MLflow was not read .*start_time")
+    damage(uri, "drop table runs")
+    refused("MLflow was not read .*must be MLflow's own")
+
+
+def test_repair_of_one_of_two_studies_of_a_name_is_refused_unless_checkpoints_tell_which(two_projects, tmp_path):
+    folder, uri = without_record(two_projects, tmp_path / "here")
+    with pytest.raises(
+        UserError, match=r"2 there have the name s, .*run \w+, 7 trials, .*; run \w+, 2 trials"
+    ) as error:
+        mended(folder, uri)
+    assert "mlflow runs delete" in str(error.value) and not (folder / "study.db").exists()
+    checkpoint(folder, 0, 0)  # the same in both
+    with pytest.raises(UserError, match="2 there have the name s"):
+        mended(folder, uri)
+    checkpoint(folder, 1, 5)
+    mended(folder, uri)
+    assert [trial.spec for trial in stored(folder).trials] == [plan(0), plan(5)]
+
+
+def test_repair_takes_no_study_whose_trials_are_not_those_of_the_checkpoints(project, tmp_path):
+    folder, uri = without_record(project, tmp_path / "here")
+    checkpoint(folder, 1, 5)
+    with pytest.raises(UserError, match=r"are in neither .MLflow holds another study of that name"):
+        mended(folder, uri)
+
+
+def test_repair_writes_nothing_into_a_database_that_is_not_mlflows(folder, tmp_path):
+    fill(folder)
+    with contextlib.closing(sqlite3.connect(tmp_path / "own.db")) as database:
+        database.execute("create table own (a)")
+    before = (tmp_path / "own.db").read_bytes()
+    (folder / "study.db").unlink()
+    assert any("must be MLflow's own" in line for line in mended(folder, f"sqlite:///{tmp_path}/own.db"))
+    assert (tmp_path / "own.db").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "trial", "lacks"),
+    [
+        (("settings", None), None, "settings"),
+        (("totals", []), None, "totals"),
+        (("plan", None), 0, "plan of trial 0000"),
+    ],
+)
+def test_attribute_that_a_record_lacks_is_taken_from_its_backup(folder, change, trial, lacks):
+    fill(folder)
+    before = stored(folder)
+    changed(folder, change, trial)
+    if lacks != "settings":
+        with pytest.raises(RecordDamaged, match=f"lacks its {lacks}"):
+            stored(folder)
+    mended(folder)
+    assert stored(folder) == before
+
+
+def test_record_of_a_newer_version_is_not_repaired(folder):
+    fill(folder)
+    (folder / "driver.lock").unlink()
+    changed(folder, ("plan", plan(0).to_dict() | {"newer": 1}), 0)
+    before = (folder / "study.db").read_bytes()
+    with pytest.raises(UserError, match="it has the field newer: update the project"):
+        mended(folder)
+    assert (folder / "study.db").read_bytes() == before and not (folder / "study.db.new").exists()

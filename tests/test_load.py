@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -17,6 +20,7 @@ import pandas as pd
 import pytest
 import requests
 from mlflow import MlflowClient
+from optuna.storages import RDBStorage
 
 from analysis import export
 from analysis import load as reader
@@ -151,6 +155,52 @@ def test_missing_database_experiment_or_trials_are_refused(tmp_path: Path) -> No
         read(uri, "synthetic-0")
 
 
+@pytest.mark.parametrize("content", ["nothing", "another table", "a record", "no SQLite"])
+def test_database_that_is_not_mlflows_is_refused_and_left_as_it_is(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "foreign.db"
+    if content == "a record":
+        RDBStorage(f"sqlite:///{path}").engine.dispose()
+    elif content == "another table":
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.execute("create table own (a)")
+    else:
+        path.write_text("text" * 1000 if content == "no SQLite" else "")
+    before = path.read_bytes()
+    for uri in (f"sqlite:///{path}", f"sqlite+pysqlite:///{path}"):
+        with pytest.raises(reader.UserError, match=r"must be MLflow's own|file is not a database") as caught:
+            reader.connect(uri)
+        assert "\n" not in str(caught.value)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("update tags set value = 'abc' where key = 'ram.trial' and value = '2'", "left out: its tag ram.trial is 'a"),
+        ("delete from tags where key = 'ram.trial' and value = '2'", "left out: its tag ram.trial is ''"),
+        ("update tags set value = '²' where key = 'ram.schema'", "has schema ²"),
+        ("update runs set start_time = null", "must be readable; start_time cannot be None: put a copy"),
+        ("drop table runs", "must be MLflow's own"),
+        ("update tags set value = '0,²' where key = 'ram.seeds'", ""),
+        ("update metrics set key = 'val_accuracy.seed_x' where key = 'val_accuracy.seed_0'", ""),
+    ],
+)  # fmt: skip
+def test_runs_that_are_not_as_a_study_writes_them_are_left_out_or_refused_in_one_line(
+    store: tuple[str, reader.StudyData], tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str, said: str
+) -> None:
+    path = tmp_path / "mlflow.db"
+    for file, command in ((store[0].removeprefix("sqlite:///"), f"vacuum into '{path}'"), (path, damage)):
+        with contextlib.closing(sqlite3.connect(file)) as database:
+            database.execute(command)
+            database.commit()
+    try:
+        records = read(f"sqlite:///{path}", "synthetic-0")
+    except reader.UserError as error:
+        assert said and said in str(error) and "\n" not in str(error)
+    else:
+        assert said in capsys.readouterr().err and list(records.trials.index) == [0, 1, *([] if said else [2]), 3, 4]
+
+
 def test_unreachable_server_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(reader.UserError, match=r"must answer; http://127\.0\.0\.1:9 does not") as caught:
@@ -231,6 +281,98 @@ def test_folder_without_whole_records_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a" / "study.json").write_text("{")
     with pytest.raises(reader.UserError, match="exported records must be whole"):
         reader.list_studies(reader.open_source("unused", tmp_path))
+
+
+RECORDS = Path(__file__).parent.parent / "results" / "records"
+TRIALS, EPOCHS, DESCRIBED = "trials.csv", "epochs.csv", "study.json"
+
+
+@pytest.fixture(scope="module")
+def today(store: tuple[str, reader.StudyData], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study that this version exported, with checksums."""
+    return reader.Exported.write_to(tmp_path_factory.mktemp("today"), read(store[0], "synthetic-0"))
+
+
+@pytest.fixture(params=["today", "earlier"])
+def exported(request: pytest.FixtureRequest, today: Path, tmp_path: Path) -> Path:
+    own = today if request.param == "today" else RECORDS / "original-digits-search"
+    return Path(shutil.copytree(own, tmp_path / own.name))
+
+
+def refusal(own: Path) -> str:
+    """What reading an exported study is refused with."""
+    source = reader.Exported(own.parent)
+    with pytest.raises(reader.UserError, match="exported records must be whole") as caught:
+        reader.load_study(source, reader.list_studies(source)[0])
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("file", [TRIALS, EPOCHS])
+@pytest.mark.parametrize("damage", ["half", "header", "emptied", "twice", "no column", "percent", "text", "gone"])
+def test_damaged_table_of_an_export_is_refused_by_its_name(exported: Path, file: str, damage: str) -> None:
+    path = exported / file
+    header, *rows = path.read_text().splitlines()
+    accuracy = header.split(",").index("test_accuracy" if file == TRIALS else "val_accuracy")
+    cells = rows[-1].split(",")
+    if damage == "half":
+        rows = rows[: len(rows) // 2]
+    elif damage == "header":
+        rows = []
+    elif damage == "twice":
+        rows += rows
+    elif damage == "no column":
+        header, rows = header.partition(",")[2], [row.partition(",")[2] for row in rows]
+    elif damage in ("percent", "text"):
+        cells[accuracy] = "57.3" if damage == "percent" else "text"
+        rows[-1] = ",".join(cells)
+    path.write_text("" if damage == "emptied" else "\n".join([header, *rows]) + "\n")
+    if damage == "gone":
+        path.unlink()
+    said = refusal(exported)
+    # Without a checksum, trials.csv of half the trials is judged by study.json, and epochs.csv by trials.csv.
+    assert str(path) in said, said
+
+
+def test_epochs_of_another_study_are_refused(exported: Path) -> None:
+    shutil.copy(RECORDS / "mnist-24" / EPOCHS, exported / EPOCHS)
+    assert str(exported / EPOCHS) in refusal(exported)
+
+
+def test_line_ends_that_git_changed_are_no_damage(exported: Path) -> None:
+    for file in (TRIALS, EPOCHS):
+        (exported / file).write_bytes((exported / file).read_bytes().replace(b"\n", b"\r\n"))
+    source = reader.Exported(exported.parent)
+    reader.load_study(source, reader.list_studies(source)[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: {},
+        lambda d: [],
+        lambda d: None,
+        lambda d: "text",
+        lambda d: {k: v for k, v in d.items() if k != "space"},
+        lambda d: {k: v for k, v in d.items() if k != "settings"},
+        lambda d: d | {"settings": None},
+        lambda d: d | {"study": d["study"] | {"more": 1}},
+        lambda d: d | {"study": {k: v for k, v in d["study"].items() if k != "run_id"}},
+        lambda d: d | {"study": d["study"] | {"started": None}},
+        lambda d: d | {"study": d["study"] | {"tags": {"ram.schema": 2}}},
+    ],
+)
+def test_damaged_description_of_an_export_is_refused_by_its_name(today: Path, tmp_path: Path, change) -> None:
+    own = Path(shutil.copytree(today, tmp_path / today.name))
+    described = json.loads((own / DESCRIBED).read_text())
+    (own / DESCRIBED).write_text(json.dumps(change(described)))
+    assert str(own / DESCRIBED) in refusal(own)
+
+
+def test_committed_exports_are_read_as_they_are() -> None:
+    source = reader.Exported(RECORDS)
+    for study in reader.list_studies(source):
+        assert len(reader.load_study(source, study).trials) == int(study.tags["ram.trials"])
 
 
 def test_folder_name_has_no_special_characters() -> None:

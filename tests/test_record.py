@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import sqlite3
 import subprocess
@@ -13,6 +14,7 @@ from optuna.trial import TrialState
 
 from ramcore.config import Config
 from ramcore.errors import UserError
+from study import integrity
 from study.designs import TrialSpec
 from study.record import Record, StudySettings, best_trial, read_study
 from study.search_space import configuration, search_space
@@ -252,3 +254,55 @@ def test_optuna_can_load_the_study(folder):
         record.start(plan(), SPACE)
         study = optuna.load_study(study_name="s", storage=f"sqlite:///{folder / 'study.db'}")
         assert len(study.trials) == 1
+
+
+def changed(folder, change, trial: int | None = None) -> None:
+    """Change an attribute of a study, or of a trial, as a process that keeps the checksums would."""
+    table = "study_user_attributes" if trial is None else "trial_user_attributes"
+    key, value = change
+    with integrity.connected(folder / "study.db") as database:
+        integrity.protect(database)
+        where = "key = ?" if trial is None else f"key = ? and trial_id = {trial + 1}"
+        if value is None:
+            (rowid,) = database.execute(f"select rowid from {table} where {where}", [key]).fetchone()
+            database.execute(f"delete from {table} where rowid = ?", [rowid])
+            database.execute("delete from checksums where entry = ?", [f"{table} {rowid}"])
+        else:
+            database.execute(f"update {table} set value_json = ? where {where}", [json.dumps(value), key])
+
+
+NEWER = {"newer": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "trial", "said"),
+    [
+        (
+            ("settings", dataclasses.asdict(SETTINGS) | NEWER),
+            None,
+            "older one; it has the field newer: update the project",
+        ),
+        (("plan", plan().to_dict() | NEWER), 0, "older one; it has the field newer: update the project"),
+        (
+            ("plan", plan().to_dict() | {"config": dataclasses.asdict(plan().config) | NEWER}),
+            0,
+            "older one; it has the field newer: update the project",
+        ),
+        (("settings", {"study": "s"}), None, "a record must be whole; it lacks task"),
+        (("settings", []), None, "lacks its settings: .*--repair"),
+        (("settings", "text"), None, "lacks its settings: .*--repair"),
+        (("totals", []), None, "lacks its totals: .*--repair"),
+        (("totals", None), None, "lacks its totals: .*--repair"),
+        (("created", None), None, "lacks its created: .*--repair"),
+        (("plan", None), 0, "lacks its plan of trial 0000: .*--repair"),
+        (("started", None), 0, "lacks its started of trial 0000: .*--repair"),
+    ],
+)
+def test_record_of_a_newer_version_or_without_what_it_needs_is_refused_in_one_line(folder, change, trial, said):
+    with open_record(folder) as record:
+        record.start(plan(), SPACE)
+    changed(folder, change, trial)
+    for use in (open_record, lambda folder: read_study(folder / "study.db")):
+        with pytest.raises(UserError, match=said) as error:
+            use(folder)
+        assert "\n" not in str(error.value)
