@@ -42,10 +42,13 @@ Kept = TypeVar("Kept")  # a dataclass that a record keeps
 def of_record(kind: type[Kept], values: Mapping[str, Any]) -> Kept:
     """A dataclass from its fields in a record. Raises UserError if a newer version wrote them, or some are missing."""
     known = {f.name: f for f in fields(kind)}  # pyright: ignore[reportArgumentType]
-    if newer := sorted(values.keys() - known.keys()):
+    newer = [f"field {name}" for name in sorted(values.keys() - known.keys())]
+    if (design := str(values.get("design", "search"))) not in DESIGNS:
+        newer.append(f"design {design}")
+    if newer:
         raise UserError(
-            "a record must be of this version of the project or an older one; it has the field "
-            f"{', '.join(newer)}: update the project"
+            f"a record must be of this version of the project or an older one; it has the {', '.join(newer)}: "
+            "update the project"
         )
     if lost := [name for name, f in known.items() if name not in values and f.default is MISSING]:
         raise UserError(f"a record must be whole; it lacks {', '.join(lost)}: put a copy of it back")

@@ -282,6 +282,7 @@ NEWER = {"newer": 1}
             None,
             "older one; it has the field newer: update the project",
         ),
+        (("settings", dataclasses.asdict(SETTINGS) | {"design": "later"}), None, "it has the design later: update the"),
         (("plan", plan().to_dict() | NEWER), 0, "older one; it has the field newer: update the project"),
         (
             ("plan", plan().to_dict() | {"config": dataclasses.asdict(plan().config) | NEWER}),
