@@ -103,7 +103,9 @@ def connect(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     try:
         path = moved.database_file(uri)
-        if path is not None and not os.path.isfile(path):
+        with usable("--tracking-uri"):
+            is_missing = path is not None and not path.is_file()
+        if is_missing:
             raise UserError(
                 f"the tracking database must exist; there is no {path}. Run a study first (python -m study.run), or "
                 "name the right one with --tracking-uri"

@@ -42,7 +42,7 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from urllib3.exceptions import HTTPError
 
 from ramcore.cost import cost
-from ramcore.errors import UserError, first_line, say
+from ramcore.errors import UserError, first_line, say, usable
 from ramcore.private import without_secrets
 from study import schema
 from study.faults import fault_point
@@ -113,12 +113,13 @@ def _check_form(uri: str) -> None:
             is_plain = not set(url.query) - {"timeout"} and not str(url.database).startswith("file:")
         except (sqlalchemy.exc.ArgumentError, ValueError):  # ValueError: of its port
             path, is_plain = None, False
-        if path is None or not is_plain or (os.path.lexists(path) and not os.path.isfile(path)):
-            rule = "the tracking database must be a file, and its URI a path alone"
-            raise UserError(f"{rule}; got {without_secrets(uri)}: pass --tracking-uri sqlite:///mlflow.db")
-        if not os.path.isdir(path.parent) or not os.access(path.parent, os.W_OK):
-            rule = "the tracking database must lie in a writable folder"
-            raise UserError(f"{rule}; {path.parent} is not one: pass another --tracking-uri")
+        with usable("--tracking-uri"):
+            if path is None or not is_plain or (path.exists() and not path.is_file()):
+                rule = "the tracking database must be a file, and its URI a path alone"
+                raise UserError(f"{rule}; got {without_secrets(uri)}: pass --tracking-uri sqlite:///mlflow.db")
+            if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+                rule = "the tracking database must lie in a writable folder"
+                raise UserError(f"{rule}; {path.parent} is not one: pass another --tracking-uri")
 
 
 def _experiment(client: mlflow.MlflowClient, uri: str) -> Experiment:
@@ -628,6 +629,7 @@ def _run_name(trial: TrialRecord) -> str:
 def _connect(uri: str) -> mlflow.MlflowClient:
     """A client of a server, or of a database that is there. Raises UserError for a database of something else."""
     if (path := database_file(uri)) is not None:
+        sqlalchemy.make_url(uri).get_dialect().import_dbapi()  # raises for a driver that is not there
         _make_database(path)
     check_database(uri, may_be_empty=True)
     return mlflow.MlflowClient(tracking_uri=uri)

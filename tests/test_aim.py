@@ -98,7 +98,7 @@ def test_a_request_that_adds_nothing_says_so(tmp_path: Path):
     ("flags", "message"),
     [
         ({"trials": "+0"}, "--trials must be at least 1; got 0"),
-        ({"trials": "many"}, "--trials must be a number, or .N for more; got 'many'"),
+        ({"trials": "many"}, "--trials must be a number of at most 1000000, or .N for more; got 'many'"),
         ({"trials": "-3"}, "--trials must be at least 1; got -3"),
         ({"aim": "speed"}, "--aim must be one of accuracy, sensitivity; got 'speed'"),
         ({"aim": "sensitivity", "design": "paper"}, "--aim is a search's; the design is paper"),

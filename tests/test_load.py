@@ -212,7 +212,7 @@ def test_unreachable_server_is_refused_in_one_line(monkeypatch: pytest.MonkeyPat
     ("given", "said"),
     [
         ({"tracking_uri": "http://[::1"}, "the tracking server must answer; http://[::1 does not (Invalid IPv6 URL)"),
-        ({"tracking_uri": f"sqlite:///{'a' * 300}"}, "--tracking-uri must be a path that this user can use; aaa"),
+        ({"tracking_uri": f"sqlite:///{'a' * 300}"}, "--tracking-uri must be a path that this user can use; /"),
         ({"records": Path("a" * 300)}, "--records must be a path that this user can use; aaa"),
         ({"records": RECORDS, "out": Path("a" * 300)}, "the records must be writable; [Errno 36] File name too long"),
         ({"records": RECORDS, "out": Path("a\0b")}, "the records must be writable; embedded null byte"),

@@ -92,7 +92,10 @@ LONG = "a" * 300  # characters; a file's name has at most 255
         ({"from_": "a\0b"}, "a flag must be text without NUL"),
         ({"cancel": 10**400}, "--cancel must be at least 0 and at most 1000000; got about 1e400"),
         ({"address": "http://[::1"}, "--address must be a Ray cluster's job server; http://[::1"),
-        ({"tracking_uri": "sqlite://[::1/x"}, "the tracking database must be a file; got sqlite://[::1/x"),
+        (
+            {"tracking_uri": "sqlite://[::1/x"},
+            "the tracking database must be a file, and its URI a path alone; got sqlite://[::1/x",
+        ),
         ({"tracking_uri": "http://[::1"}, "the tracking server must answer when a study starts"),
         ({"data": "/dev/null"}, "/dev/null is none of these: pass another --data"),
         ({"task": "original", "set_": ("patch_size=29",)}, "error: patch_size must be at most 28, the canvas"),
