@@ -171,7 +171,7 @@ def test_job_gets_given_flags_without_address_and_defaults(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_submitted_study_is_left_followed_again_stopped_and_continued(head, tmp_path):
     flags = (*STUDY, "--study", "s", "--epochs", "60")
     first = laptop(head, tmp_path, *flags)
@@ -205,7 +205,7 @@ def test_submitted_study_is_left_followed_again_stopped_and_continued(head, tmp_
 
     # It ended, so the same command is a new job, and goes on where the first one was.
     third = laptop(head, tmp_path, *flags)
-    out, err = third.communicate(timeout=600)
+    out, err = third.communicate(timeout=1800)  # Ray's workers give way to all else
     assert third.returncode == 0, out + err
     assert "is taken up again" in out and "2 trials finished" in out
     assert "Best configuration" in out and (head.home / "storage" / "s" / "study.db").exists()
