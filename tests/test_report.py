@@ -232,12 +232,13 @@ def test_poor_fit_and_biased_sample_are_said_before_the_numbers(study: tuple[Stu
     data, trust = analysis.data, analysis.trust
     poor = analysis._replace(
         ranked=False,
-        data=data._replace(biased=True),
+        data=data._replace(biased=True, untrained=(20, 200)),
         trust=trust._replace(seed_sd_measured=False, trials_needed=60, fit=trust.fit._replace(r2=0.2, coverage=0.5)),
     )
     said = " ".join(cautions(poor))
-    for words_ in ("No ranking", "Biased sample", "too narrow", "could not be measured"):
+    for words_ in ("No ranking", "Biased sample", "too narrow", "could not be measured", "20 of 200 runs"):
         assert words_ in said
+    assert "did not train" not in " ".join(cautions(poor._replace(data=data._replace(untrained=(5, 200)))))
     assert "About 60 trials" in answer(poor, judge(poor))[1]
     assert "do not support a ranking" in answer(poor, judge(poor))[0]
     biased = analysis._replace(data=data._replace(biased=True))
