@@ -125,8 +125,8 @@ def cautions(analysis: Analysis) -> list[str]:
     untrained, runs = analysis.data.untrained
     if untrained > FEW * runs:
         found.append(
-            f"{untrained} of {runs} runs did not train. On made-up studies with such runs 90% intervals of total indices "
-            "held the truth in 84 and 91% of the cases."
+            f"{untrained} of {runs} runs did not train. On made-up studies with such runs 90% intervals of total "
+            "indices held the truth in 84 and 91% of the cases."
         )
     if not trust.seed_sd_measured:
         found.append("One seed a trial: seed noise could not be measured and is the model's own estimate.")
