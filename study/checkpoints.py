@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 
 KEPT = 2  # epoch checkpoints of a running trial: the newest, and the one before in case the newest is damaged
 _DIGEST_SIZE = 32  # bytes of a SHA-256
-_NUMBER = re.compile("[0-9]{4,}")  # of a trial, as its folder's name has it
 _EPOCH_FILE = re.compile(r"epoch_([0-9]{4,})\.pt")
 _CHECKPOINT = re.compile(rf"{_EPOCH_FILE.pattern}|best\.pt")
+_OF_TRIAL = re.compile(rf"([0-9]{{4,}})/(?:{_CHECKPOINT.pattern})")
 _OUR_FILE = re.compile(rf"{_CHECKPOINT.pattern}|\..*\.tmp")  # a temporary file is of a process that was killed
 # What reading or using a checkpoint that is whole may raise if its content is not what it should be.
 UNUSABLE = (
@@ -129,8 +129,8 @@ class Checkpoints:
 
 def numbers_present(folder: Folder) -> list[int]:
     """The numbers of the trials of which a study's folder holds checkpoints."""
-    numbers = [name for name in folder.folders("trials") if _NUMBER.fullmatch(name)]
-    return sorted(int(name) for name in numbers if any(map(_CHECKPOINT.fullmatch, folder.names(f"trials/{name}"))))
+    found = (_OF_TRIAL.fullmatch(name) for name in folder.files("trials"))
+    return sorted({int(match[1]) for match in found if match})
 
 
 def _pack(content: dict[str, Any]) -> bytes:

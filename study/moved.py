@@ -19,6 +19,7 @@ from ramcore.private import without_secrets
 from study import schema
 
 _DATABASES = ("mssql", "mysql", "postgresql", "sqlite")  # that MLflow can use
+SQLITE = ("sqlite:", "sqlite+")  # how the URIs of its files begin
 _PLACES = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location"))
 
 
@@ -29,7 +30,7 @@ def tracking_uri(given: str | None) -> str:
 
 def database_file(uri: str) -> Path | None:
     """The absolute path of a SQLite database; None for a server, another database, or one in memory."""
-    if not uri.startswith(("sqlite:", "sqlite+")):
+    if not uri.startswith(SQLITE):
         return None
     name = sqlalchemy.make_url(uri).database
     return None if name in (None, "", ":memory:") else Path(name).absolute()

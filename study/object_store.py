@@ -75,8 +75,9 @@ class RemoteFolder:
     def _path(self, name: str) -> str:
         return str(PurePosixPath(self._root) / name)
 
-    def entries(self, folder: str) -> list[pyarrow.fs.FileInfo]:
-        return self._fs.get_file_info(pyarrow.fs.FileSelector(self._path(folder), allow_not_found=True))
+    def entries(self, folder: str, *, recursive: bool = False) -> list[pyarrow.fs.FileInfo]:
+        selector = pyarrow.fs.FileSelector(self._path(folder), allow_not_found=True, recursive=recursive)
+        return self._fs.get_file_info(selector)
 
     def write(self, name: str, content: bytes) -> None:
         try:
@@ -94,11 +95,11 @@ class RemoteFolder:
     def names(self, folder: str) -> list[str]:
         return sorted(info.base_name for info in self.entries(folder) if info.is_file)
 
-    def folders(self, folder: str) -> list[str]:
+    def files(self, folder: str) -> list[str]:
         return sorted(
-            info.base_name
-            for info in self.entries(folder)
-            if not info.is_file and any(self.entries(f"{folder}/{info.base_name}"))
+            str(PurePosixPath(info.path).relative_to(self._path(folder)))
+            for info in self.entries(folder, recursive=True)  # one listing, whatever the number of trials
+            if info.is_file
         )
 
     def delete(self, name: str) -> None:

@@ -66,7 +66,7 @@ def fetch(storage: Storage, study: str) -> str | None:
     try:
         content, version = folder.read_version(RECORD)
     except FileNotFoundError:
-        if pushed.exists() and not folder.folders("trials"):  # the whole study was deleted in the storage
+        if pushed.exists() and not folder.files("trials"):  # the whole study was deleted in the storage
             set_aside(copy)
             pushed.unlink()
         return None

@@ -139,11 +139,16 @@ class LocalFolder:
             return sorted(entry.name for entry in os.scandir(self.root / folder) if entry.is_file())
         return []
 
-    def folders(self, folder: str) -> list[str]:
-        """The base names of the folders right inside a folder that hold something; none if there is no such folder."""
-        with contextlib.suppress(FileNotFoundError):
-            return sorted(e.name for e in os.scandir(self.root / folder) if e.is_dir() and os.listdir(e.path))
-        return []
+    def files(self, folder: str) -> list[str]:
+        """The names of all files below a folder, relative to it; none if there is no such folder. Raises OSError."""
+
+        def stop(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):  # a folder that a running study deletes meanwhile
+                raise error
+
+        top = self.root / folder
+        places = os.walk(top, onerror=stop, followlinks=True)
+        return sorted(str(Path(place, name).relative_to(top)) for place, _, names in places for name in names)
 
     def delete(self, name: str) -> None:
         """Delete a file; none there is fine."""

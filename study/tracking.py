@@ -46,10 +46,9 @@ from ramcore.errors import UserError, first_line, say, usable
 from ramcore.private import without_secrets
 from study import schema
 from study.faults import fault_point
-from study.moved import check_database, database_file
+from study.moved import SQLITE, check_database, database_file
 from study.record import Record, State, TrialRecord
 
-_SQLITE = ("sqlite:", "sqlite+")
 _METRICS_A_CALL = 900  # MLflow takes at most 1,000 in one call; some are not an epoch's
 _BACKOFF = (1.0, 2.0, 5.0, 10.0)  # seconds between tries during an outage
 _REST = 2.0  # the thread rests this many times as long as it wrote: the driver's other threads are more urgent
@@ -107,7 +106,7 @@ def _check_form(uri: str) -> None:
             f"tracking must be a server or a database (MLflow no longer writes plain folders); got {uri}: "
             "pass --tracking-uri sqlite:///mlflow.db or http://host:5000"
         )
-    if uri.startswith(_SQLITE):
+    if uri.startswith(SQLITE):
         try:
             path, url = database_file(uri), sqlalchemy.make_url(uri)
             is_plain = not set(url.query) - {"timeout"} and not str(url.database).startswith("file:")
